@@ -1,0 +1,101 @@
+"""A plan applied to a tree, and to a config."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from flaxslim import _config, _tree
+from flaxslim._axes import namespace
+from flaxslim._errors import PlanError, nearest
+from flaxslim._plan import Cut, Plan
+from flaxslim._spec import Tensor
+
+
+def apply(plan: Plan, tree: Any) -> Any:
+    """The tree with only the channels left that the plan keeps, in a container of the same kind.
+
+    `tree` is any tree with the tensors of the plan at their paths and shapes (the parameters, or
+    an average of them). Leaves that the plan does not touch pass through by identity; the others
+    keep their kind (numpy or jax), dtype and device. The constants of channels that go are folded
+    into the second biases.
+
+    Raises `PlanError` if a tensor is absent or has another shape.
+
+    >>> tree = {"up": {"kernel": np.ones((2, 3))}, "down": {"kernel": np.diag([1.0, 0.0, 1.0])}}
+    >>> from flaxslim import Pair, Spec, plan
+    >>> p = plan(tree, spec=Spec(name="MLP", pairs=Pair(first="up", second="down")))
+    >>> apply(p, tree)["up"]["kernel"].shape
+    (2, 2)
+    """
+    leaves = _tree.flatten(tree)
+    for cut in plan.cuts:
+        for tensor in cut.site.tensors:
+            _check(tensor, leaves)
+    # All folds come before all cuts: a second layer may be the first of another pair.
+    new: dict[str, Any] = {}
+    for cut in plan.cuts:
+        if cut.folds and (bias := cut.site.second_bias):
+            new[bias.path] = _folded(cut, leaves[cut.site.second.path], leaves[bias.path])
+    for cut in plan.cuts:
+        if cut.removed:
+            keep = np.asarray(cut.keep)
+            for tensor in cut.site.cut:
+                leaf = new.get(tensor.path, leaves[tensor.path])
+                new[tensor.path] = tensor.axes.take(leaf, cut.site.pair.axis, keep)
+    slimmed = _tree.replace(tree, new)
+    if isinstance(slimmed, nnx.Module):
+        _mend_features(slimmed, new)
+    return slimmed
+
+
+def resized(plan: Plan, cfg: Any) -> Any:
+    """The config with the widths of the plan; the same object if none changes."""
+    values = {key: value for resize in plan.resizes for key, value in resize.values.items()}
+    return _config.replace(cfg, values) if values else cfg
+
+
+def _check(tensor: Tensor, leaves: dict[str, Any]) -> None:
+    if tensor.path not in leaves:
+        raise PlanError(
+            "the plan is for a tree with another structure: a tensor is absent",
+            path=tensor.path,
+            expected=f'{tensor.shape} by pattern "{tensor.axes}"',
+            near=nearest(tensor.path, leaves),
+            mend="apply a plan to a tree with the structure of the one it was made for",
+        )
+    shape = tuple(leaves[tensor.path].shape)
+    if shape != tensor.shape:
+        raise PlanError(
+            "the plan is for a tree with other sizes (was it applied before?)",
+            path=tensor.path,
+            seen=shape,
+            expected=f'{tensor.shape} by pattern "{tensor.axes}"',
+            mend="make a new plan for this tree",
+        )
+
+
+def _folded(cut: Cut, second: Any, bias: Any) -> Any:
+    """bias + sum over j of constant_j * row_j, in float64, stored as the bias was."""
+    tensor, axis = cut.site.second, cut.site.pair.axis
+    channels, constants = zip(*cut.folds, strict=True)
+    rows = tensor.axes.take(second, axis, np.asarray(channels))
+    rows = np.asarray(tensor.axes.split(rows)).astype(np.float64)
+    added = np.tensordot(np.asarray(constants), rows, axes=(0, tensor.axes.position(axis)))
+    total = np.asarray(bias).astype(np.float64) + added.reshape(bias.shape)
+    folded = total.astype(bias.dtype)
+    return folded if namespace(bias) is np else jax.device_put(folded, bias.sharding)
+
+
+def _mend_features(module: nnx.Module, new: dict[str, Any]) -> None:
+    """Let `nnx.Linear`s that were cut say their new sizes; nnx itself never checks them."""
+    layers = {
+        "/".join(map(str, path)): node
+        for path, node in nnx.iter_graph(module)
+        if isinstance(node, nnx.Linear)
+    }
+    for path in new:
+        layer = layers.get(path.rpartition("/")[0])
+        if layer is not None and path.endswith("/kernel"):
+            layer.in_features, layer.out_features = new[path].shape

@@ -1,0 +1,69 @@
+"""`slim`: find, mark, plan and apply, composed."""
+
+import logging
+import warnings
+from typing import Any
+
+from flaxslim._apply import apply, resized
+from flaxslim._errors import NothingRemovedWarning, PlanError, WidthError
+from flaxslim._plan import Plan
+from flaxslim._plan import plan as make_plan
+from flaxslim._spec import Spec
+
+_log = logging.getLogger("flaxslim")
+
+
+def slim(
+    params: Any,
+    cfg: Any = None,
+    spec: Spec | None = None,
+    *,
+    width: str = "uniform",
+    multiple_of: int = 1,
+    threshold: float = 0.0,
+    plan: Plan | None = None,
+) -> tuple[Any, Any]:
+    """Cut the channels that contribute nothing; return the smaller parameters and their config.
+
+    Args:
+      params: the parameters: dict, FrozenDict, nnx.State, nnx.Module or another pytree of dicts,
+        with numpy or jax leaves. Untouched; what comes back is of the same kind.
+      cfg: the config (Hugging Face, dict, dataclass, ...). Untouched; a new one comes back.
+      spec, width, multiple_of, threshold: as in `flaxslim.plan`.
+      plan: apply this stored plan instead of making one; then the others must be left out.
+
+    Returns: `(params, cfg)`. If nothing is dead they are the objects that went in, and a
+    `NothingRemovedWarning` says so. `flaxslim.verify` proves the two models equal.
+
+    Raises: the errors of `flaxslim.plan`; `WidthError` if channels are dead but the config of the
+    stock class can say no smaller width.
+
+    >>> import numpy as np
+    >>> from flaxslim import Pair, Spec
+    >>> MLP = Spec(name="MLP", pairs=Pair(first="up", second="down", width="hidden"))
+    >>> tree = {"up": {"kernel": np.ones((2, 3))}, "down": {"kernel": np.diag([1.0, 0.0, 1.0])}}
+    >>> slimmed, cfg = slim(tree, {"hidden": 3}, spec=MLP)
+    >>> slimmed["down"]["kernel"].shape, cfg
+    ((2, 3), {'hidden': 2})
+    """
+    if plan is None:
+        plan = make_plan(
+            params, cfg, spec, width=width, multiple_of=multiple_of, threshold=threshold
+        )
+    elif spec is not None or (width, multiple_of, threshold) != ("uniform", 1, 0.0):
+        raise PlanError(
+            "a stored plan already says which channels stay",
+            mend="pass plan= alone, or leave it out",
+        )
+    _log.info("%s", plan)
+    if not plan.removed:
+        if plan.blocked:
+            raise WidthError("; ".join(plan.blocked), mend="keep the model as it is until then")
+        warnings.warn(
+            f"no channel of {len(plan.cuts)} sites is dead by {plan.spec.name}: nothing was "
+            "removed. Prune first (make rows of the second layers zero), or give threshold=",
+            NothingRemovedWarning,
+            stacklevel=2,
+        )
+        return params, cfg
+    return apply(plan, params), resized(plan, cfg)

@@ -1,0 +1,83 @@
+"""Any parameter container as `path -> leaf`, and back as the same kind.
+
+Dicts, `FrozenDict`s, `nnx.State`s and every other registered pytree go through
+`jax.tree_util`, an `nnx.Module` through `nnx.split` and `nnx.merge`. A path joins the keys with
+slashes (`"encoder/layer/0/output/dense/kernel"`); the box around a leaf (an `nnx.Param`, a
+`linen.Partitioned`) is not part of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.tree_util import GetAttrKey
+
+from flaxslim._errors import PlanError, UnsupportedTreeError
+
+# The attribute by which a box holds its leaf, in nnx and linen, over the flax releases.
+_BOX_ATTRIBUTES = frozenset({"value", "raw_value"})
+
+
+def _name(keys: tuple[Any, ...]) -> str:
+    if keys and isinstance(keys[-1], GetAttrKey) and keys[-1].name in _BOX_ATTRIBUTES:
+        keys = keys[:-1]
+    names = []
+    for key in keys:
+        for attribute in ("key", "idx", "name"):
+            if hasattr(key, attribute):
+                names.append(str(getattr(key, attribute)))
+                break
+    return "/".join(names)
+
+
+def _leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    if isinstance(tree, nnx.Module):
+        tree = nnx.state(tree)
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    if len(pairs) == 1 and not pairs[0][0]:
+        raise UnsupportedTreeError(
+            f"a {type(tree).__name__} is not a tree of parameters",
+            expected="a dict, FrozenDict, nnx.State, nnx.Module, or another pytree of dicts",
+            mend="pass model.params of a Hugging Face Flax model, "
+            'variables["params"] of a Linen one, or the nnx module itself',
+        )
+    return [(_name(keys), leaf) for keys, leaf in pairs], treedef
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """All leaves of a parameter container by path.
+
+    Raises `UnsupportedTreeError` for something that is no tree.
+
+    >>> flatten({"dense": {"kernel": 1, "bias": 2}})
+    {'dense/bias': 2, 'dense/kernel': 1}
+    """
+    return dict(_leaves(tree)[0])
+
+
+def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """The same container with some leaves replaced; all others pass through by identity.
+
+    Raises `PlanError` if a path is not in the tree.
+
+    >>> replace({"a": {"b": 1}, "c": 2}, {"a/b": 3})
+    {'a': {'b': 3}, 'c': 2}
+    """
+    pairs, treedef = _leaves(tree)
+    unknown = sorted(set(leaves) - {path for path, _ in pairs})
+    if unknown:
+        raise PlanError("the tree has no such tensor", path=unknown[0])
+    new = treedef.unflatten([leaves.get(path, leaf) for path, leaf in pairs])
+    if isinstance(tree, nnx.Module):
+        return nnx.merge(nnx.graphdef(tree), new)
+    return new
+
+
+def parts(path: str) -> list[str]:
+    """The components of a path.
+
+    >>> parts("a/b/0")
+    ['a', 'b', '0']
+    """
+    return path.split("/") if path else []
