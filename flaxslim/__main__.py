@@ -1,0 +1,7 @@
+"""`python -m flaxslim`."""
+
+import sys
+
+from flaxslim.cli import main
+
+sys.exit(main())

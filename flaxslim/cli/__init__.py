@@ -1,0 +1,73 @@
+"""The command line: `flaxslim inspect | slim | verify | families | demo`.
+
+Nothing heavy is imported until a command needs it, so that `--help` answers at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flaxslim._errors import FlaxslimError, ProofError
+
+EXIT_CODES = """exit codes:
+  0    done
+  1    an error; the message says what to do
+  2    the command line itself is wrong
+  3    nothing is dead, so nothing was written
+  4    the two models are not proven equal, so nothing was written
+  130  stopped by Ctrl-C; nothing was written"""
+
+NOTHING_DEAD, NOT_PROVEN, INTERRUPTED = 3, 4, 130
+
+
+def _by_name() -> dict[str, Callable[..., Any]]:
+    from flaxslim.cli import _commands
+
+    return {
+        "inspect": _commands.inspect,
+        "slim": _commands.slim,
+        "verify": _commands.verify,
+        "families": _commands.families,
+        "demo": _commands.demo,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    import tyro
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    run = tyro.extras.subcommand_cli_from_dict  # parses, calls, and exits with 2 if it cannot
+    try:
+        code = run(
+            _by_name(),
+            prog="flaxslim",
+            description="Make a Flax checkpoint smaller without changing what it computes: cut "
+            "the FFN channels that contribute nothing.\n\n" + EXIT_CODES,
+            args=arguments,
+        )
+    except ProofError as error:
+        return _complain(error, NOT_PROVEN)
+    except FlaxslimError as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        return _complain("stopped; nothing was written", INTERRUPTED)
+    return int(code or 0)
+
+
+def _complain(error: object, code: int) -> int:
+    from flaxslim.cli._console import messages
+
+    messages.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+    return code
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""`flaxslim slim`: read, plan, cut, prove, write."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import flaxslim
+from flaxslim._apply import apply, resized
+from flaxslim._errors import WidthError
+from flaxslim._plan import Plan, plan
+from flaxslim._prove import verify
+from flaxslim._spec import Spec
+from flaxslim.checkpoint import Checkpoint, read, save, to_flax
+from flaxslim.checkpoint._atomic import _refuse as check_target
+from flaxslim.cli import NOT_PROVEN, NOTHING_DEAD, _table
+from flaxslim.cli._console import console, messages
+from flaxslim.specs import spec_for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The flags of the command; see its `--help`."""
+
+    threshold: float
+    multiple_of: int
+    format: str
+    overwrite: bool
+    verify: bool
+    dry_run: bool
+    revision: str | None
+
+
+def spec_of(checkpoint: Checkpoint) -> Spec:
+    """The spec of a checkpoint's family, in the names that its tensors have."""
+    spec = spec_for(checkpoint.config)
+    return spec.torch() if checkpoint.naming == "torch" else spec
+
+
+def flax_params(checkpoint: Checkpoint) -> Any:
+    """The parameters as the stock Flax class takes them."""
+    if checkpoint.naming == "flax":
+        return checkpoint.params
+    return to_flax(checkpoint.params, checkpoint.config)
+
+
+def run(source: str, out: Path, options: Options) -> int:
+    """Do it; returns the exit code. Nothing is written unless the proof holds."""
+    if not options.dry_run:
+        check_target(out, options.overwrite)
+    with messages.status(f"reading {source}") as status:
+        before = read(source, revision=options.revision)
+        status.update("looking for dead channels")
+        chosen = plan(
+            before.params,
+            before.config,
+            spec_of(before),
+            threshold=options.threshold,
+            multiple_of=options.multiple_of,
+        )
+    for note in before.notes:
+        messages.print(f"note: {note}", markup=False)
+    console.print(str(chosen), markup=False, soft_wrap=True)
+    if not chosen.removed:
+        if chosen.blocked:
+            raise WidthError("; ".join(chosen.blocked), mend="keep the model as it is until then")
+        messages.print(
+            "Nothing is dead, so nothing was written. Prune the model first (make rows of the "
+            "second layers zero), or give --threshold."
+        )
+        return NOTHING_DEAD
+    if options.dry_run:
+        messages.print("Dry run: nothing was written.")
+        return 0
+
+    with messages.status("cutting"):
+        after = dataclasses.replace(
+            before,
+            params=apply(chosen, before.params),
+            config=resized(chosen, before.config),
+        )
+    proof = None
+    if options.verify:
+        with messages.status("proof: running both models on the same inputs"):
+            proof = verify(
+                (flax_params(before), before.config),
+                (flax_params(after), after.config),
+                approximate=not chosen.exact,
+            )
+        console.print(_table.before_after(proof))
+        if not proof.ok:
+            messages.print(f"The proof failed, so nothing was written.\n{proof}", markup=False)
+            return NOT_PROVEN
+    with messages.status(f"writing {out}"):
+        save(
+            out,
+            after.params,
+            after.config,
+            like=before,
+            format=None if options.format == "as-read" else options.format,
+            overwrite=options.overwrite,
+            record=record(source, chosen, proof),
+        )
+    messages.print(f"written to {out}", markup=False)
+    return 0
+
+
+def record(source: str, chosen: Plan, proof: Any) -> dict[str, Any]:
+    """What `flaxslim.json` keeps, and what the model card says."""
+    widths = ", ".join(f"{r.width}: {r.before} to {r.after}" for r in chosen.resizes)
+    card = (
+        f"{chosen.removed:,} FFN channels ({chosen.removed_parameters:,} parameters) were cut from "
+        f"`{Path(source).name if Path(source).is_dir() else source}` by flaxslim "
+        f"{flaxslim.__version__}. Widths: {widths}. "
+    )
+    if chosen.exact:
+        card += "Every one of them contributed nothing, so the function is the same."
+    else:
+        card += f"The cut is approximate (threshold {chosen.threshold:g})."
+    if proof is not None:
+        card += (
+            f"\n\nMeasured on the same inputs: largest difference relative to the largest output "
+            f"{proof.relative:.1e} (tolerance {proof.tolerance:.1e}, {proof.device})."
+        )
+    return {
+        "flaxslim": flaxslim.__version__,
+        "exact": chosen.exact,
+        "plan": chosen.to_dict(),
+        "proof": None if proof is None else proof.to_json(),
+        "card": card,
+    }

@@ -1,0 +1,138 @@
+"""Tables and progress bars, with rich."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.filesize import decimal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from flaxslim.cli._console import messages
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], task: str) -> Iterable[T]:
+    """The items, with a progress bar and the time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=messages) as progress:
+        yield from progress.track(items, description=task)
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
+    return table
+
+
+def _ratio(before: float, after: float) -> str:
+    return f"{before / after:.2f}x" if after else ""
+
+
+def _changes(table: Table, report: Any) -> None:
+    """Rows for whatever has sizes before and after."""
+    formats = {
+        "parameters": "{:,.0f}".format,
+        "bytes": lambda n: decimal(int(n), precision=2),
+        "flops": "{:,.0f}".format,
+    }
+    for name, show in formats.items():
+        change = getattr(report, name)
+        if change.before is not None and change.after is not None:
+            label = {"flops": "FLOPs, one forward pass"}.get(name, name)
+            table.add_row(
+                label, show(change.before), show(change.after), _ratio(change.before, change.after)
+            )
+
+
+def before_after(proof: Any) -> Group:
+    """What slimming changed, and what it did not."""
+    table = _table("", "before", "after", "ratio")
+    _changes(table, proof)
+    ms = proof.milliseconds
+    if ms.before is not None and ms.after is not None:
+        table.add_row("latency", f"{ms.before:.1f} ms", f"{ms.after:.1f} ms", _ratio(*_pair(ms)))
+    verdict = "equal to rounding" if proof.exact else "approximate"
+    lines = [
+        f"{verdict if proof.ok else 'NOT EQUAL'}: largest difference {proof.relative:.1e} of the "
+        f"largest output (tolerance {proof.tolerance:.1e}), on {proof.device}"
+    ]
+    if proof.control is not None and proof.control.smallest is not None:
+        lines.append(
+            f"control: cutting one wrong channel changes the output by {proof.control.smallest:.1e}"
+            f" or more, at each of {len(proof.control.rows)} sites"
+        )
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _pair(change: Any) -> tuple[float, float]:
+    return change.before, change.after
+
+
+def inspection(report: Any) -> Group:
+    """The sites of a checkpoint and what would go."""
+    plan = report.plan
+    sites = _table(
+        "site",
+        "channels",
+        "dead",
+        "kept",
+        "parameters that go",
+        title=f"{report.source}: {report.model_type}, {', '.join(report.files)}",
+    )
+    for cut in plan.cuts:
+        gone = cut.removed * cut.site.per_channel
+        sites.add_row(
+            cut.site.root, f"{cut.site.size:,}", f"{cut.dead:,}", f"{len(cut.keep):,}", f"{gone:,}"
+        )
+    totals = _table("", "now", "slimmed", "ratio")
+    for resize in plan.resizes:
+        totals.add_row(
+            resize.width,
+            f"{resize.before:,}",
+            f"{resize.after:,}",
+            _ratio(resize.before, resize.after),
+        )
+    _changes(totals, report)
+    notes = [Text(f"note: {note}") for note in (*plan.blocked, *plan.notes, *report.notes)]
+    if not plan.removed:
+        notes.append(Text("nothing would be removed"))
+    return Group(sites, totals, *notes)
+
+
+def families() -> Table:
+    """Every model_type that has a spec."""
+    from flaxslim.specs import COMPOSITES, FAMILIES
+
+    table = Table(box=SIMPLE)
+    for column in ("model_type", "spec", "first", "second", "width in the config"):
+        table.add_column(column, overflow="fold")
+    for name, spec in sorted(FAMILIES.items()):
+        for number, pair in enumerate(spec):
+            table.add_row(
+                name if not number else "",
+                spec.name if not number else "",
+                " * ".join(pair.firsts),
+                pair.second,
+                str(pair.width_expression),
+            )
+    for name, parts in sorted(COMPOSITES.items()):
+        table.add_row(name, "of its parts", "", "", ", ".join(f"{part}.*" for part in parts))
+    return table
+
+
+def accuracies(results: Mapping[str, float]) -> Table:
+    """Accuracy by model, in percent."""
+    table = _table("model", "accuracy")
+    for name, value in results.items():
+        table.add_row(name, f"{value:.2%}")
+    return table
