@@ -37,7 +37,8 @@ def apply(plan: Plan, tree: Any) -> Any:
     new: dict[str, Any] = {}
     for cut in plan.cuts:
         if cut.folds and (bias := cut.site.second_bias):
-            new[bias.path] = _folded(cut, leaves[cut.site.second.path], leaves[bias.path])
+            old = new.get(bias.path, leaves[bias.path])  # two pairs may share a second bias
+            new[bias.path] = _folded(cut, leaves[cut.site.second.path], old)
     for cut in plan.cuts:
         if cut.removed:
             keep = np.asarray(cut.keep)

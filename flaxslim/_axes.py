@@ -188,11 +188,15 @@ class Axes:
         return x.at[at].set(0)
 
     def norm(self, x: Any, axis: str) -> np.ndarray:
-        """The L2 norm of each channel: float64 of shape (f,), or float32 for device arrays."""
+        """The L2 norm of each channel: float64 of shape (f,), summed in float32 on a device."""
         xp = namespace(x)
         wide = np.float64 if xp is np else np.promote_types(x.dtype, np.float32)
         y = self.split(x).astype(wide)
-        return np.asarray(xp.sqrt(xp.sum(y * y, axis=self.others(axis))))
+        # Scaled first, or the squares of large weights overflow and those of small ones vanish.
+        largest = xp.max(xp.abs(y), initial=0)
+        y = y / xp.where(largest > 0, largest, 1)
+        relative = xp.sqrt(xp.sum(y * y, axis=self.others(axis)))
+        return np.asarray(relative, np.float64) * float(largest)
 
 
 def _format(dimensions: Sequence[Dimension]) -> str:

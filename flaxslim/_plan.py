@@ -95,9 +95,8 @@ class Plan:
         widths = [max(len(str(row[i])) for row in rows) for i in range(5)]
         lines = [f"plan by {self.spec.name}, {'exact' if self.exact else 'approximate'}"]
         for row in rows:
-            cells = [str(row[0]).ljust(widths[0])]
-            cells += [str(cell).rjust(width) for cell, width in zip(row[1:4], widths[1:4], strict=True)]
-            lines.append("  ".join([*cells, str(row[4])]).rstrip())
+            numbers = (str(row[i]).rjust(widths[i]) for i in (1, 2, 3))
+            lines.append("  ".join([row[0].ljust(widths[0]), *numbers, row[4]]).rstrip())
         for resize in self.resizes:
             lines.append(f"{resize.width}: {resize.before:,} -> {resize.after:,} channels")
         lines.append(

@@ -59,11 +59,19 @@ def slim(
     if not plan.removed:
         if plan.blocked:
             raise WidthError("; ".join(plan.blocked), mend="keep the model as it is until then")
-        warnings.warn(
-            f"no channel of {len(plan.cuts)} sites is dead by {plan.spec.name}: nothing was "
-            "removed. Prune first (make rows of the second layers zero), or give threshold=",
-            NothingRemovedWarning,
-            stacklevel=2,
-        )
+        warnings.warn(_why_nothing(plan), NothingRemovedWarning, stacklevel=2)
         return params, cfg
     return apply(plan, params), resized(plan, cfg)
+
+
+def _why_nothing(plan: Plan) -> str:
+    where = f"{len(plan.cuts)} sites of {plan.spec.name}"
+    if dead := sum(cut.dead for cut in plan.cuts):
+        return (
+            f"{dead} channels at {where} are dead, but nothing was removed: sites that share a "
+            "width keep the largest need among them, rounded up to multiple_of"
+        )
+    return (
+        f"no channel at {where} is dead: nothing was removed. Prune first (make rows of the "
+        "second layers zero), or give threshold="
+    )

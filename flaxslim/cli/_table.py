@@ -114,19 +114,14 @@ def families() -> Table:
     from flaxslim.specs import COMPOSITES, FAMILIES
 
     table = Table(box=SIMPLE)
-    for column in ("model_type", "spec", "first", "second", "width in the config"):
-        table.add_column(column, overflow="fold")
+    table.add_column("model_type", no_wrap=True)
+    table.add_column("spec", no_wrap=True)
+    table.add_column("width in the config", overflow="fold")
     for name, spec in sorted(FAMILIES.items()):
-        for number, pair in enumerate(spec):
-            table.add_row(
-                name if not number else "",
-                spec.name if not number else "",
-                " * ".join(pair.firsts),
-                pair.second,
-                str(pair.width_expression),
-            )
+        widths = dict.fromkeys(str(pair.width_expression) for pair in spec)
+        table.add_row(name, spec.name, ", ".join(widths))
     for name, parts in sorted(COMPOSITES.items()):
-        table.add_row(name, "of its parts", "", "", ", ".join(f"{part}.*" for part in parts))
+        table.add_row(name, "of its parts", ", ".join(f"{part}.*" for part in parts))
     return table
 
 

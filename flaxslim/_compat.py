@@ -1,0 +1,206 @@
+"""What the stock Flax classes of transformers need to run on a new JAX, or without weights.
+
+Nothing is patched when this module is imported. `clip_compat` repairs the T5-like classes while it
+is entered; `shell` makes an instance that owns no weights and repairs itself when it is called.
+"""
+
+import functools
+import importlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flaxslim._errors import ConfigError, UnknownFamilyError, nearest
+
+# The only modules of transformers that call `jnp.clip(x, a_max=...)`. mT5 runs T5's functions.
+_CLIPPING = (
+    "transformers.models.t5.modeling_flax_t5",
+    "transformers.models.longt5.modeling_flax_longt5",
+)
+_lock = threading.Lock()
+_users = 0
+_stock: dict[str, tuple[ModuleType, Any]] = {}
+
+
+class _Numpy(ModuleType):
+    """`jax.numpy` with the clip of older releases; everything else is looked up in the original."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jnp, name)
+
+    @staticmethod
+    def clip(array: Any, a_min: Any = None, a_max: Any = None, **named: Any) -> jax.Array:
+        return jnp.clip(array, **{"min": a_min, "max": a_max, **named})
+
+
+def _clip_is_old() -> bool:
+    return "a_max" in inspect.signature(jnp.clip).parameters
+
+
+def _clipping_modules() -> list[ModuleType]:
+    modules = []
+    for name in _CLIPPING:
+        try:
+            modules.append(importlib.import_module(name))
+        except ImportError:  # a release of transformers without this family
+            continue
+    return modules
+
+
+@contextmanager
+def clip_compat() -> Iterator[None]:
+    """T5, mT5 and LongT5 Flax classes work inside, on a JAX whose `jnp.clip` lost `a_max`.
+
+    transformers 4 calls `jnp.clip(x, a_max=...)` in two modules, and JAX 0.10 took that argument
+    away, so that these classes fail with `TypeError: clip() got an unexpected keyword argument
+    'a_max'`. Inside this context the name `jnp` of those two modules is a thin stand-in whose
+    `clip` takes both spellings. `jax.numpy` itself, and every other module, stays as it is.
+
+    Contexts may be nested and may overlap in several threads: the last one to leave restores the
+    modules. A function compiled inside stays usable outside; one that is traced anew does not.
+    Where `jnp.clip` still takes `a_max`, nothing is done.
+
+    >>> with clip_compat():
+    ...     pass  # FlaxT5Model(config), model(**inputs), model.generate(...)
+    """
+    global _users
+    if _clip_is_old():
+        yield
+        return
+    modules = _clipping_modules()
+    with _lock:
+        if _users == 0:
+            for module in modules:
+                _stock[module.__name__] = (module, vars(module)["jnp"])
+                vars(module)["jnp"] = _Numpy("jax.numpy")
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                for module, original in _stock.values():
+                    vars(module)["jnp"] = original
+                _stock.clear()
+
+
+def _inside(*contexts: Callable[[], AbstractContextManager[Any]]) -> Callable[[Any], Any]:
+    """A decorator: the method runs inside of these contexts."""
+
+    def decorate(method: Any) -> Any:
+        @functools.wraps(method)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with ExitStack() as stack:
+                for context in contexts:
+                    stack.enter_context(context())
+                return method(*args, **kwargs)
+
+        return inside
+
+    return decorate
+
+
+def _ranks_promoted() -> AbstractContextManager[Any]:
+    # Stock classes add biases to higher ranks; a user who forbids that in their own code
+    # may still run them.
+    return jax.numpy_rank_promotion("allow")
+
+
+def _with_train(method: Any) -> Any:
+    """OPT asks for `deterministic` where all other classes ask for `train`."""
+
+    @functools.wraps(method)
+    def call(*args: Any, train: bool = False, **kwargs: Any) -> Any:
+        return method(*args, **{"deterministic": not train, **kwargs})
+
+    return call
+
+
+@functools.cache
+def _repaired(cls: type) -> type:
+    """A subclass of `cls` that runs here, and is called like all others."""
+    clips = any(base.__module__ in _CLIPPING for base in cls.__mro__)
+    inside = _inside(_ranks_promoted, *([clip_compat] if clips else []))
+    names = ("__init__", "__call__", "init_weights", "init_cache", "encode", "decode")
+    body = {name: inside(getattr(cls, name)) for name in names if hasattr(cls, name)}
+    call = inspect.signature(cls.__call__).parameters
+    if "deterministic" in call and "train" not in call:
+        body["__call__"] = _with_train(body["__call__"])
+    return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__})
+
+
+def stock_config(cfg: Any) -> Any:
+    """The transformers config object that a stock class takes; a dict is turned into one.
+
+    Raises `UnknownFamilyError` for a `model_type` that transformers does not know and
+    `ConfigError` for anything else than a `PretrainedConfig` or a dict with a `model_type`.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+    if isinstance(cfg, PretrainedConfig):
+        return cfg
+    if not isinstance(cfg, Mapping) or not isinstance(cfg.get("model_type"), str):
+        raise ConfigError(
+            "this is no config of a Hugging Face model",
+            seen=f"a {type(cfg).__name__}",
+            expected="a PretrainedConfig, or a dict with a model_type",
+            mend="give verify the model itself: model=fn(params, *inputs), or a module",
+        )
+    name = cfg["model_type"]
+    if name not in CONFIG_MAPPING:
+        raise UnknownFamilyError(
+            "transformers knows no such model_type",
+            seen=name,
+            near=nearest(name, CONFIG_MAPPING.keys()),
+            mend="correct model_type in config.json",
+        )
+    return AutoConfig.for_model(name, **{k: v for k, v in cfg.items() if k != "model_type"})
+
+
+def shell(cls: type, cfg: Any, dtype: Any = None) -> Any:
+    """An instance of a stock Flax class that holds no weights; give them at each call.
+
+    `instance(**inputs, params=params, train=False)` runs, under `jax.jit` as well;
+    `instance.params_shape_tree` has the shapes; `instance.params` raises. `dtype` is the one of
+    the computation (float32 unless given). T5-like classes are run in `clip_compat`, ranks
+    are promoted whatever `jax_numpy_rank_promotion` says, and OPT takes `train` too. Unlike
+    `_do_init=False`, this works for the composite classes, which refuse that argument.
+    Raises whatever the class raises for a config that it cannot run.
+
+    >>> from transformers import BertConfig, FlaxBertModel
+    >>> config = BertConfig(vocab_size=9, hidden_size=8, num_attention_heads=2,
+    ...                     num_hidden_layers=1, intermediate_size=12)
+    >>> model = shell(FlaxBertModel, config)
+    >>> model.params_shape_tree["pooler"]["dense"]["kernel"].shape
+    (8, 8)
+    """
+    made: list[Any] = []
+
+    def build() -> None:
+        instance = _repaired(cls)(stock_config(cfg), dtype=dtype or jnp.float32)
+        # What was made while tracing must not outlive the trace.
+        instance._params = instance.key = None
+        instance._is_initialized = False
+        made.append(instance)
+
+    jax.eval_shape(build)
+    instance = made[0]
+    instance.key = jax.random.PRNGKey(0)
+    return instance
+
+
+def parameter_shapes(cls: type, cfg: Any) -> dict[str, Any]:
+    """The parameters of a stock Flax class as a nested dict of `jax.ShapeDtypeStruct`.
+
+    Nothing is allocated. Raises whatever the class raises for a config that it cannot run.
+    """
+    from flax.core import unfreeze
+
+    return unfreeze(shell(cls, cfg).params_shape_tree)

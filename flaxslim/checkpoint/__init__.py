@@ -1,0 +1,12 @@
+"""Hugging Face folders and Hub repositories: read as stored, load as Flax, write whole.
+
+Nothing of a checkpoint is ever executed: msgpack and safetensors are read as data, and a
+`pytorch_model.bin` only through `torch.load(weights_only=True)`.
+"""
+
+from flaxslim.checkpoint._names import to_flax as to_flax
+from flaxslim.checkpoint._read import Checkpoint as Checkpoint
+from flaxslim.checkpoint._read import load as load
+from flaxslim.checkpoint._read import read as read
+from flaxslim.checkpoint._write import save as save
+from flaxslim.checkpoint._write import write as write

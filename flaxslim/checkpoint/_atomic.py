@@ -1,0 +1,148 @@
+"""A folder that appears whole or not at all."""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flaxslim._errors import FlaxslimError, TargetError
+from flaxslim.checkpoint._folder import CONFIG
+
+
+@contextmanager
+def fresh_folder(target: Path, *, need: int, overwrite: bool) -> Iterator[Path]:
+    """A new, empty folder beside `target`, which becomes `target` when the block ends well.
+
+    `need` is the number of bytes that will be written. Whatever goes wrong, neither a part of the
+    new folder nor a temporary one stays behind, and an old target is where it was: it is put
+    aside only when the new folder is complete and flushed. Raises `TargetError`.
+    """
+    # A link to a folder is followed, so that the folder is replaced and not the link.
+    target = target.expanduser().resolve()
+    _refuse(target, overwrite)
+    made = _make_parents(target.parent)
+    mark = secrets.token_hex(4)
+    new = target.parent / f".{target.name}.{mark}.new"
+    old = target.parent / f".{target.name}.{mark}.old"
+    done = False
+    try:
+        new.mkdir()
+        _check_room(new, need)
+        yield new
+        _flush(new)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        _flush_entry(target.parent)
+        done = True
+    except FlaxslimError:
+        raise
+    except OSError as error:
+        raise _explain(target, error, need) from error
+    finally:
+        # Also for KeyboardInterrupt: an interrupted run leaves what was there before.
+        if not done:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            shutil.rmtree(new, ignore_errors=True)
+            for parent in made:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _refuse(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise TargetError(
+            "the target is a file", path=str(target), mend="name a folder that does not exist yet"
+        )
+    if not overwrite:
+        raise TargetError(
+            "the target exists",
+            path=str(target),
+            mend="name another folder, or replace this one with overwrite=True (--overwrite)",
+        )
+    if any(target.iterdir()) and not (target / CONFIG).is_file():
+        raise TargetError(
+            "the target holds something else than a checkpoint, and is not replaced",
+            path=str(target),
+            seen=", ".join(sorted(entry.name for entry in target.iterdir())[:5]),
+            expected="a folder with a config.json",
+            mend="name another folder",
+        )
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Make the folders above the target; return those that were made, the deepest first."""
+    missing = [place for place in (parent, *parent.parents) if not place.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _explain(parent, error, 0) from error
+    return missing
+
+
+def _check_room(folder: Path, need: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise TargetError(
+            "the disk has no room for the checkpoint",
+            path=str(folder.parent),
+            seen=f"{_size(free)} free",
+            expected=f"{_size(need)}",
+            mend="free some space, or name a folder on another disk",
+        )
+
+
+def _explain(target: Path, error: OSError, need: int) -> TargetError:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return TargetError(
+            "the disk ran full; nothing was kept",
+            path=str(target),
+            seen=reason,
+            expected=f"{_size(need)} for the checkpoint",
+            mend="free some space, or name a folder on another disk",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return TargetError(
+            "the target cannot be written",
+            path=str(target),
+            seen=reason,
+            mend="name a folder in a place that you may write to",
+        )
+    return TargetError(
+        "the checkpoint could not be written; nothing was kept", path=str(target), seen=reason
+    )
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("bytes", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
+
+
+def _flush(folder: Path) -> None:
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            with open(os.path.join(parent, name), "rb+") as file:
+                os.fsync(file.fileno())
+        _flush_entry(Path(parent))
+
+
+def _flush_entry(folder: Path) -> None:
+    if os.name != "posix":  # a folder cannot be opened, hence not flushed, on Windows
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,160 @@
+"""What lies in a checkpoint's folder: the weights that are taken, and what travels along.
+
+Everything here works on names alone, so that it says the same about a folder on disk and about
+the file list of a Hub repository.
+"""
+
+import json
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from flaxslim._errors import CorruptFileError, MissingFileError, UnsafePathError
+
+CONFIG, CARD, RECORD = "config.json", "README.md", "flaxslim.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """One way in which a folder may hold weights."""
+
+    format: str
+    name: str
+
+    @property
+    def sharded(self) -> bool:
+        return self.name.endswith(".index.json")
+
+
+# In the order in which transformers' FlaxPreTrainedModel.from_pretrained looks for them.
+KNOWN = (
+    Weights(format="msgpack", name="flax_model.msgpack"),
+    Weights(format="msgpack", name="flax_model.msgpack.index.json"),
+    Weights(format="safetensors", name="model.safetensors"),
+    Weights(format="safetensors", name="model.safetensors.index.json"),
+    Weights(format="bin", name="pytorch_model.bin"),
+    Weights(format="bin", name="pytorch_model.bin.index.json"),
+)
+
+_WEIGHT = re.compile(
+    r"\.(msgpack|safetensors|bin|h5|onnx|onnx_data|ot|pt|pth|ckpt|pkl|pickle|gguf|tflite|mlmodel)$"
+    r"|\.index\.json$"
+)
+# Other exports of the same model and the remains of its training: they would go stale.
+_STALE_FOLDER = re.compile(r"(onnx|openvino|coreml|runs|logs|checkpoint-\d+|\..*)$")
+# A sentence-transformers module after the encoder ("2_Dense"): its weights are not another format
+# of the encoder's, and the folder does not load without them.
+_MODULE_FOLDER = re.compile(r"\d+_[A-Z]\w*$")
+
+
+def choose(names: Collection[str]) -> list[Weights]:
+    """The weights among these file names, the one that is taken first.
+
+    >>> [w.name for w in choose({"model.safetensors", "flax_model.msgpack", "config.json"})]
+    ['flax_model.msgpack', 'model.safetensors']
+    """
+    return [weights for weights in KNOWN if weights.name in names]
+
+
+def travels(name: str) -> bool:
+    """Whether a file goes along when its checkpoint is saved elsewhere.
+
+    >>> travels("tokenizer.json"), travels("1_Pooling/config.json"), travels("tf_model.h5")
+    (True, True, False)
+    """
+    *folders, base = name.split("/")
+    if base.startswith(".") or any(_STALE_FOLDER.match(folder) for folder in folders):
+        return False
+    if not folders and base in (CONFIG, CARD, RECORD):
+        return False  # written anew
+    if folders and _MODULE_FOLDER.match(folders[0]):
+        return True
+    return not _WEIGHT.search(base)
+
+
+def side_files(folder: Path) -> list[str]:
+    """Names, relative to the folder, of the files that travel along."""
+    names = []
+    for parent, folders, files in os.walk(folder):
+        below = Path(parent).relative_to(folder)
+        folders[:] = [name for name in folders if travels((below / name / "x").as_posix())]
+        names += [(below / name).as_posix() for name in files]
+    return sorted(name for name in names if travels(name))
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of `name` in the folder, be it there or not.
+
+    Raises `UnsafePathError` if the name, or the link that lies there, leads out of the folder. The
+    links of a Hub cache into the blobs of the same repository are allowed.
+    """
+    windows = PureWindowsPath(name)
+    if PurePosixPath(name).is_absolute() or windows.anchor or ".." in windows.parts:
+        raise UnsafePathError(
+            "a file name leads out of the checkpoint's folder",
+            path=str(folder),
+            seen=repr(name),
+            expected="a name relative to the folder, without '..'",
+            mend="correct the index; if it came from the Hub, do not trust that repository",
+        )
+    path, root = folder / name, folder.resolve()
+    real = path.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise UnsafePathError(
+            "a link leads out of the checkpoint's folder",
+            path=str(path),
+            seen=f"a link to {real}",
+            mend="copy the file into the folder in place of the link",
+        )
+    return path
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; `CorruptFileError` if it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptFileError(
+            "not JSON", path=str(path), seen=str(error), mend="download or copy the file again"
+        ) from None
+    if not isinstance(value, dict):
+        raise CorruptFileError("not a JSON object", path=str(path), seen=type(value).__name__)
+    return value
+
+
+def shards(folder: Path, index: str) -> dict[str, list[str]]:
+    """Tensor names by shard file, as an index says it; every shard is there.
+
+    Raises `CorruptFileError`, `UnsafePathError`, or `MissingFileError` for an absent shard.
+    """
+    by_file = shard_names(inside(folder, index))
+    absent = [name for name in by_file if not inside(folder, name).is_file()]
+    if absent:
+        raise MissingFileError(
+            f"{len(absent)} of {len(by_file)} shards are missing",
+            path=str(folder / index),
+            seen="no " + ", ".join(absent[:3]) + (" ..." if absent[3:] else ""),
+            mend="download or copy the missing files into the folder",
+        )
+    return by_file
+
+
+def shard_names(index: Path) -> dict[str, list[str]]:
+    """Tensor names by shard file, whether the files are there or not."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise CorruptFileError(
+            "the index has no weight_map", path=str(index), expected="tensor name -> shard file"
+        )
+    by_file: dict[str, list[str]] = {}
+    for tensor, name in weight_map.items():
+        inside(index.parent, name)
+        by_file.setdefault(name, []).append(tensor)
+    return dict(sorted(by_file.items()))

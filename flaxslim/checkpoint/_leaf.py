@@ -1,0 +1,69 @@
+"""One tensor on its way to disk: permuted and cast only when its bytes are written.
+
+So that saving needs the memory of one tensor, not of one model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (numpy knows "bfloat16" by name once this is imported)
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Leaf:
+    """An array (numpy or jax), the permutation and the dtype in which it is to be written."""
+
+    array: Any
+    axes: tuple[int, ...] | None = None
+    cast: np.dtype | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = tuple(self.array.shape)
+        return shape if self.axes is None else tuple(shape[axis] for axis in self.axes)
+
+    @property
+    def dtype(self) -> np.dtype:
+        stored = np.dtype(self.array.dtype)
+        return self.cast if self.cast is not None and is_floating(stored) else stored
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def numpy(self) -> np.ndarray:
+        """The values on the host, contiguous."""
+        values = np.asarray(self.array)
+        if self.axes is not None:
+            values = values.transpose(self.axes)
+        # order="C" and not np.ascontiguousarray, which turns a scalar into a vector.
+        return np.asarray(values, dtype=self.dtype, order="C")
+
+
+def is_floating(dtype: Any) -> bool:
+    """Whether a dtype is floating point, bfloat16 and the 8-bit floats included."""
+    import jax.numpy as jnp
+
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def nest(flat: Mapping[str, Any], separator: str) -> dict[str, Any]:
+    """Names joined by a separator as nested dicts; `ValueError` if one name is inside another.
+
+    >>> nest({"a.b": 1, "a.c": 2}, ".")
+    {'a': {'b': 1, 'c': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, last = name.split(separator)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{name!r} lies inside another tensor")
+        if last in node:
+            raise ValueError(f"{name!r} is there twice")
+        node[last] = value
+    return tree

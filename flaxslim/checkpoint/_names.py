@@ -1,0 +1,268 @@
+"""PyTorch names <-> Flax names, by the rule of transformers itself.
+
+`rename_key_and_reshape_tensor` of transformers.modeling_flax_pytorch_utils says how one PyTorch
+tensor is called in Flax and how its axes are permuted. It is asked once per tensor with a small
+array of distinct sizes, which gives a table that is then used in both directions.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flaxslim._errors import ConfigError
+from flaxslim._tree import flatten
+from flaxslim.checkpoint._leaf import Leaf, nest
+
+# Distinct sizes, so that the shape which comes back says how the axes were permuted.
+_PRIMES = (2, 3, 5, 7, 11, 13)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlaxName:
+    """Where a PyTorch tensor lies in the Flax tree: `flax = torch.transpose(axes)`."""
+
+    path: str
+    axes: tuple[int, ...]
+
+    @property
+    def back(self) -> tuple[int, ...]:
+        """`torch = flax.transpose(back)`."""
+        return tuple(int(axis) for axis in np.argsort(self.axes))
+
+
+def table(
+    ndims: Mapping[str, int], flax_paths: Iterable[str], base: str = ""
+) -> dict[str, FlaxName]:
+    """PyTorch name -> Flax name, for those PyTorch tensors that the Flax tree has.
+
+    Args:
+        ndims: number of axes of each PyTorch tensor.
+        flax_paths: all paths of the Flax tree (with "params" and "batch_stats" if it has them).
+        base: the class's `base_model_prefix`. A base model may be read into a head class or the
+            other way round; of all ways to add or drop a prefix the one with most hits is taken.
+    """
+    collection = _collections(flax_paths)
+    tops = {path.split("/")[0] for path in collection} | {base}
+    names = {name.split(".")[0] for name in ndims} | {base}
+    ways = [("", "")]
+    ways += [(prefix, "") for prefix in sorted(names - {""})]
+    ways += [("", prefix) for prefix in sorted(tops - {""})]
+    best: dict[str, FlaxName] = {}
+    for drop, add in ways:
+        found = _renamed(ndims, collection, drop, add)
+        if _hits(found) > _hits(best):
+            best = found
+        if _hits(best) == len(collection):
+            break
+    return {
+        name: FlaxName(path=collection[new.path] + new.path, axes=new.axes)
+        for name, new in best.items()
+    }
+
+
+def _hits(found: Mapping[str, FlaxName]) -> int:
+    return len({name.path for name in found.values()})
+
+
+def _collections(paths: Iterable[str]) -> dict[str, str]:
+    """Path without its collection -> the collection ("params/", "batch_stats/" or none)."""
+    paths = list(paths)
+    tops = {path.split("/")[0] for path in paths}
+    if not tops or not tops <= {"params", "batch_stats"}:
+        return dict.fromkeys(paths, "")
+    return {path.split("/", 1)[1]: path.split("/")[0] + "/" for path in paths if "/" in path}
+
+
+def _renamed(
+    ndims: Mapping[str, int], needed: Mapping[str, str], drop: str, add: str
+) -> dict[str, FlaxName]:
+    from transformers.modeling_flax_pytorch_utils import rename_key_and_reshape_tensor
+
+    children: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for path in needed:
+        key = tuple(path.split("/"))
+        children.setdefault(key[:-1], []).append(key)
+    found = {}
+    for name, ndim in ndims.items():
+        key = tuple(name.split("."))
+        if drop and key[0] == drop:
+            key = key[1:]
+        if not key:
+            continue
+        # The rule asks only for siblings, and copies the whole collection at each question.
+        siblings = children.get(key[:-1], []) + children.get((add, *key[:-1]), [])
+        probe = np.empty(_PRIMES[:ndim], np.int8)
+        new, permuted = rename_key_and_reshape_tensor(
+            key,  # pyright: ignore[reportArgumentType]
+            probe,
+            dict.fromkeys(siblings),  # pyright: ignore[reportArgumentType]
+            add,
+        )
+        path = "/".join(new)
+        if add and f"{add}/{path}" in needed:
+            path = f"{add}/{path}"
+        if path in needed:
+            axes = tuple(_PRIMES.index(size) for size in permuted.shape)
+            found[name] = FlaxName(path=path, axes=axes)
+    return found
+
+
+def dotted(params: Any) -> dict[str, Any]:
+    """A nested PyTorch-named tree by full PyTorch name.
+
+    >>> dotted({"encoder": {"weight": 1}})
+    {'encoder.weight': 1}
+    """
+    return {path.replace("/", "."): leaf for path, leaf in flatten(params).items()}
+
+
+def naming_of(paths: Iterable[str]) -> str:
+    """ "flax" or "torch", by the last parts of the paths.
+
+    >>> naming_of(["dense/kernel", "dense/bias"])
+    'flax'
+    """
+    last = {path.replace(".", "/").rsplit("/", 1)[-1] for path in paths}
+    return "torch" if "weight" in last and not last & {"kernel", "embedding"} else "flax"
+
+
+def to_flax(params: Any, cfg: Any = None, model_class: type | None = None) -> dict[str, Any]:
+    """PyTorch-named parameters with the names and axes of their Flax class.
+
+    Args:
+        params: a dict with PyTorch names, nested as `read` gives it or flat as a state dict, or a
+            `Checkpoint`. Flax-named parameters come back as they are.
+        cfg: the config; may be left out with a `Checkpoint`.
+        model_class: the Flax class whose tree is wanted; by default the one the config names.
+
+    Leaves are views (transposed, same dtype). Tensors that the class has no use for (position
+    buffers, tied heads) are left out. A head that the config ties to the embedding, and that the
+    files therefore lack, is the transposed embedding. Any other tensor that the class needs and
+    the files lack is left out, with a warning. Raises `ConfigError` if a shape contradicts the
+    config.
+
+    >>> params = to_flax(read(folder))  # doctest: +SKIP
+    """
+    if hasattr(params, "weight_files"):  # a Checkpoint
+        params, cfg = params.params, params.config if cfg is None else cfg
+    paths = flatten(params)
+    if naming_of(paths) == "flax":
+        return params
+    tensors = dotted(params)
+    shapes, base = _shapes(cfg, model_class)
+    names = table({name: np.ndim(leaf) for name, leaf in tensors.items()}, shapes, base)
+    flat: dict[str, Any] = {}
+    for name, new in names.items():
+        leaf = tensors[name].transpose(new.axes)
+        if tuple(leaf.shape) != shapes[new.path]:
+            raise ConfigError(
+                "the config's sizes contradict the tensors",
+                path=f"{name} ({new.path} in Flax)",
+                seen=f"shape {tuple(leaf.shape)}",
+                expected=f"shape {shapes[new.path]} by the config",
+                mend="use the config.json that belongs to these weights",
+            )
+        flat[new.path] = leaf
+    _tie(flat, shapes, cfg)
+    missing = sorted(set(shapes) - set(flat))
+    if missing:
+        warnings.warn(
+            f"{len(missing)} of {len(shapes)} tensors of the Flax class are not in the files and "
+            f"are left out: {', '.join(missing[:4])}{' ...' if missing[4:] else ''}. transformers "
+            "makes them up at random; here a model that needs them refuses to run.",
+            stacklevel=2,
+        )
+    return nest(flat, "/")
+
+
+def _shapes(cfg: Any, model_class: type | None) -> tuple[dict[str, tuple[int, ...]], str]:
+    """Shape of each tensor of the Flax class, and its base model prefix; nothing is allocated."""
+    from flaxslim._compat import parameter_shapes
+    from flaxslim._inputs import model_class_for
+
+    cls: Any = model_class or model_class_for(cfg)
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(parameter_shapes(cls, cfg)).items()}
+    return shapes, getattr(cls, "base_model_prefix", "")
+
+
+def _tie(flat: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], cfg: Any) -> None:
+    """Fill in a head that PyTorch ties to the embedding, so does not store, and Flax has."""
+    tied = getattr(cfg, "tie_word_embeddings", False)
+    for path in set(shapes) - set(flat):
+        if not tied or not path.endswith("lm_head/kernel"):
+            continue
+        near = path[: -len("lm_head/kernel")]
+        embeddings = [
+            leaf
+            for name, leaf in flat.items()
+            if name.startswith(near)
+            and name.endswith("/embedding")
+            and leaf.shape[::-1] == shapes[path]
+        ]
+        if len(embeddings) == 1:
+            flat[path] = embeddings[0].T
+
+
+# --- back -------------------------------------------------------------------------------------
+
+
+def to_torch(params: Mapping[str, Any]) -> dict[str, Leaf]:
+    """PyTorch name -> leaf for a flat Flax tree, by the general rule, with no source to follow.
+
+    A kernel is a weight with its axes reversed (a 4-dimensional one, a convolution's, goes from
+    (height, width, in, out) to (out, in, height, width)); scale and embedding are weights.
+    """
+    collection = _collections(params)
+    leaves = {}
+    for path, prefix in collection.items():
+        *parents, last = path.split("/")
+        leaf = params[prefix + path]
+        axes = None
+        if last == "kernel":
+            axes = (3, 2, 0, 1) if leaf.ndim == 4 else tuple(reversed(range(leaf.ndim)))
+        if prefix == "batch_stats/" and last in ("mean", "var"):
+            last = f"running_{last}"
+        elif last in ("kernel", "scale", "embedding"):
+            last = "weight"
+        leaves[".".join([*parents, last])] = Leaf(array=leaf, axes=axes)
+    return leaves
+
+
+def to_torch_like(params: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Leaf]:
+    """PyTorch name -> leaf for a flat Flax tree, with the names of the checkpoint it came from.
+
+    Tensors of the source that have no place in the Flax tree are kept as they are; one that is
+    tied to (bitwise equal to) a tensor that has a place follows it. Flax tensors that the source
+    has not are added by the general rule, but for a head that is only the embedding again.
+    """
+    names = table({name: np.ndim(leaf) for name, leaf in source.items()}, params)
+    leaves = {name: Leaf(array=params[new.path], axes=new.back) for name, new in names.items()}
+    for name in source:
+        if name not in leaves:
+            twin = _twin(name, names, source)
+            leaves[name] = leaves[twin] if twin else Leaf(array=source[name])
+    rest = set(params) - {new.path for new in names.values()}
+    for name, leaf in to_torch({path: params[path] for path in sorted(rest)}).items():
+        if name not in leaves and not _is_tied(leaf, leaves):
+            leaves[name] = leaf
+    return leaves
+
+
+def _twin(name: str, names: Iterable[str], source: Mapping[str, Any]) -> str | None:
+    """A tensor of the source that is the same one under another name."""
+    array = source[name]
+    for other in names:
+        same = source[other].shape == array.shape and source[other].dtype == array.dtype
+        if same and array.ndim > 1 and np.array_equal(source[other], array):
+            return other
+    return None
+
+
+def _is_tied(leaf: Leaf, leaves: Mapping[str, Leaf]) -> bool:
+    return len(leaf.shape) > 1 and any(
+        other.shape == leaf.shape and np.array_equal(other.numpy(), leaf.numpy())
+        for other in leaves.values()
+    )

@@ -1,0 +1,279 @@
+"""A folder or a Hub repository -> what it stores, and the same as Flax parameters."""
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxslim._errors import (
+    CorruptFileError,
+    MissingFileError,
+    UnsupportedFormatError,
+    nearest,
+)
+from flaxslim.checkpoint import _folder, _msgpack, _safetensors
+from flaxslim.checkpoint._leaf import nest
+from flaxslim.checkpoint._names import to_flax
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A checkpoint as it is stored.
+
+    `params` is a nested dict of numpy arrays with the stored names, axes and dtypes: the Flax tree,
+    or PyTorch names split at their dots (`naming` "flax" or "torch"). Leaves of safetensors files
+    are read-only views of the mapped file. `notes` are sentences for the user.
+    """
+
+    params: dict[str, Any] = field(repr=False)
+    config: Any = field(repr=False)
+    naming: str
+    format: str
+    folder: Path
+    weight_files: tuple[str, ...]
+    sharded: bool
+    notes: tuple[str, ...] = ()
+
+
+def read(
+    source: str | os.PathLike | Checkpoint,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Checkpoint:
+    """Read a folder or a Hub repository as it is stored.
+
+    A folder that exists wins over a Hub id of the same name. `revision` and `token` are for the
+    Hub. Raises `MissingFileError`, `CorruptFileError`, `UnsafePathError`, `UnsupportedFormatError`
+    or `HubError`, all of them `CheckpointError`s.
+
+    >>> checkpoint = read("path/to/folder")  # doctest: +SKIP
+    >>> checkpoint.naming, checkpoint.format  # doctest: +SKIP
+    ('torch', 'safetensors')
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    folder = _locate(source, revision, token)
+    config = read_config(folder)
+    present = [weights.name for weights in _folder.KNOWN if (folder / weights.name).exists()]
+    found = _folder.choose(present)
+    if not found:
+        raise _no_weights(folder)
+    taken, ignored = found[0], found[1:]
+    notes = []
+    if ignored:
+        names = ", ".join(weights.name for weights in ignored)
+        notes.append(f"took {taken.name} and left {names}: transformers' Flax classes do the same")
+    by_file = _folder.shards(folder, taken.name) if taken.sharded else {taken.name: []}
+
+    flat: dict[str, Any] = {}
+    formats: set[str] = set()
+    for name, promised in by_file.items():
+        tensors, declared = _READERS[taken.format](_folder.inside(folder, name))
+        absent = sorted(set(promised) - set(tensors))
+        if absent:
+            raise CorruptFileError(
+                f"a shard lacks {len(absent)} of the tensors that the index promises",
+                path=str(folder / name),
+                seen="no " + ", ".join(absent[:3]) + (" ..." if absent[3:] else ""),
+                near=nearest(absent[0], tensors),
+                mend="download or copy the file again",
+            )
+        flat.update(tensors)
+        formats.add(declared)
+    naming = "flax" if taken.format == "msgpack" else _naming(folder, flat, formats, notes)
+    slashes = taken.format == "msgpack" or any("/" in name for name in flat)
+    try:
+        params = nest(flat, "/" if slashes else ".")
+    except ValueError as error:
+        raise CorruptFileError(
+            "the tensor names contradict each other", path=str(folder), seen=error
+        ) from None
+    return Checkpoint(
+        params=params,
+        config=config,
+        naming=naming,
+        format=taken.format,
+        folder=folder,
+        weight_files=tuple(by_file),
+        sharded=taken.sharded,
+        notes=tuple(notes),
+    )
+
+
+def load(
+    source: str | os.PathLike | Checkpoint,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> tuple[dict[str, Any], Any]:
+    """Parameters with Flax names, whatever lies on disk, and the config.
+
+    The stock Flax class of the config runs them: `model(**inputs, params=params)`. Dtypes are kept.
+    Raises as `read` does, and `ConfigError` if the config's sizes contradict the tensors. Warns of
+    tensors that the class needs and the files lack; they are left out, never made up.
+
+    >>> params, cfg = load("sentence-transformers/all-MiniLM-L6-v2")  # doctest: +SKIP
+    """
+    checkpoint = read(source, revision=revision, token=token)
+    if checkpoint.naming == "flax":
+        return checkpoint.params, checkpoint.config
+    return to_flax(checkpoint.params, checkpoint.config), checkpoint.config
+
+
+def read_config(folder: Path) -> Any:
+    """The config class of the folder's `model_type`; a plain `PretrainedConfig` if it is unknown.
+
+    Made from the JSON and not by `AutoConfig.from_pretrained`, which would guess a missing
+    `model_type` from the folder's name and offer to run the repository's own Python code.
+    """
+    from transformers import PretrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    path = _folder.inside(folder, _folder.CONFIG)
+    if not path.is_file():
+        raise MissingFileError(
+            "the folder has no config.json",
+            path=str(folder),
+            seen=", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing",
+            mend="pass the folder that model.save_pretrained(...) wrote",
+        )
+    values = _folder.read_json(path)
+    kind = values.get("model_type")
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    try:
+        return (CONFIG_MAPPING[kind] if known else PretrainedConfig).from_dict(values)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CorruptFileError(
+            "transformers cannot make a config of this file",
+            path=str(path),
+            seen=error,
+            mend="correct the file, or download it again",
+        ) from error
+
+
+def _locate(source: str | os.PathLike, revision: str | None, token: str | bool | None) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise MissingFileError(
+            "a checkpoint is a folder, and this is a file",
+            path=str(path),
+            mend="pass the folder in which it lies beside its config.json",
+        )
+    from flaxslim.checkpoint import _hub
+
+    if not isinstance(source, str) or not _hub.plausible(source):
+        raise MissingFileError(
+            "there is no such folder, and it cannot be a Hub id",
+            path=str(source),
+            near=_neighbours(path),
+            expected="a folder, or 'name' or 'owner/name' on the Hub",
+            mend="check the spelling",
+        )
+    return _hub.fetch(source, revision=revision, token=token)
+
+
+def _neighbours(path: Path) -> list[str]:
+    try:
+        return nearest(path.name, (entry.name for entry in path.parent.iterdir()))
+    except OSError:
+        return []
+
+
+def _no_weights(folder: Path) -> MissingFileError:
+    return MissingFileError(
+        "the folder has no weights that flaxslim reads",
+        path=str(folder),
+        seen=", ".join(sorted(entry.name for entry in folder.iterdir())[:8]),
+        expected=", ".join(weights.name for weights in _folder.KNOWN),
+        mend="save the model with model.save_pretrained(folder), which writes one of these",
+    )
+
+
+# --- the three formats ------------------------------------------------------------------------
+
+
+def _from_msgpack(path: Path) -> tuple[dict[str, Any], str]:
+    from flaxslim._tree import flatten
+
+    tree = _msgpack.read_file(path)
+    return (flatten(tree) if tree else {}), "flax"
+
+
+def _from_safetensors(path: Path) -> tuple[dict[str, Any], str]:
+    tensors, metadata = _safetensors.read_file(path)
+    return dict(tensors), str(metadata.get("format", ""))
+
+
+def _from_bin(path: Path) -> tuple[dict[str, Any], str]:
+    """By `torch.load(weights_only=True)`, which builds tensors and runs nothing."""
+    mend = (
+        "convert it to safetensors where torch is installed: AutoModel.from_pretrained(folder)"
+        ".save_pretrained(new_folder); or look for a revision that has a model.safetensors"
+    )
+    try:
+        import torch
+    except ImportError:
+        raise UnsupportedFormatError(
+            "the weights are a PyTorch pickle, which is only read through torch",
+            path=str(path),
+            seen="torch is not installed",
+            mend=mend,
+        ) from None
+    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 6):
+        raise UnsupportedFormatError(
+            "torch before 2.6 can be made to run code by a pickle, even with weights_only=True",
+            path=str(path),
+            seen=f"torch {torch.__version__}",
+            mend="install torch 2.6 or later, or " + mend,
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises pickle, zip, runtime and OS errors for bad files
+        raise CorruptFileError(
+            "torch does not read this file as plain weights",
+            path=str(path),
+            seen=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            mend=mend,
+        ) from error
+    if not isinstance(state, Mapping):
+        raise CorruptFileError("not a state dict", path=str(path), seen=type(state).__name__)
+    return {name: _numpy(tensor) for name, tensor in state.items()}, "pt"
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    import ml_dtypes
+    import torch
+
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+_READERS = {"msgpack": _from_msgpack, "safetensors": _from_safetensors, "bin": _from_bin}
+
+
+def _naming(
+    folder: Path, names: Collection[str], formats: Collection[str], notes: list[str]
+) -> str:
+    """Whose names these are. They decide over metadata: no PyTorch module names a tensor kernel."""
+    if "tf" in formats:
+        raise UnsupportedFormatError(
+            "the weights have TensorFlow names",
+            path=str(folder),
+            mend="save the model from its PyTorch or Flax class, and pass that folder",
+        )
+    last = {name.replace("/", ".").rsplit(".", 1)[-1] for name in names}
+    naming = "flax" if last & {"kernel", "embedding"} else "torch"
+    if naming == "torch" and "flax" in formats and not last & {"weight"}:
+        naming = "flax"
+    declared = {"pt": "torch", "flax": "flax"}
+    if any(declared.get(format, naming) != naming for format in formats):
+        notes.append(f"the metadata says format {', '.join(formats)}, but the names are {naming}'s")
+    return naming

@@ -1,0 +1,252 @@
+"""Parameters and a config -> a folder that is whole, in the format of the one they came from."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from flaxslim._errors import TargetError, UnsupportedFormatError
+from flaxslim._tree import flatten
+from flaxslim.checkpoint import _card, _folder, _msgpack, _safetensors
+from flaxslim.checkpoint._atomic import fresh_folder
+from flaxslim.checkpoint._leaf import Leaf, is_floating
+from flaxslim.checkpoint._names import dotted, naming_of, to_flax, to_torch, to_torch_like
+from flaxslim.checkpoint._read import Checkpoint, read
+
+FORMATS = ("flax", "flax-safetensors", "torch")
+_SHARD = 5 * 10**9
+
+
+def save(
+    folder: str | os.PathLike,
+    params: Any,
+    cfg: Any,
+    *,
+    like: str | os.PathLike | Checkpoint | None = None,
+    format: str | None = None,
+    dtype: Any = None,
+    overwrite: bool = False,
+    record: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint that the stock classes load; the folder appears whole or not at all.
+
+    Args:
+        folder: the target; it must not exist unless `overwrite`, and then the old one stays until
+            the new one is complete.
+        params: Flax-named parameters, or PyTorch-named ones as `read` gives them.
+        cfg: a `PretrainedConfig` or a dict.
+        like: the checkpoint that they came from. Its format is kept, and its tokenizer, processor,
+            model card and other side files travel along; so do PyTorch tensors that the Flax class
+            has no use for (which would be stale if the cut concerned them).
+        format: "flax" (flax_model.msgpack), "flax-safetensors" or "torch" (safetensors with
+            PyTorch names). By default that of `like`; a pickled `.bin` becomes "torch".
+        dtype: floating-point tensors are cast to it; by default they stay as they are.
+        record: plain data for `flaxslim.json` (plan, version, proof). Its "card", if it has one,
+            is the text of the model card's section.
+
+    Weights in shards stay in shards, of at most 5 GB or the largest one of `like`, unless one
+    shard is enough. Returns the folder. Raises `TargetError` and what `read(like)` raises.
+
+    >>> save("smaller", params, cfg, like="bert-base-uncased")  # doctest: +SKIP
+    """
+    source = None if like is None else read(like)
+    kind = _format(format, source, params)
+    leaves = _leaves(params, cfg, kind, source)
+    if dtype is not None:
+        cast = np.dtype(dtype)
+        if not is_floating(cast):
+            raise UnsupportedFormatError(
+                "weights are only cast to a floating-point dtype", seen=cast, mend="leave dtype out"
+            )
+        leaves = {
+            name: Leaf(array=leaf.array, axes=leaf.axes, cast=cast) for name, leaf in leaves.items()
+        }
+    shards = _shards(leaves, _cap(kind, source))
+    side = {} if source is None else _side_files(source.folder)
+    need = sum(leaf.nbytes for leaf in leaves.values()) + 2**20
+    need += sum(path.stat().st_size for path in side.values())
+    target = Path(folder)
+    if source is not None and target.resolve() in source.folder.resolve().parents:
+        raise TargetError(
+            "the source lies inside the target, which would be replaced",
+            path=str(target),
+            seen=str(source.folder),
+            mend="name another folder",
+        )
+    with fresh_folder(target, need=need, overwrite=overwrite) as new:
+        for name, path in side.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, new / name)
+        _write_weights(new, kind, shards)
+        (new / _folder.CONFIG).write_text(_config_text(cfg, dtype), encoding="utf-8")
+        _write_record(new, source, record)
+    return target
+
+
+def write(
+    folder: str | os.PathLike,
+    checkpoint: Checkpoint,
+    *,
+    dtype: Any = None,
+    overwrite: bool = False,
+    record: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a `Checkpoint` in its own format, `params` and `config` replaced or not; see `save`.
+
+    >>> smaller = dataclasses.replace(checkpoint, params=params, config=cfg)  # doctest: +SKIP
+    >>> write("smaller", smaller)  # doctest: +SKIP
+    """
+    return save(
+        folder,
+        checkpoint.params,
+        checkpoint.config,
+        like=checkpoint,
+        dtype=dtype,
+        overwrite=overwrite,
+        record=record,
+    )
+
+
+def _format(format: str | None, source: Checkpoint | None, params: Any) -> str:
+    if format is None:
+        naming = naming_of(flatten(params)) if source is None else source.naming
+        if naming == "torch":
+            return "torch"
+        flax = source is None or source.format == "msgpack"
+        return "flax" if flax else "flax-safetensors"
+    if format not in FORMATS:
+        raise UnsupportedFormatError(
+            "there is no such format to write", seen=repr(format), expected=", ".join(FORMATS)
+        )
+    return format
+
+
+def _leaves(params: Any, cfg: Any, kind: str, source: Checkpoint | None) -> dict[str, Leaf]:
+    """What will be written, by the name that it has in the file."""
+    flat = flatten(params)
+    torch_named = naming_of(flat) == "torch"
+    if kind != "torch":
+        if torch_named:
+            flat = flatten(to_flax(params, cfg))
+        if kind == "flax-safetensors":
+            flat = {_dot(path): leaf for path, leaf in flat.items()}
+        return {name: Leaf(array=_array(leaf)) for name, leaf in flat.items()}
+    if torch_named:
+        return {name: Leaf(array=_array(leaf)) for name, leaf in dotted(params).items()}
+    flat = {path: _array(leaf) for path, leaf in flat.items()}
+    if source is not None and source.naming == "torch":
+        return to_torch_like(flat, dotted(source.params))
+    return to_torch(flat)
+
+
+def _array(leaf: Any) -> Any:
+    return leaf if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else np.asarray(leaf)
+
+
+def _dot(path: str) -> str:
+    if "." in path:
+        raise UnsupportedFormatError(
+            "Flax safetensors join names by dots, and this name has one of its own",
+            path=path,
+            mend='use format="flax" (msgpack)',
+        )
+    return path.replace("/", ".")
+
+
+# --- weights ----------------------------------------------------------------------------------
+
+
+def _cap(kind: str, source: Checkpoint | None) -> int | None:
+    """Bytes that a weight file may have; None if it may have any number."""
+    if kind == "flax-safetensors":
+        return None  # transformers reads no shards of these
+    if source is None:
+        return _SHARD
+    if not source.sharded:
+        # One file stays one file. A conversion is a new choice, made as transformers makes it.
+        return None if _format(None, source, source.params) == kind else _SHARD
+    largest = max((source.folder / name).stat().st_size for name in source.weight_files)
+    return min(_SHARD, largest)
+
+
+def _shards(leaves: Mapping[str, Leaf], cap: int | None) -> list[dict[str, Leaf]]:
+    shards: list[dict[str, Leaf]] = [{}]
+    room = cap
+    for name, leaf in leaves.items():
+        if cap is not None and room is not None:
+            if leaf.nbytes > room and shards[-1]:
+                shards.append({})
+                room = cap
+            room -= leaf.nbytes
+        shards[-1][name] = leaf
+    return shards
+
+
+def _write_weights(folder: Path, kind: str, shards: list[dict[str, Leaf]]) -> None:
+    stem, suffix = ("flax_model", "msgpack") if kind == "flax" else ("model", "safetensors")
+
+    def put(name: str, leaves: dict[str, Leaf]) -> None:
+        write_file: Callable[[BinaryIO, dict[str, Leaf]], None] = _msgpack.write_file
+        if kind != "flax":
+            metadata = {"format": "pt" if kind == "torch" else "flax"}
+            write_file = lambda file, some: _safetensors.write_file(file, some, metadata)  # noqa: E731
+        with (folder / name).open("wb") as file:
+            write_file(file, leaves)
+
+    if len(shards) == 1:
+        put(f"{stem}.{suffix}", shards[0])
+        return
+    weight_map: dict[str, str] = {}
+    for number, leaves in enumerate(shards, start=1):
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
+        put(name, leaves)
+        weight_map.update(dict.fromkeys(leaves, name))
+    total = sum(leaf.nbytes for leaves in shards for leaf in leaves.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / f"{stem}.{suffix}.index.json", index)
+
+
+# --- everything else --------------------------------------------------------------------------
+
+
+def _side_files(folder: Path) -> dict[str, Path]:
+    return {name: _folder.inside(folder, name) for name in _folder.side_files(folder)}
+
+
+def _config_text(cfg: Any, dtype: Any) -> str:
+    if isinstance(cfg, Mapping):
+        values = dict(cfg)
+    else:
+        values = json.loads(cfg.to_json_string())
+        # A plain PretrainedConfig (unknown family) writes its class's model_type, an empty one.
+        values["model_type"] = cfg.model_type
+    if dtype is not None:
+        # "torch_dtype" is the older spelling, which all releases of transformers 4 read.
+        spelled = [key for key in ("dtype", "torch_dtype") if key in values] or ["torch_dtype"]
+        values.update(dict.fromkeys(spelled, np.dtype(dtype).name))
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _write_record(
+    folder: Path, source: Checkpoint | None, record: Mapping[str, Any] | None
+) -> None:
+    card = "" if source is None else _card_of(source.folder)
+    if record is not None:
+        _write_json(folder / _folder.RECORD, dict(record))
+        card = _card.with_section(card, _card.section(record))
+    if card:
+        (folder / _folder.CARD).write_text(card, encoding="utf-8")
+
+
+def _card_of(folder: Path) -> str:
+    path = _folder.inside(folder, _folder.CARD)
+    # A card is for people: a byte that is no UTF-8 must not stand in the way of the weights.
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")

@@ -1,0 +1,418 @@
+"""What is written is what the stock classes load; what fails leaves nothing behind."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import subprocess
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax.core import freeze
+from flax.serialization import to_bytes
+from safetensors import safe_open
+from transformers import BertConfig, FlaxBertModel
+
+from flaxslim import _errors
+from flaxslim._compat import parameter_shapes
+from flaxslim._tree import flatten
+from flaxslim.checkpoint import _atomic, _safetensors, _write, load, read, save, write
+from flaxslim.checkpoint._card import HEADING, with_section
+
+CONFIG = BertConfig(
+    vocab_size=61,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=40,
+    max_position_embeddings=32,
+    architectures=["BertModel"],
+)
+SIDE = {
+    "tokenizer.json": "{}",
+    "vocab.txt": "a",
+    "generation_config.json": "{}",
+    "preprocessor_config.json": "{}",
+    "modules.json": "[]",
+    "1_Pooling/config.json": "{}",
+    "2_Dense/model.safetensors": "weights of the module after the encoder",
+}
+STALE = {
+    "tf_model.h5": "x",
+    "pytorch_model.bin": "x",
+    "rust_model.ot": "x",
+    "onnx/model.onnx": "x",
+    "onnx/config.json": "{}",
+    "training_args.bin": "x",
+    "checkpoint-500/config.json": "{}",
+    ".gitattributes": "x",
+}
+
+
+def _random(config=CONFIG, dtype=np.float32):
+    rng = np.random.default_rng(0)
+
+    def draw(node):
+        if isinstance(node, dict):
+            return {key: draw(child) for key, child in node.items()}
+        return rng.standard_normal(node.shape).astype(dtype)
+
+    return draw(parameter_shapes(FlaxBertModel, config))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return _random()
+
+
+@pytest.fixture
+def source(tmp_path, params):
+    """A Flax folder with side files, stale files and a card."""
+    folder = save(tmp_path / "source", params, CONFIG)
+    for name, text in {**SIDE, **STALE, "README.md": "---\nlicense: mit\n---\n# Model\n"}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def _same(have, want):
+    have, want = flatten(have), flatten(want)
+    assert have.keys() == want.keys()
+    for path in want:
+        assert np.asarray(have[path]).dtype == np.asarray(want[path]).dtype
+        np.testing.assert_array_equal(np.asarray(have[path]), np.asarray(want[path]), path)
+
+
+def _files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- formats ----------------------------------------------------------------------------------
+
+
+def test_msgpack_bytes_are_flaxs_own(tmp_path, params):
+    folder = save(tmp_path / "a", params, CONFIG)
+    in_order = {"a": params["embeddings"], "b": {"s": np.float32(3), "i": np.arange(3)}}
+    nested = save(tmp_path / "b", in_order, CONFIG)
+    assert _files(folder) == {"config.json", "flax_model.msgpack"}
+    written = (nested / "flax_model.msgpack").read_bytes()
+    # `flatten` sorts the names of each level.
+    ordered = {
+        "a": _sorted(params["embeddings"]),
+        "b": {"i": np.arange(3), "s": np.array(3.0, "f")},
+    }
+    assert written == to_bytes(ordered)
+
+
+def _sorted(node):
+    if not isinstance(node, dict):
+        return node
+    return {key: _sorted(node[key]) for key in sorted(node)}
+
+
+def test_safetensors_are_read_by_the_library(tmp_path):
+    tensors = {
+        "a.kernel": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.arange(3, dtype=np.int8),
+        "c.bias": np.ones(5, ml_dtypes.bfloat16),
+        "empty": np.zeros((0, 4), np.float16),
+        "scalar": np.float64(3.5),
+    }
+    folder = save(tmp_path / "a", {"x": tensors["a.kernel"]}, CONFIG, format="flax-safetensors")
+    assert _files(folder) == {"config.json", "model.safetensors"}
+    path = tmp_path / "some.safetensors"
+    leaves = {name: _write.Leaf(array=np.asarray(array)) for name, array in tensors.items()}
+    with path.open("wb") as file:
+        _safetensors.write_file(file, leaves, {"format": "flax"})
+    with safe_open(path, framework="flax") as file:
+        assert file.metadata() == {"format": "flax"}
+        for name, array in tensors.items():
+            if np.asarray(array).dtype != np.float64:  # jax has 64 bits only when asked
+                np.testing.assert_array_equal(file.get_tensor(name), array)
+    again, metadata = _safetensors.read_file(path)
+    assert metadata == {"format": "flax"}
+    assert again.keys() == tensors.keys()
+    for name, array in tensors.items():
+        assert again[name].dtype == np.asarray(array).dtype
+        assert again[name].shape == np.asarray(array).shape
+        np.testing.assert_array_equal(again[name], array)
+
+
+@pytest.mark.parametrize("format", ["flax", "flax-safetensors", "torch"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_every_format_comes_back(tmp_path, format, dtype):
+    params = _random(dtype=dtype)
+    folder = save(tmp_path / "a", params, CONFIG, format=format)
+    _same(load(folder)[0], params)
+    again = save(tmp_path / "b", *load(folder), like=folder)
+    assert _files(again) == _files(folder)
+    _same(load(again)[0], params)
+
+
+def test_the_stock_class_loads_every_format(tmp_path, params):
+    for format in ("flax", "flax-safetensors", "torch"):
+        folder = save(tmp_path / format, freeze(params), CONFIG, format=format)
+        _same(FlaxBertModel.from_pretrained(folder).params, params)
+
+
+def test_shards_stay_shards(tmp_path, params, monkeypatch):
+    monkeypatch.setattr(_write, "_SHARD", 20_000)
+    for format, naming in (("flax", "flax"), ("torch", "torch")):
+        folder = save(tmp_path / format, params, CONFIG, format=format)
+        found = read(folder)
+        assert found.sharded
+        assert found.naming == naming
+        assert len(found.weight_files) > 2
+        assert max((folder / name).stat().st_size for name in found.weight_files) < 25_000
+        again = save(tmp_path / f"{format}2", params, CONFIG, like=folder)
+        assert read(again).sharded
+        _same(load(again)[0], params)
+    _same(FlaxBertModel.from_pretrained(tmp_path / "flax").params, params)
+
+
+def test_pytorch_shards_are_loaded_by_the_pytorch_class(tmp_path, params, monkeypatch):
+    pytest.importorskip("torch")
+    from transformers import BertModel
+
+    monkeypatch.setattr(_write, "_SHARD", 20_000)
+    folder = save(tmp_path / "a", params, CONFIG, format="torch")
+    model, info = BertModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    words = model.embeddings.word_embeddings.weight.detach().numpy()
+    np.testing.assert_array_equal(words, params["embeddings"]["word_embeddings"]["embedding"])
+
+
+def test_a_pytorch_tree_as_read_is_written_as_it_was(tmp_path, params):
+    folder = save(tmp_path / "a", params, CONFIG, format="torch")
+    checkpoint = read(folder)
+    config = BertConfig.from_dict({**CONFIG.to_dict(), "intermediate_size": 39})
+    again = write(tmp_path / "b", dataclasses.replace(checkpoint, config=config))
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert read(again).config.intermediate_size == 39
+    flax = save(tmp_path / "c", checkpoint.params, CONFIG, like=checkpoint, format="flax")
+    _same(load(flax)[0], params)
+
+
+def test_a_dtype_may_be_asked_for(tmp_path, params):
+    folder = save(tmp_path / "a", params, CONFIG, dtype="bfloat16")
+    leaves = flatten(load(folder)[0])
+    assert {leaf.dtype for leaf in leaves.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    with pytest.raises(_errors.UnsupportedFormatError, match="only cast to a floating-point"):
+        save(tmp_path / "b", params, CONFIG, dtype="int8")
+
+
+def test_jax_leaves_are_written(tmp_path):
+    tree = {"dense": {"kernel": jnp.ones((2, 3), jnp.bfloat16), "count": jnp.arange(2)}}
+    folder = save(tmp_path / "a", tree, {"model_type": "homemade", "width": 3})
+    found = read(folder)
+    _same(found.params, tree)
+    assert found.config.width == 3
+    assert found.config.model_type == "homemade"
+    again = save(tmp_path / "b", found.params, found.config, like=found)
+    assert read(again).config.model_type == "homemade"
+
+
+def test_an_unknown_format(tmp_path, params):
+    with pytest.raises(_errors.UnsupportedFormatError, match="no such format to write"):
+        save(tmp_path / "a", params, CONFIG, format="pickle")
+
+
+# --- what travels along -----------------------------------------------------------------------
+
+
+def test_side_files_travel_and_stale_weights_do_not(tmp_path, source, params):
+    record = {"version": "1.0", "plan": {"kept": [1, 2]}}
+    folder = save(tmp_path / "out", params, CONFIG, like=source, record=record)
+    own = {"config.json", "flax_model.msgpack", "README.md", "flaxslim.json"}
+    assert _files(folder) == set(SIDE) | own
+    assert json.loads((folder / "flaxslim.json").read_text()) == record
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n# Model\n\n## What flaxslim cut\n")
+    assert "- version: 1.0" in card
+
+
+def test_no_stale_msgpack_wins_over_new_safetensors(source, params):
+    changed = {
+        **params,
+        "pooler": {"dense": {"kernel": np.eye(32, dtype="f"), "bias": np.ones(32)}},
+    }
+    save(source, changed, CONFIG, like=source, format="torch", overwrite=True)
+    assert not (source / "flax_model.msgpack").exists()
+    _same(load(source)[0], changed)
+
+
+def test_the_section_of_the_card_is_replaced():
+    before = f"# A\n\n```\n{HEADING}\n```\n\n{HEADING}\n\n"
+    old = before + "old\n\n```\n# no heading\n```\n\n### b\n\n## C\n\nx\n"
+    new = with_section(old, "new")
+    assert new == before + "new\n\n## C\n\nx\n"
+    assert with_section(new, "new") == new
+    assert with_section("", "new") == f"{HEADING}\n\nnew\n"
+
+
+def test_a_text_of_the_callers_own_is_put_on_the_card(tmp_path, source, params):
+    save(tmp_path / "out", params, CONFIG, like=source, record={"card": "| a | b |"})
+    assert "| a | b |\n\nThe plan" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_side_file_that_is_a_link_out_is_refused(tmp_path, source, params):
+    (tmp_path / "secret").write_text("x")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(_errors.UnsafePathError, match="a link leads out"):
+        save(tmp_path / "out", params, CONFIG, like=source)
+    assert not (tmp_path / "out").exists()
+
+
+# --- all or nothing ---------------------------------------------------------------------------
+
+
+def _listing(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_existing_target_is_refused(tmp_path, source, params):
+    with pytest.raises(_errors.TargetError, match="the target exists") as caught:
+        save(source, params, CONFIG)
+    assert "--overwrite" in str(caught.value)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(_errors.TargetError, match="the target is a file"):
+        save(tmp_path / "file", params, CONFIG, overwrite=True)
+
+
+def test_something_else_than_a_checkpoint_is_never_replaced(tmp_path, params):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("x")
+    with pytest.raises(_errors.TargetError, match="something else than a checkpoint"):
+        save(tmp_path / "home", params, CONFIG, overwrite=True)
+    assert _listing(tmp_path / "home") == ["thesis.tex"]
+
+
+def test_a_target_around_the_source_is_refused(tmp_path, source, params):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(_errors.TargetError, match="the source lies inside the target"):
+        save(tmp_path, params, CONFIG, like=source, overwrite=True)
+    assert (source / "flax_model.msgpack").is_file()
+
+
+@pytest.mark.parametrize("format", [None, "torch", "flax-safetensors"])
+def test_a_checkpoint_may_be_written_over_itself(tmp_path, source, params, format):
+    for _ in range(2):  # the second time it is read through the mapped file
+        loaded, cfg = load(source)
+        save(source, loaded, cfg, like=source, format=format, overwrite=True)
+    _same(load(source)[0], params)
+    assert set(SIDE) <= _files(source)
+    assert _listing(tmp_path) == ["source"]
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path, source, params):
+    (tmp_path / "link").symlink_to(source)
+    save(tmp_path / "link", params, CONFIG, overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert _files(source) == {"config.json", "flax_model.msgpack"}
+
+
+class _Full:
+    """A file on a disk that runs full after some bytes."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("format", ["flax", "torch"])
+def test_a_disk_that_runs_full_leaves_nothing(
+    tmp_path, source, params, monkeypatch, format, overwrite
+):
+    before = {name: (source / name).read_bytes() for name in _files(source)}
+    module = _write._msgpack if format == "flax" else _write._safetensors
+    stock = module.write_file
+    monkeypatch.setattr(module, "write_file", lambda file, *rest: stock(_Full(file, 9_000), *rest))
+    target = source if overwrite else tmp_path / "deep" / "out"
+    with pytest.raises(_errors.TargetError, match="the disk ran full; nothing was kept") as caught:
+        save(target, params, CONFIG, like=source, format=format, overwrite=overwrite)
+    assert "No space left on device" in str(caught.value)
+    assert _listing(tmp_path) == ["source"]
+    assert {name: (source / name).read_bytes() for name in _files(source)} == before
+
+
+def test_a_small_disk(tmp_path, params):
+    """A real one, where a tmpfs may be mounted; room is checked before anything is written."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        with pytest.raises(_errors.TargetError, match="no room for the checkpoint"):
+            save(disk / "out", params, CONFIG)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_atomic, "_check_room", lambda folder, need: None)
+            with pytest.raises(_errors.TargetError, match="the disk ran full"):
+                save(disk / "out", params, CONFIG)
+        assert _listing(disk) == []
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(_errors.TargetError, match="cannot be written") as caught:
+            save(disk / "out", params, CONFIG)
+        assert "Read-only file system" in str(caught.value)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_read_only_target(tmp_path, params):
+    place = tmp_path / "place"
+    place.mkdir(mode=0o555)
+    if os.access(place, os.W_OK):
+        pytest.skip("this user may write anywhere (root)")
+    with pytest.raises(_errors.TargetError, match="cannot be written"):
+        save(place / "out", params, CONFIG)
+
+
+def test_a_refused_write(tmp_path, params, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(_atomic.Path, "mkdir", refuse)
+    with pytest.raises(_errors.TargetError, match="the target cannot be written"):
+        save(tmp_path / "out", params, CONFIG)
+
+
+def test_too_little_room_is_seen_before(tmp_path, params, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(_atomic.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(_errors.TargetError, match="no room for the checkpoint") as caught:
+        save(tmp_path / "out", params, CONFIG)
+    assert "1.0 kB free" in str(caught.value)
+    assert _listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError])
+def test_the_old_one_comes_back_if_the_swap_fails(tmp_path, source, params, monkeypatch, fault):
+    before = _files(source)
+    stock = _atomic.Path.rename
+
+    def rename(self, target):
+        if self.name.endswith(".new"):
+            raise fault
+        return stock(self, target)
+
+    monkeypatch.setattr(_atomic.Path, "rename", rename)
+    with pytest.raises(_errors.TargetError if fault is OSError else fault):
+        save(source, params, CONFIG, overwrite=True)
+    assert _listing(tmp_path) == ["source"]
+    assert _files(source) == before
+
+
+def test_a_record_that_is_no_json_leaves_nothing(tmp_path, params):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save(tmp_path / "out", params, CONFIG, record={"plan": object()})
+    assert _listing(tmp_path) == []

@@ -1,0 +1,216 @@
+"""Sizes in any config object: read, resized as a new object of the same kind."""
+
+import collections
+import copy
+import dataclasses
+import types
+from typing import Any
+
+import pytest
+from flax.core import FrozenDict
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import quick
+from transformers import BertConfig, CLIPConfig, GPT2Config
+
+from flaxslim import _config
+from flaxslim._config import Width
+from flaxslim._errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    hidden: int = 4
+    other: str = "x"
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    hidden: int = 8
+    inner: Any = Inner()
+
+
+@dataclasses.dataclass
+class Plain:
+    hidden: int = 8
+    inner: Any = dataclasses.field(default_factory=Inner)
+
+
+class ConfigDict(dict):
+    """What matters of `ml_collections.ConfigDict`: attributes, locked, its own constructor."""
+
+    def __init__(self, values: dict[str, Any], *, locked: bool):
+        super().__init__(values)
+        self.__dict__["locked"] = locked
+
+    def unlock(self) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.locked and name not in self:
+            raise AttributeError(f"{name} is not in the locked config")
+        self[name] = value
+
+    def __deepcopy__(self, memo: Any) -> "ConfigDict":
+        return ConfigDict({k: copy.deepcopy(v, memo) for k, v in self.items()}, locked=self.locked)
+
+
+class Attributes:
+    def __init__(self):
+        self.hidden, self.inner = 8, types.SimpleNamespace(hidden=4, other="x")
+
+
+def _plain_data(cfg: Any) -> Any:
+    if isinstance(cfg, dict | FrozenDict):
+        return {k: _plain_data(v) for k, v in cfg.items()}
+    if hasattr(cfg, "to_dict"):
+        return cfg.to_dict()
+    if dataclasses.is_dataclass(cfg) or hasattr(cfg, "__dict__"):
+        return {k: _plain_data(v) for k, v in vars(cfg).items()}
+    return cfg
+
+
+CONFIGS = {
+    "dict": lambda: {"hidden": 8, "inner": {"hidden": 4, "other": "x"}},
+    "FrozenDict": lambda: FrozenDict({"hidden": 8, "inner": {"hidden": 4, "other": "x"}}),
+    "OrderedDict": lambda: collections.OrderedDict(hidden=8, inner={"hidden": 4, "other": "x"}),
+    "defaultdict": lambda: collections.defaultdict(
+        list, hidden=8, inner={"hidden": 4, "other": "x"}
+    ),
+    "frozen dataclass": Frozen,
+    "dataclass": Plain,
+    "ConfigDict": lambda: ConfigDict(
+        {"hidden": 8, "inner": ConfigDict({"hidden": 4, "other": "x"}, locked=True)}, locked=True
+    ),
+    "SimpleNamespace": lambda: types.SimpleNamespace(hidden=8, inner=Inner()),
+    "object": Attributes,
+}
+
+
+@pytest.mark.parametrize("make", CONFIGS.values(), ids=CONFIGS)
+def test_a_new_config_of_the_same_kind_comes_back(make):
+    cfg, before = make(), _plain_data(make())
+    assert _config.read(cfg, "hidden") == 8
+    assert _config.read(cfg, "inner.hidden") == 4
+    new = _config.replace(cfg, {"hidden": 3, "inner.hidden": 2})
+    assert new is not cfg
+    assert type(new) is type(cfg)
+    assert _config.read(new, "hidden") == 3
+    assert _config.read(new, "inner.hidden") == 2
+    assert _config.read(new, "inner.other") == "x"
+    assert type(_config.read(new, "inner")) is type(_config.read(cfg, "inner"))
+    assert _plain_data(cfg) == before
+
+
+def test_pretrained_config():
+    cfg = BertConfig(intermediate_size=64, hidden_size=16)
+    new = _config.replace(cfg, {"intermediate_size": 7})
+    assert type(new) is BertConfig
+    assert (cfg.intermediate_size, new.intermediate_size) == (64, 7)
+    assert {**new.to_dict(), "intermediate_size": 64} == cfg.to_dict()
+
+
+def test_nested_pretrained_config():
+    cfg = CLIPConfig(text_config={"intermediate_size": 64}, vision_config={"intermediate_size": 32})
+    new = _config.replace(cfg, {"text_config.intermediate_size": 7})
+    assert type(new) is CLIPConfig
+    assert type(new.text_config) is type(cfg.text_config)
+    assert (cfg.text_config.intermediate_size, new.text_config.intermediate_size) == (64, 7)
+    assert new.vision_config.intermediate_size == 32
+    assert new.to_dict()["text_config"]["intermediate_size"] == 7
+
+
+def test_none_is_written_as_a_number():
+    cfg = GPT2Config(n_embd=8)
+    width = Width(expression="n_inner or 4*n_embd")
+    assert cfg.n_inner is None
+    assert width.read(cfg) == 32
+    new = _config.replace(cfg, width.write(cfg, 5))
+    assert (cfg.n_inner, new.n_inner) == (None, 5)
+    assert width.read(new) == 5
+
+
+@pytest.mark.parametrize(
+    ("expression", "cfg", "width", "step", "key"),
+    [
+        ("d_ff", {"d_ff": 8}, 8, 1, "d_ff"),
+        ("n_inner or 4*n_embd", {"n_inner": 9, "n_embd": 3}, 9, 1, "n_inner"),
+        ("n_inner or 4*n_embd", {"n_inner": None, "n_embd": 3}, 12, 1, "n_inner"),
+        ("ratio*hidden", {"ratio": 4, "hidden": 6}, 24, 6, "ratio"),
+        ("swiglu(ratio*hidden)", {"ratio": 4, "hidden": 32}, 88, 8, "ratio"),
+        ("4*hidden", {"hidden": 6}, 24, 6, None),
+    ],
+)
+def test_widths(expression, cfg, width, step, key):
+    w = Width(expression=expression)
+    assert (w.read(cfg), w.step(cfg), w.key) == (width, step, key)
+    inside = Width(expression=expression, prefix="part.")
+    assert inside.read({"part": cfg}) == width
+    assert inside.key == (key and f"part.{key}")
+
+
+@quick
+@given(st.integers(1, 6144).map(lambda n: 8 * n), st.integers(1, 4096))
+def test_a_swiglu_width_that_is_written_is_read_again(width, hidden):
+    w, cfg = Width(expression="swiglu(mlp_ratio*hidden_size)"), {"hidden_size": hidden}
+    assert w.read(_config.replace(cfg, w.write(cfg, width))) == width
+
+
+@quick
+@given(st.integers(1, 10), st.integers(1, 4096))
+def test_a_factor_is_written_as_a_whole_number(ratio, hidden):
+    # The Flax class of DINOv2 does not accept 3.0 for 3.
+    w, cfg = Width(expression="mlp_ratio*hidden_size"), {"hidden_size": hidden}
+    values = w.write(cfg, ratio * hidden)
+    assert values == {"mlp_ratio": ratio}
+    assert isinstance(values["mlp_ratio"], int)
+
+
+@pytest.mark.parametrize("expression", ["", "a b", "a+b", "4", "or 4*a", "swiglu(a", "a*b*c"])
+def test_a_width_that_cannot_be_read_is_refused(expression):
+    if expression == "4":
+        pytest.skip("a bare number is a width that no config can say; harmless")
+    with pytest.raises(ConfigError, match="cannot read the width"):
+        Width(expression=expression)
+
+
+@pytest.mark.parametrize("value", [None, "64", True, [64]])
+def test_a_width_that_is_no_number_is_refused(value):
+    with pytest.raises(ConfigError, match="is not a number") as caught:
+        Width(expression="d_ff").read({"d_ff": value})
+    assert "d_ff" in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("cfg", [{"intermediate_sise": 64}, BertConfig()])
+def test_an_absent_key_names_the_nearest(cfg):
+    with pytest.raises(ConfigError, match="no key 'intermediate_sizes'") as caught:
+        _config.read(cfg, "intermediate_sizes")
+    assert "intermediate_si" in str(caught.value).split("nearest:")[1]
+
+
+def test_an_absent_nested_key_says_where():
+    with pytest.raises(ConfigError, match=r"no key 'text_config\.d_ff'") as caught:
+        _config.read({"text_config": {"dff": 1}}, "text_config.d_ff")
+    assert caught.value.path == "text_config"
+    assert caught.value.near == ("dff",)
+
+
+def test_no_config_at_all():
+    with pytest.raises(ConfigError, match="no key 'd_ff'"):
+        _config.read(None, "d_ff")
+
+
+@pytest.mark.parametrize("cfg", [None, {}, {"model_type": ""}, {"model_type": 3}, object()])
+def test_a_config_without_a_model_type(cfg):
+    assert _config.model_type(cfg) is None
+
+
+def test_model_type():
+    assert _config.model_type(BertConfig()) == "bert"
+    assert _config.model_type({"model_type": "bert"}) == "bert"
