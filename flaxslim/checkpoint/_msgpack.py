@@ -55,7 +55,7 @@ def write_file(file: BinaryIO, leaves: Mapping[str, Leaf]) -> None:
     import msgpack
     from flax.serialization import msgpack_serialize
 
-    packer = msgpack.Packer()
+    packer: Any = msgpack.Packer()
 
     def write(node: Any) -> None:
         if isinstance(node, Leaf):
@@ -63,7 +63,7 @@ def write_file(file: BinaryIO, leaves: Mapping[str, Leaf]) -> None:
             return
         file.write(packer.pack_map_header(len(node)))
         for key, child in node.items():
-            file.write(msgpack.packb(key))
+            file.write(packer.pack(key))
             write(child)
 
     write(nest(leaves, "/"))

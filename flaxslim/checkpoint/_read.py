@@ -143,9 +143,9 @@ def read_config(folder: Path) -> Any:
         )
     values = _folder.read_json(path)
     kind = values.get("model_type")
-    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    cls = CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
     try:
-        return (CONFIG_MAPPING[kind] if known else PretrainedConfig).from_dict(values)
+        return (cls or PretrainedConfig).from_dict(values)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CorruptFileError(
             "transformers cannot make a config of this file",

@@ -1,8 +1,10 @@
 """The safetensors file format, memory-mapped in and streamed out.
 
-A file is eight bytes of little-endian header length, a JSON header (name -> dtype, shape, byte
-offsets), and the data (https://github.com/huggingface/safetensors#format). Read here rather than
-by the library, because its numpy reader copies every tensor, and older releases refuse bfloat16.
+The library judges a file and gives its metadata. The tensors are views of the mapped file and are
+written one at a time, which the library's numpy functions do not do: they copy every tensor, want
+all of them in memory to write, and do not know the 8-bit floats. The format is eight bytes of
+little-endian header length, a JSON header (name -> dtype, shape, byte offsets), and the data
+(https://github.com/huggingface/safetensors#format).
 """
 
 import json
@@ -42,61 +44,44 @@ _DTYPES: dict[str, np.dtype] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def _corrupt(path: Path, problem: str, seen: object = None) -> CorruptFileError:
-    return CorruptFileError(
-        f"not a whole safetensors file: {problem}",
-        path=str(path),
-        seen=seen,
-        mend="download or copy the file again",
-    )
+def _validate(path: Path) -> dict[str, str]:
+    """Let the library judge the header (sizes, overlaps, holes); returns the metadata."""
+    from safetensors import SafetensorError, safe_open
 
-
-def _header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if start == b"version ":
-        raise CorruptFileError(
-            "a Git LFS pointer lies where the weights should be",
-            path=str(path),
-            mend="run `git lfs pull` in that folder",
-        )
-    if size < 8 or length > size - 8:
-        raise _corrupt(path, "truncated in its header", f"{size} bytes")
     try:
-        header = json.loads(file.read(length))
-    except ValueError:
-        raise _corrupt(path, "its header is not JSON") from None
-    if not isinstance(header, dict):
-        raise _corrupt(path, "its header is not a JSON object")
-    return header, 8 + length
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        with path.open("rb") as raw:
+            if raw.read(8) == b"version ":
+                raise CorruptFileError(
+                    "a Git LFS pointer lies where the weights should be",
+                    path=str(path),
+                    mend="run `git lfs pull` in that folder",
+                ) from None
+        raise CorruptFileError(
+            f"not a whole safetensors file: {error}",
+            path=str(path),
+            seen=f"{path.stat().st_size} bytes",
+            mend="download or copy the file again",
+        ) from None
 
 
 def _view(path: Path, data: mmap.mmap, start: int, name: str, entry: Any) -> np.ndarray:
-    try:
-        kind, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError):
-        raise _corrupt(path, f"the entry of {name!r} is malformed", entry) from None
-    dtype = _DTYPES.get(kind)
+    dtype = _DTYPES.get(entry["dtype"])
     if dtype is None:
         raise UnsupportedFormatError(
             "a tensor has a dtype that is not read",
             path=f"{path}: {name}",
-            seen=kind,
+            seen=entry["dtype"],
             expected=", ".join(_DTYPES),
         )
-    if min((begin, *shape), default=0) < 0:
-        raise _corrupt(path, f"the entry of {name!r} is malformed", entry)
-    count = int(np.prod(shape, dtype=object)) if shape else 1
-    if end - begin != count * dtype.itemsize:
-        raise _corrupt(path, f"the size of {name!r} contradicts its shape", entry)
-    if start + end > len(data):
-        raise _corrupt(
-            path, "truncated in its data", f"{len(data)} bytes, but {name!r} ends at {start + end}"
-        )
+    shape = tuple(entry["shape"])
+    count = int(np.prod(shape, dtype=np.int64))
     if count == 0:
         return np.empty(shape, dtype)
-    array = np.frombuffer(data, dtype, count, start + begin).reshape(shape)
+    offset = start + entry["data_offsets"][0]
+    array = np.frombuffer(data, dtype, count, offset).reshape(shape)
     return array if array.flags.aligned else array.copy()
 
 
@@ -105,11 +90,13 @@ def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
     Raises `CorruptFileError` if the file is truncated or is something else.
     """
+    metadata = _validate(path)
     with path.open("rb") as file:
-        size = path.stat().st_size
-        header, start = _header(path, file, size)
-        metadata = header.pop("__metadata__", None) or {}
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    header.pop("__metadata__", None)
+    start = 8 + length
     tensors = {name: _view(path, data, start, name, entry) for name, entry in header.items()}
     return tensors, metadata
 

@@ -14,6 +14,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 from huggingface_hub import file_download
+from huggingface_hub.utils._http import reset_sessions
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import BertConfig, FlaxBertModel
 
 from flaxslim import _errors
@@ -173,7 +175,7 @@ def _point(monkeypatch, url, cache):
     monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
-    huggingface_hub.utils.disable_progress_bars()
+    disable_progress_bars()
 
 
 @pytest.fixture
@@ -182,11 +184,11 @@ def offline(monkeypatch):
 
     def switch():
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        huggingface_hub.utils.reset_sessions()
+        reset_sessions()
 
     yield switch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    huggingface_hub.utils.reset_sessions()
+    reset_sessions()
 
 
 def _same(have, want):

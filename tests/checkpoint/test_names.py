@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,10 +18,10 @@ from flaxslim._tree import flatten
 from flaxslim.checkpoint import load, read, save, to_flax
 from flaxslim.checkpoint._names import dotted, table, to_torch
 
-_TEXT = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-_BERT = {**_TEXT, "intermediate_size": 40, "max_position_embeddings": 32}
-_LLAMA = {**_BERT, "num_key_value_heads": 2}
-_SEQ2SEQ = {
+_TEXT: Any = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_BERT: Any = {**_TEXT, "intermediate_size": 40, "max_position_embeddings": 32}
+_LLAMA: Any = {**_BERT, "num_key_value_heads": 2}
+_SEQ2SEQ: Any = {
     "vocab_size": 61,
     "d_model": 32,
     "encoder_layers": 2,
@@ -36,7 +37,7 @@ _SEQ2SEQ = {
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
 }
-_IMAGE = {
+_IMAGE: Any = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -44,7 +45,7 @@ _IMAGE = {
     "image_size": 16,
     "patch_size": 8,
 }
-_T5 = {
+_T5: Any = {
     "vocab_size": 61,
     "d_model": 32,
     "d_kv": 8,
@@ -53,7 +54,7 @@ _T5 = {
     "num_heads": 4,
     "decoder_start_token_id": 0,
 }
-_CLIP = {"projection_dim": 24}
+_CLIP: Any = {"projection_dim": 24}
 
 
 def _encoder_decoder():
@@ -187,7 +188,8 @@ def test_the_flax_names_are_those_that_transformers_gives(name, tmp_path):
 
 def test_the_stock_class_has_the_same_parameters_after_from_pretrained(tmp_path):
     _torch_model("BertModel").save_pretrained(tmp_path)
-    _same(load(tmp_path)[0], tf.FlaxBertModel.from_pretrained(tmp_path).params)
+    model: Any = tf.FlaxBertModel.from_pretrained(tmp_path)
+    _same(load(tmp_path)[0], model.params)
 
 
 def test_a_head_that_the_config_ties_is_the_embedding(tmp_path):

@@ -258,36 +258,33 @@ def test_a_msgpack_of_something_else(folder):
         read(folder)
 
 
-@pytest.mark.parametrize(
-    ("keep", "where"), [(0, "header"), (7, "header"), (100, "header"), (-1, "data")]
-)
-def test_a_truncated_safetensors(torch_folder, keep, where):
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_a_truncated_safetensors(torch_folder, keep):
     path = torch_folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(_errors.CorruptFileError, match=f"truncated in its {where}"):
+    with pytest.raises(_errors.CorruptFileError, match="not a whole safetensors file") as error:
         read(torch_folder)
+    assert str(path) in str(error.value)
+    assert "download or copy the file again" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("header", "message"),
+    "header",
     [
-        (b"not json", "its header is not JSON"),
-        (b"[1, 2]", "not a JSON object"),
-        (b'{"a": {"dtype": "F32"}}', "the entry of 'a' is malformed"),
-        (
-            b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}',
-            "the size of 'a' contradicts its shape",
-        ),
-        (
-            b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}',
-            "the entry of 'a' is malformed",
-        ),
+        b"not json",
+        b"[1, 2]",
+        b'{"a": {"dtype": "F32"}}',
+        b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}',
+        # The data of one tensor inside of another's.
+        b'{"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]},'
+        b'"b": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}',
     ],
 )
-def test_a_broken_safetensors_header(torch_folder, header, message):
+def test_a_broken_safetensors_header(torch_folder, header):
     path = torch_folder / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 64)
-    with pytest.raises(_errors.CorruptFileError, match=message):
+    with pytest.raises(_errors.CorruptFileError, match="not a whole safetensors file"):
         read(torch_folder)
 
 

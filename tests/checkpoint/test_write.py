@@ -2,10 +2,12 @@
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
 import subprocess
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -86,6 +88,10 @@ def _same(have, want):
         np.testing.assert_array_equal(np.asarray(have[path]), np.asarray(want[path]), path)
 
 
+def _stock(folder) -> Any:
+    return FlaxBertModel.from_pretrained(folder)
+
+
 def _files(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
@@ -155,7 +161,7 @@ def test_every_format_comes_back(tmp_path, format, dtype):
 def test_the_stock_class_loads_every_format(tmp_path, params):
     for format in ("flax", "flax-safetensors", "torch"):
         folder = save(tmp_path / format, freeze(params), CONFIG, format=format)
-        _same(FlaxBertModel.from_pretrained(folder).params, params)
+        _same(_stock(folder).params, params)
 
 
 def test_shards_stay_shards(tmp_path, params, monkeypatch):
@@ -170,7 +176,7 @@ def test_shards_stay_shards(tmp_path, params, monkeypatch):
         again = save(tmp_path / f"{format}2", params, CONFIG, like=folder)
         assert read(again).sharded
         _same(load(again)[0], params)
-    _same(FlaxBertModel.from_pretrained(tmp_path / "flax").params, params)
+    _same(_stock(tmp_path / "flax").params, params)
 
 
 def test_pytorch_shards_are_loaded_by_the_pytorch_class(tmp_path, params, monkeypatch):
@@ -179,7 +185,8 @@ def test_pytorch_shards_are_loaded_by_the_pytorch_class(tmp_path, params, monkey
 
     monkeypatch.setattr(_write, "_SHARD", 20_000)
     folder = save(tmp_path / "a", params, CONFIG, format="torch")
-    model, info = BertModel.from_pretrained(folder, output_loading_info=True)
+    cls: Any = BertModel
+    model, info = cls.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     words = model.embeddings.word_embeddings.weight.detach().numpy()
     np.testing.assert_array_equal(words, params["embeddings"]["word_embeddings"]["embedding"])
@@ -315,10 +322,11 @@ def test_a_link_to_a_folder_is_followed(tmp_path, source, params):
     assert _files(source) == {"config.json", "flax_model.msgpack"}
 
 
-class _Full:
+class _Full(io.BytesIO):
     """A file on a disk that runs full after some bytes."""
 
     def __init__(self, file, room):
+        super().__init__()
         self.file, self.room = file, room
 
     def write(self, data):
