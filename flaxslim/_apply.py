@@ -33,6 +33,7 @@ def apply(plan: Plan, tree: Any) -> Any:
     for cut in plan.cuts:
         for tensor in cut.site.tensors:
             _check(tensor, leaves)
+        _check_biases(cut, leaves)
     # All folds come before all cuts: a second layer may be the first of another pair.
     new: dict[str, Any] = {}
     for cut in plan.cuts:
@@ -41,7 +42,7 @@ def apply(plan: Plan, tree: Any) -> Any:
             new[bias.path] = _folded(cut, leaves[cut.site.second.path], old)
     for cut in plan.cuts:
         if cut.removed:
-            keep = np.asarray(cut.keep)
+            keep = np.asarray(cut.keep, int)
             for tensor in cut.site.cut:
                 leaf = new.get(tensor.path, leaves[tensor.path])
                 new[tensor.path] = tensor.axes.take(leaf, cut.site.pair.axis, keep)
@@ -52,7 +53,20 @@ def apply(plan: Plan, tree: Any) -> Any:
 
 
 def resized(plan: Plan, cfg: Any) -> Any:
-    """The config with the widths of the plan; the same object if none changes."""
+    """The config with the widths of the plan; the same object if none changes.
+
+    Raises `PlanError` if the config does not say the widths that the plan was made for.
+    """
+    for cut in plan.cuts:
+        width = cut.site.pair.width_expression
+        if width is not None and (said := width.read(cfg)) != cut.site.size:
+            raise PlanError(
+                "the plan is for a config with another width",
+                path=str(width),
+                seen=said,
+                expected=cut.site.size,
+                mend="pass the config that belongs to these parameters, or make a new plan",
+            )
     values = {key: value for resize in plan.resizes for key, value in resize.values.items()}
     return _config.replace(cfg, values) if values else cfg
 
@@ -75,6 +89,18 @@ def _check(tensor: Tensor, leaves: dict[str, Any]) -> None:
             expected=f'{tensor.shape} by pattern "{tensor.axes}"',
             mend="make a new plan for this tree",
         )
+
+
+def _check_biases(cut: Cut, leaves: dict[str, Any]) -> None:
+    pair = cut.site.pair
+    for tensor, known in zip(cut.site.first, cut.site.first_biases, strict=True):
+        path = f"{tensor.path.removesuffix(f'/{pair.kernel}')}/{pair.bias}"
+        if known is None and path in leaves:
+            raise PlanError(
+                "the tree has a bias that the plan does not know",
+                path=path,
+                mend="make a new plan for this tree",
+            )
 
 
 def _folded(cut: Cut, second: Any, bias: Any) -> Any:

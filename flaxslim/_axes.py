@@ -46,7 +46,7 @@ def _parse(pattern: str) -> tuple[Dimension, ...]:
         raise AxisPatternError("unbalanced parentheses in an axis pattern", seen=repr(pattern))
     for group, single in _TOKEN.findall(pattern):
         factors: list[str | int] = []
-        for token in (group.split() if group else [single]):
+        for token in group.split() if group else [single]:
             if token.isdigit() and int(token) > 0:
                 factors.append(int(token))
             elif _NAME.fullmatch(token):

@@ -8,8 +8,8 @@ import functools
 import importlib
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -91,28 +91,6 @@ def clip_compat() -> Iterator[None]:
                 _stock.clear()
 
 
-def _inside(*contexts: Callable[[], AbstractContextManager[Any]]) -> Callable[[Any], Any]:
-    """A decorator: the method runs inside of these contexts."""
-
-    def decorate(method: Any) -> Any:
-        @functools.wraps(method)
-        def inside(*args: Any, **kwargs: Any) -> Any:
-            with ExitStack() as stack:
-                for context in contexts:
-                    stack.enter_context(context())
-                return method(*args, **kwargs)
-
-        return inside
-
-    return decorate
-
-
-def _ranks_promoted() -> AbstractContextManager[Any]:
-    # Stock classes add biases to higher ranks; a user who forbids that in their own code
-    # may still run them.
-    return jax.numpy_rank_promotion("allow")
-
-
 def _with_train(method: Any) -> Any:
     """OPT asks for `deterministic` where all other classes ask for `train`."""
 
@@ -127,12 +105,15 @@ def _with_train(method: Any) -> Any:
 def _repaired(cls: type) -> type:
     """A subclass of `cls` that runs here, and is called like all others."""
     clips = any(base.__module__ in _CLIPPING for base in cls.__mro__)
-    inside = _inside(_ranks_promoted, *([clip_compat] if clips else []))
     names = ("__init__", "__call__", "init_weights", "init_cache", "encode", "decode")
-    body = {name: inside(getattr(cls, name)) for name in names if hasattr(cls, name)}
+    body: dict[str, Any] = {}
+    if clips:
+        body = {name: clip_compat()(getattr(cls, name)) for name in names if hasattr(cls, name)}
     call = inspect.signature(cls.__call__).parameters
     if "deterministic" in call and "train" not in call:
-        body["__call__"] = _with_train(body["__call__"])
+        body["__call__"] = _with_train(cls.__call__)
+    if not body:
+        return cls
     return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__})
 
 
@@ -169,9 +150,9 @@ def shell(cls: type, cfg: Any, dtype: Any = None) -> Any:
 
     `instance(**inputs, params=params, train=False)` runs, under `jax.jit` as well;
     `instance.params_shape_tree` has the shapes; `instance.params` raises. `dtype` is the one of
-    the computation (float32 unless given). T5-like classes are run in `clip_compat`, ranks
-    are promoted whatever `jax_numpy_rank_promotion` says, and OPT takes `train` too. Unlike
-    `_do_init=False`, this works for the composite classes, which refuse that argument.
+    the computation (float32 unless given). T5-like classes are run in `clip_compat`, and OPT
+    takes `train` too. Unlike `_do_init=False`, this works for the composite classes, which refuse
+    that argument.
     Raises whatever the class raises for a config that it cannot run.
 
     >>> from transformers import BertConfig, FlaxBertModel

@@ -16,7 +16,7 @@ A *width* is a short expression over config keys, because not every family has a
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from flaxslim._errors import ConfigError, nearest
@@ -87,8 +87,12 @@ def replace(cfg: Any, values: Mapping[str, Any]) -> Any:
 def _with(cfg: Any, name: str, value: Any) -> Any:
     if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
         return dataclasses.replace(cfg, **{name: value})
+    if isinstance(cfg, MutableMapping) and not hasattr(cfg, "unlock"):
+        # dict and its subclasses; a ConfigDict has `unlock` and is copied below.
+        new = copy.copy(cfg)
+        new[name] = value
+        return new
     if isinstance(cfg, Mapping) and not hasattr(cfg, "unlock"):
-        # dict, FrozenDict and the like; a ConfigDict has `unlock` and is copied below.
         return type(cfg)({**cfg, name: value})  # pyright: ignore[reportCallIssue]
     new = copy.deepcopy(cfg)
     setattr(new, name, value)

@@ -13,7 +13,7 @@ from flaxslim._axes import Axes
 from flaxslim._dead import RULES, Marks, mark
 from flaxslim._errors import ConfigError, PlanError, SiteShapeError, WidthError
 from flaxslim._spec import Site, Spec, Tensor
-from flaxslim._tree import flatten, parts
+from flaxslim._tree import flatten
 from flaxslim.specs import spec_for
 
 _JSON_VERSION = 1
@@ -37,6 +37,17 @@ class Cut:
     dead: int
     rules: Mapping[str, int]
     folds: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        # A device gather clips an index that is out of range, and would say nothing.
+        keep = np.asarray(self.keep, int)
+        if (np.diff(keep, prepend=-1, append=self.site.size) <= 0).any():
+            raise PlanError(
+                "the channels that stay are not ascending indices of a site",
+                path=self.site.root,
+                seen=str(self.keep) if len(self.keep) <= 16 else f"{len(self.keep)} of them",
+                expected=f"indices from 0 to {self.site.size - 1}, each once",
+            )
 
     @property
     def removed(self) -> int:
@@ -85,10 +96,11 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Whether every channel that goes is dead by one of the exact rules."""
-        return not any(cut.rules.get("threshold") and cut.removed for cut in self.cuts)
+        # Those that only the threshold gave up stay first where a width is filled up.
+        return all(cut.removed <= cut.dead - cut.rules.get("threshold", 0) for cut in self.cuts)
 
     def __str__(self) -> str:
-        rows = [("site", "channels", "dead", "kept", "by rule")]
+        rows: list[tuple[Any, ...]] = [("site", "channels", "dead", "kept", "by rule")]
         for cut in self.cuts:
             by = ", ".join(f"({name}) {count}" for name, count in cut.rules.items() if count)
             rows.append((cut.site.root, cut.site.size, cut.dead, len(cut.keep), by))
@@ -175,7 +187,7 @@ class Plan:
                     for cut in data["cuts"]
                 ),
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, PlanError):
                 raise
             raise PlanError(
@@ -218,7 +230,7 @@ def plan(
       cfg: the config that holds the widths; may be None if no pair of the spec has a width key.
       spec: where the pairs are; found by `cfg.model_type` if left out.
       width: "uniform": one width for each config key, the largest that any layer needs, filled
-        up with dead channels, lowest index first.
+        up with dead channels, lowest index first (those of the threshold before the exact ones).
       multiple_of: round each width up to a multiple of this (128 suits most accelerators).
       threshold: also give up channels whose second row has at most this L2 norm, relative to
         the largest row norm of the layer. 0.0 is exact; anything above is approximate.
@@ -239,11 +251,11 @@ def plan(
     sites, unmatched = spec.bind(params)
     groups = _groups(sites, cfg)
     leaves = flatten(params)
-    pending = [
-        mark(site, leaves, activation(site.pair.activation, cfg, site.pair.config), threshold)
-        for site in sites
-    ]
-    marks = dict(zip(sites, (finish() for finish in pending), strict=True))
+
+    marks = {}
+    for site in sites:
+        act = activation(site.pair.activation, cfg, site.pair.config)
+        marks[site] = mark(site, leaves, act, threshold)
 
     cuts: dict[Site, Cut] = {}
     resizes: list[Resize] = []
@@ -298,7 +310,7 @@ def _groups(sites: Sequence[Site], cfg: Any) -> list[list[Site]]:
     for site in sites:
         expression = site.pair.width_expression
         # Without a key nothing says which sites must agree: those of one pair and size do.
-        key = str(expression) if expression else (site.pair, site.size)
+        key = (expression.key or str(expression)) if expression else (site.pair, site.size)
         groups.setdefault(key, []).append(site)
     for key, members in groups.items():
         odd = next((site for site in members if site.size != members[0].size), None)
@@ -348,15 +360,16 @@ def _target(
 
 def _cut(site: Site, marks: Marks, target: int) -> Cut:
     keep = ~marks.dead
-    keep[np.flatnonzero(marks.dead)[: target - int(keep.sum())]] = True
-    gone = np.flatnonzero(~keep)
-    folds = [(int(j), float(marks.constants[j])) for j in gone if marks.constants[j] != 0]
+    # Filling is free of loss if it takes the weak first: a dead channel is missed by nobody.
+    filling = [*np.flatnonzero(marks.weak), *np.flatnonzero(marks.dead & ~marks.weak)]
+    keep[filling[: target - int(keep.sum())]] = True
+    folded = np.flatnonzero(~keep & (marks.constants != 0))
     return Cut(
         site=site,
         keep=tuple(np.flatnonzero(keep).tolist()),
         dead=int(marks.dead.sum()),
         rules={name: count for name, count in marks.rules.items() if count},
-        folds=tuple(folds),
+        folds=tuple(zip(folded.tolist(), marks.constants[folded].tolist(), strict=True)),
     )
 
 
@@ -370,19 +383,22 @@ def _notes(sites: Sequence[Site], cfg: Any, leaves: Mapping[str, Any]) -> list[s
                 f"the activation of {pair.at or pair.second} is unknown ({name or 'not given'}): "
                 f"of the rules {', '.join(f'({r})' for r in RULES)} only {rules} were used"
             )
+    return notes + _neighbours(sites, leaves)
+
+
+def _neighbours(sites: Sequence[Site], leaves: Mapping[str, Any]) -> list[str]:
+    """Notes on tensors beside a kernel that is cut that might need the same cut (LoRA matrices)."""
     known = {t.path for site in sites for t in site.tensors}
-    for site in sites:
-        for t in site.cut:
-            folder = parts(t.path)[:-1]
-            beside = [
-                path
-                for path, leaf in leaves.items()
-                if parts(path)[:-1] == folder and path not in known
-                if len(t.shape) > 1 and site.size in getattr(leaf, "shape", ())
-            ]
-            notes += [
-                f"{path} stands beside a tensor that is cut, and may have an axis of the same "
-                f"{site.size} channels; the spec does not name it, so it stays as it is"
-                for path in beside
-            ]
-    return notes
+    others: dict[str, list[str]] = {}
+    for path in leaves:
+        if path not in known:
+            others.setdefault(path.rpartition("/")[0], []).append(path)
+    return [
+        f"{path} stands beside {t.path} and may have an axis of the same {site.size} channels; "
+        "the spec does not name it, so it stays as it is"
+        for site in sites
+        for t in site.cut
+        if len(t.shape) > 1
+        for path in others.get(t.path.rpartition("/")[0], ())
+        if site.size in getattr(leaves[path], "shape", ())
+    ]

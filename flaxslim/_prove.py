@@ -145,15 +145,22 @@ class _Run:
         return self._call(self.params if params is None else params, self._arrays)
 
     def flops(self) -> float | None:
-        """By XLA's cost analysis of the lowered function; None where there is none."""
-        try:
-            costs: Any = self._call.lower(self.params, self._arrays).cost_analysis()
-        except (NotImplementedError, RuntimeError, TypeError):  # a backend without one
-            return None
-        if isinstance(costs, list | tuple):  # older releases: one for each device
-            costs = costs[0] if costs else None
-        flops = costs.get("flops") if isinstance(costs, Mapping) else None
-        return float(flops) if flops is not None and flops >= 0 else None
+        return flops(self._call, self.params, self._arrays)
+
+
+def flops(function: Any, *arguments: Any) -> float | None:
+    """By XLA's cost analysis of the lowered function; None where there is none.
+
+    Nothing is compiled or run, so the arguments may be shapes (`jax.ShapeDtypeStruct`).
+    """
+    try:
+        costs: Any = jax.jit(function).lower(*arguments).cost_analysis()
+    except (NotImplementedError, RuntimeError, TypeError):  # a backend without one
+        return None
+    if isinstance(costs, list | tuple):  # older releases: one for each device
+        costs = costs[0] if costs else None
+    count = costs.get("flops") if isinstance(costs, Mapping) else None
+    return float(count) if count is not None and count >= 0 else None
 
 
 # --- what is run ------------------------------------------------------------------------------

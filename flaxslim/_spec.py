@@ -7,7 +7,7 @@ sites, one for each place where a pair occurs.
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from flaxslim._axes import Axes
@@ -64,6 +64,9 @@ class Pair:
     config: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("first", "first_bias"):
+            if isinstance(value := getattr(self, name), list):  # or a Pair could not be hashed
+                object.__setattr__(self, name, tuple(value))
         for pattern in (self.first_axes, self.second_axes):
             if self.axis not in Axes(pattern).names:
                 raise AxisPatternError(
@@ -156,7 +159,7 @@ class Spec:
         pairs = (self.pairs,) if isinstance(self.pairs, Pair) else tuple(self.pairs)
         object.__setattr__(self, "pairs", pairs)
 
-    def __iter__(self) -> Iterable[Pair]:
+    def __iter__(self) -> Iterator[Pair]:
         assert isinstance(self.pairs, tuple)
         return iter(self.pairs)
 
@@ -191,7 +194,7 @@ class Spec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Spec":
-        pairs = [
+        pairs: list[dict[str, Any]] = [
             {k: tuple(v) if isinstance(v, list) else v for k, v in pair.items()}
             for pair in data["pairs"]
         ]
@@ -236,6 +239,7 @@ class Spec:
                 raise _incomplete(self, pair, root, names, leaves)
         if not sites:
             raise _nothing(self, leaves)
+        _check_claims(sites)
         return tuple(sorted(sites, key=lambda site: _natural(site.second.path))), tuple(unmatched)
 
 
@@ -358,6 +362,22 @@ def _site(pair: Pair, root: str, kernels: Mapping[str, str], leaves: Mapping[str
     )
 
 
+def _check_claims(sites: Iterable[Site]) -> None:
+    """No axis of a tensor may belong to two sites: it would be cut twice."""
+    claims: dict[tuple[str, int], Site] = {}
+    for site in sites:
+        for t in site.cut:
+            dimension = [site.pair.axis in dim for dim in t.axes.dimensions].index(True)
+            other = claims.setdefault((t.path, dimension), site)
+            if other is not site:
+                raise SiteShapeError(
+                    "two pairs of the spec claim the same axis of a tensor",
+                    path=t.path,
+                    seen=f"{other.pair} and {site.pair}",
+                    mend="narrow `at` so that each layer belongs to one pair",
+                )
+
+
 def _incomplete(
     spec: Spec, pair: Pair, root: str, names: Mapping[str, str], leaves: Mapping[str, Any]
 ) -> IncompletePairError:
@@ -380,9 +400,7 @@ def _nothing(spec: Spec, leaves: Mapping[str, Any]) -> NothingMatchedError:
     wanted = _join(pair.at.replace("{i}", "0"), pair.firsts[0], pair.kernel)
     return NothingMatchedError(
         f"spec {spec.name} matches nothing in this tree of {len(leaves)} tensors",
-        expected=" or ".join(
-            _join(p.at or "**", n) for p in spec for n in (*p.firsts, p.second)
-        ),
+        expected=" or ".join(_join(p.at or "**", n) for p in spec for n in (*p.firsts, p.second)),
         near=nearest(wanted, leaves),
         mend="check (a) that the spec is the one of this family (`flaxslim families`), "
         "(b) that the tree holds the layers and not just a head, "

@@ -6,6 +6,7 @@ slashes (`"encoder/layer/0/output/dense/kernel"`); the box around a leaf (an `nn
 `linen.Partitioned`) is not part of it.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,7 +43,15 @@ def _leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
             mend="pass model.params of a Hugging Face Flax model, "
             'variables["params"] of a Linen one, or the nnx module itself',
         )
-    return [(_name(keys), leaf) for keys, leaf in pairs], treedef
+    named = [(_name(keys), leaf) for keys, leaf in pairs]
+    if len(dict(named)) < len(named):
+        counts = Counter(path for path, _ in named)
+        raise UnsupportedTreeError(
+            "two leaves have the same path",
+            path=max(counts, key=counts.__getitem__),
+            mend='rename one of the keys: {"a/b": x} and {"a": {"b": x}} cannot be told apart',
+        )
+    return named, treedef
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -72,12 +81,3 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
     if isinstance(tree, nnx.Module):
         return nnx.merge(nnx.graphdef(tree), new)
     return new
-
-
-def parts(path: str) -> list[str]:
-    """The components of a path.
-
-    >>> parts("a/b/0")
-    ['a', 'b', '0']
-    """
-    return path.split("/") if path else []

@@ -4,12 +4,14 @@ A layer is held in one canonical form, whatever layout its parameters have in th
 layouts are packed and unpacked by hand here, so that a mistake in `flaxslim._axes` cannot hide.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import hypothesis
+import jax
 import numpy as np
 from hypothesis import strategies as st
 
@@ -175,7 +177,10 @@ class Net:
 
     @property
     def living(self) -> list[set[int]]:
-        return [set(range(n.width)) - set(d.tolist()) for n, d in zip(self.layers, self.dead, strict=True)]
+        return [
+            set(range(n.width)) - set(d.tolist())
+            for n, d in zip(self.layers, self.dead, strict=True)
+        ]
 
     @property
     def need(self) -> int:
@@ -211,7 +216,9 @@ def net(
         )
         for _ in range(depth)
     ]
-    dead = [np.flatnonzero(rng.random(f) < (rng.random() if share is None else share)) for _ in layers]
+    dead = [
+        np.flatnonzero(rng.random(f) < (rng.random() if share is None else share)) for _ in layers
+    ]
     return Net(layout=layout, layers=layers, dead=dead, x=rng.normal(size=(5, d)))
 
 
@@ -245,3 +252,13 @@ def rules_of(plan: Plan) -> set[str]:
 def gap(a: np.ndarray, b: np.ndarray) -> float:
     """The largest difference relative to the largest output."""
     return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+@contextlib.contextmanager
+def enable_x64() -> Iterator[None]:
+    """float64 on the device; the context manager of that name has moved between releases."""
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", False)

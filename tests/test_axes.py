@@ -33,8 +33,7 @@ def arrays_with_pattern(draw):
 
 def _deleted(x, position, split, dead):
     """Brute force: split all factors, delete along f, and join them again."""
-    cut = np.delete(x.reshape(split), dead, axis=position)
-    return cut
+    return np.delete(x.reshape(split), dead, axis=position)
 
 
 @quick
@@ -81,9 +80,7 @@ def test_reversed_is_the_pattern_of_a_transposed_kernel(case):
     # Factors inside of a dimension keep their order: a PyTorch kernel is "(2 f) d".
     pattern, x, keep, *_ = case
     axes = Axes(pattern)
-    np.testing.assert_array_equal(
-        axes.reversed().take(x.T, "f", keep), axes.take(x, "f", keep).T
-    )
+    np.testing.assert_array_equal(axes.reversed().take(x.T, "f", keep), axes.take(x, "f", keep).T)
     assert axes.reversed().reversed() == axes
 
 

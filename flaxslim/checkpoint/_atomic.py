@@ -22,7 +22,7 @@ def fresh_folder(target: Path, *, need: int, overwrite: bool) -> Iterator[Path]:
     """
     # A link to a folder is followed, so that the folder is replaced and not the link.
     target = target.expanduser().resolve()
-    _refuse(target, overwrite)
+    check_target(target, overwrite=overwrite)
     made = _make_parents(target.parent)
     mark = secrets.token_hex(4)
     new = target.parent / f".{target.name}.{mark}.new"
@@ -54,7 +54,8 @@ def fresh_folder(target: Path, *, need: int, overwrite: bool) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _refuse(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Raise `TargetError` if a checkpoint may not be written there."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -122,12 +123,9 @@ def _explain(target: Path, error: OSError, need: int) -> TargetError:
 
 
 def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("bytes", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} GB"
+    from rich.filesize import decimal
+
+    return decimal(count)
 
 
 def _flush(folder: Path) -> None:

@@ -114,7 +114,10 @@ def verify(
 
 
 def families() -> int:
-    """List the model families that are known: model_type, spec, and where the width stands."""
+    """List the model families that are known: model_type, spec, and where the width stands.
+
+    Example: flaxslim families
+    """
     from flaxslim.cli import _table
     from flaxslim.cli._console import console
 
@@ -130,7 +133,7 @@ def demo(
     """Train a small stock ViT on scikit-learn's digits, prune half of its FFN, slim, and prove it.
 
     Needs no network and no file; under two minutes on two cores. Prints the accuracy dense,
-    pruned, and slimmed and reloaded.
+    pruned, and slimmed and reloaded. Example: flaxslim demo --out slim-vit
     """
     from flaxslim.cli import _demo
 

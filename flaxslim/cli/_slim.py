@@ -11,7 +11,7 @@ from flaxslim._plan import Plan, plan
 from flaxslim._prove import verify
 from flaxslim._spec import Spec
 from flaxslim.checkpoint import Checkpoint, read, save, to_flax
-from flaxslim.checkpoint._atomic import _refuse as check_target
+from flaxslim.checkpoint._atomic import check_target
 from flaxslim.cli import NOT_PROVEN, NOTHING_DEAD, _table
 from flaxslim.cli._console import console, messages
 from flaxslim.specs import spec_for
@@ -46,7 +46,7 @@ def flax_params(checkpoint: Checkpoint) -> Any:
 def run(source: str, out: Path, options: Options) -> int:
     """Do it; returns the exit code. Nothing is written unless the proof holds."""
     if not options.dry_run:
-        check_target(out, options.overwrite)
+        check_target(out.expanduser().resolve(), overwrite=options.overwrite)
     with messages.status(f"reading {source}") as status:
         before = read(source, revision=options.revision)
         status.update("looking for dead channels")
@@ -63,10 +63,7 @@ def run(source: str, out: Path, options: Options) -> int:
     if not chosen.removed:
         if chosen.blocked:
             raise WidthError("; ".join(chosen.blocked), mend="keep the model as it is until then")
-        messages.print(
-            "Nothing is dead, so nothing was written. Prune the model first (make rows of the "
-            "second layers zero), or give --threshold."
-        )
+        messages.print(_why_nothing(chosen), markup=False, soft_wrap=True)
         return NOTHING_DEAD
     if options.dry_run:
         messages.print("Dry run: nothing was written.")
@@ -102,6 +99,18 @@ def run(source: str, out: Path, options: Options) -> int:
         )
     messages.print(f"written to {out}", markup=False)
     return 0
+
+
+def _why_nothing(chosen: Plan) -> str:
+    if dead := sum(cut.dead for cut in chosen.cuts):
+        return (
+            f"{dead} channels are dead, but none can go, so nothing was written: layers that share "
+            "a width keep the largest need among them, rounded up to --multiple-of."
+        )
+    return (
+        "Nothing is dead, so nothing was written. Prune the model first (make rows of the second "
+        "layers zero), or give --threshold."
+    )
 
 
 def record(source: str, chosen: Plan, proof: Any) -> dict[str, Any]:

@@ -27,10 +27,12 @@ def track(items: Iterable[T], task: str) -> Iterable[T]:
         yield from progress.track(items, description=task)
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
+def _table(label: str, *numbers: str) -> Table:
+    """Labels are folded where the screen is narrow; numbers are never cut off."""
+    table = Table()
+    table.add_column(label, overflow="fold")
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -81,14 +83,8 @@ def _pair(change: Any) -> tuple[float, float]:
 def inspection(report: Any) -> Group:
     """The sites of a checkpoint and what would go."""
     plan = report.plan
-    sites = _table(
-        "site",
-        "channels",
-        "dead",
-        "kept",
-        "parameters that go",
-        title=f"{report.source}: {report.model_type}, {', '.join(report.files)}",
-    )
+    title = f"{report.source}: {report.model_type}, {', '.join(report.files)}"
+    sites = _table("site", "channels", "dead", "kept", "parameters\nthat go")
     for cut in plan.cuts:
         gone = cut.removed * cut.site.per_channel
         sites.add_row(
@@ -106,7 +102,7 @@ def inspection(report: Any) -> Group:
     notes = [Text(f"note: {note}") for note in (*plan.blocked, *plan.notes, *report.notes)]
     if not plan.removed:
         notes.append(Text("nothing would be removed"))
-    return Group(sites, totals, *notes)
+    return Group(Text(title), sites, totals, *notes)
 
 
 def families() -> Table:

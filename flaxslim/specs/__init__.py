@@ -76,7 +76,7 @@ def spec_for(cfg: Any) -> Spec:
         return FAMILIES[name]
     raise UnknownFamilyError(
         "the config has no model_type" if name is None else f"no spec for model_type {name!r}",
-        near=nearest(name or "", [*FAMILIES, *COMPOSITES]),
+        near=nearest((name or "").lower(), [*FAMILIES, *COMPOSITES]),
         mend="`flaxslim families` lists the known ones; for a model of your own pass "
         'spec=Spec(name="MY_FFN", pairs=Pair(first="up", second="down"))',
     )

@@ -1,0 +1,70 @@
+"""Two tiny BERT checkpoints with dead channels, and commands run in this process."""
+
+from pathlib import Path
+
+import jax
+import pytest
+from tiny import DEAD, Result, Run, tiny
+
+import flaxslim
+from flaxslim.cli import main
+from flaxslim.cli._console import console, messages
+
+
+@pytest.fixture(autouse=True)
+def _stock_rank_promotion():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def run(capsys, monkeypatch) -> Run:
+    """`run("slim", source, out)`: the command line as a user has it, on a wide screen."""
+    for console_ in (console, messages):
+        monkeypatch.setattr(console_, "width", 200)
+
+    def call(*arguments: object) -> Result:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # tyro's --help and wrong usage
+            code = stop.code if isinstance(stop.code, int) else -1
+        out, err = capsys.readouterr()
+        return Result(code=code, out=out, err=err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """The same BERT with dead channels as Flax msgpack and with PyTorch names; and one with none.
+
+    Each with a tokenizer and a model card.
+    """
+    top = tmp_path_factory.mktemp("checkpoints")
+    params, cfg = tiny("FlaxBertForMaskedLM", DEAD)
+    living, _ = tiny("FlaxBertForMaskedLM")
+    folders = {
+        "flax": flaxslim.save(top / "flax", params, cfg),
+        "torch": flaxslim.save(top / "torch", params, cfg, format="torch"),
+        "living": flaxslim.save(top / "living", living, cfg),
+    }
+    for folder in folders.values():
+        (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n")
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n# Tiny BERT\n\nOf no use.\n")
+    return folders
+
+
+@pytest.fixture
+def flax_folder(checkpoints) -> Path:
+    return checkpoints["flax"]
+
+
+@pytest.fixture
+def torch_folder(checkpoints) -> Path:
+    return checkpoints["torch"]
+
+
+@pytest.fixture
+def living_folder(checkpoints) -> Path:
+    return checkpoints["living"]

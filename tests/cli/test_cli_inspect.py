@@ -1,0 +1,91 @@
+"""`flaxslim inspect`: the right numbers, as a table and as JSON, and nothing written."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny import DEAD, WIDTH, tiny
+
+import flaxslim
+from flaxslim._tree import flatten
+
+
+def _count(params):
+    return sum(np.size(leaf) for leaf in flatten(params).values())
+
+
+@pytest.mark.parametrize("kind", ["flax", "torch"])
+def test_json_has_the_right_numbers(run, checkpoints, kind):
+    result = run("inspect", checkpoints[kind], "--json")
+    assert result.code == 0
+    report = json.loads(result.out)
+
+    params, cfg = flaxslim.load(checkpoints[kind])
+    slimmed, _ = flaxslim.slim(params, cfg)
+    per_channel = 32 + 1 + 32  # a column, its bias, a row
+    assert report["model_type"] == "bert"
+    assert (report["naming"], report["spec"], report["exact"]) == (kind, "BERT_FFN", True)
+    assert report["widths"] == {"intermediate_size": [72, WIDTH]}
+    assert [site["dead"] for site in report["sites"]] == list(DEAD)
+    for site in report["sites"]:
+        assert (site["channels"], site["kept"]) == (72, WIDTH)
+        assert site["rules"] == {"i": site["dead"]}
+        assert site["parameters"] == (72 - WIDTH) * per_channel
+    assert report["parameters"] == [_count(params), _count(slimmed)]
+    assert report["bytes"] == [4 * n for n in report["parameters"]]
+    before, after = report["flops"]
+    assert 0 < after < before
+
+
+def test_table(run, flax_folder):
+    result = run("inspect", flax_folder)
+    assert result.code == 0
+    assert "bert, flax_model.msgpack" in result.out
+    rows = [line.replace("│", " ").split() for line in result.out.splitlines()]
+    for layer, dead in enumerate(DEAD):
+        gone = f"{(72 - WIDTH) * 65:,}"
+        assert [f"bert/encoder/layer/{layer}", "72", str(dead), str(WIDTH), gone] in rows
+    assert ["intermediate_size", "72", str(WIDTH), f"{72 / WIDTH:.2f}x"] in rows
+    assert "FLOPs" in result.out
+    assert not result.err.strip()
+
+
+def test_table_cuts_nothing_off_on_a_narrow_screen(run, monkeypatch, tmp_path):
+    from flaxslim.cli._console import console
+
+    folder = flaxslim.save(tmp_path / "clip", *tiny("FlaxCLIPModel"))
+    monkeypatch.setattr(console, "width", 60)
+    result = run("inspect", folder)
+    assert "…" not in result.out
+    first_cells = "".join(
+        line.split("│")[1].strip() for line in result.out.splitlines() if "│" in line
+    )
+    assert "vision_model/encoder/layers/1/mlp" in first_cells
+
+
+def test_nothing_dead_is_said(run, living_folder):
+    result = run("inspect", living_folder)
+    assert result.code == 0
+    assert "nothing would be removed" in result.out
+
+
+def test_multiple_of_and_threshold(run, living_folder):
+    report = json.loads(run("inspect", living_folder, "--json", "--threshold", "0.9").out)
+    assert not report["exact"]
+    width = report["widths"]["intermediate_size"][1]
+    assert width < 72
+    wide = json.loads(
+        run("inspect", living_folder, "--json", "--threshold", "0.9", "--multiple-of", "5").out
+    )
+    assert wide["widths"]["intermediate_size"][1] == -(-width // 5) * 5
+
+
+def test_bloom_is_shown_with_the_reason_why_nothing_goes(run, tmp_path):
+    folder = flaxslim.save(tmp_path / "bloom", *tiny("FlaxBloomForCausalLM", (40, 30)))
+    result = run("inspect", folder)
+    assert result.code == 0
+    assert "hard-codes its width" in result.out
+    report = json.loads(run("inspect", folder, "--json").out)
+    assert [site["dead"] for site in report["sites"]] == [40, 30]
+    assert report["parameters"][0] == report["parameters"][1]
+    assert any("hard-codes its width" in note for note in report["notes"])

@@ -1,0 +1,46 @@
+"""`flaxslim verify`: the proof from disk, and the exit code that says how it went."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny import DEAD, tiny
+
+import flaxslim
+from flaxslim import Proof
+from flaxslim._tree import flatten, replace
+from flaxslim.cli import NOT_PROVEN
+
+
+@pytest.fixture(scope="module")
+def slimmed(checkpoints, tmp_path_factory):
+    params, cfg = flaxslim.slim(*flaxslim.load(checkpoints["flax"]))
+    return flaxslim.save(tmp_path_factory.mktemp("slimmed") / "out", params, cfg)
+
+
+def test_equal(run, checkpoints, slimmed):
+    # Across formats: one has PyTorch names, the other is Flax msgpack.
+    result = run("verify", checkpoints["torch"], slimmed)
+    assert result.code == 0, result.out
+    assert "control" in result.out
+
+
+def test_not_equal(run, living_folder, slimmed):
+    result = run("verify", living_folder, slimmed)
+    assert result.code == NOT_PROVEN
+    assert "differs by" in result.out
+    assert "Traceback" not in result.err
+
+
+def test_json(run, flax_folder, tmp_path):
+    params, cfg = tiny("FlaxBertForMaskedLM", DEAD)
+    path = "bert/encoder/layer/1/output/dense/bias"
+    # Of one feature only: a shift of all would be lost in the LayerNorm that follows.
+    other = replace(params, {path: flatten(params)[path] + np.eye(1, 32, dtype=np.float32)[0]})
+    folder = flaxslim.save(tmp_path / "other", other, cfg)
+    result = run("verify", flax_folder, folder, "--json")
+    assert result.code == NOT_PROVEN
+    data = json.loads(result.out)
+    assert data["ok"] is False
+    assert data["reasons"]
+    assert not Proof.from_json(data).ok

@@ -1,0 +1,506 @@
+"""The exactness rules: what goes computes nothing, and what computes something never goes.
+
+Each property is checked on a network computed by plain numpy in float64, before and after.
+"""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    ACTS,
+    GATED,
+    LAYOUTS,
+    LOUD,
+    PLAIN,
+    QUIET,
+    Net,
+    enable_x64,
+    gap,
+    net,
+    nets,
+    quick,
+    rules_of,
+    run,
+)
+
+from flaxslim import Pair, Spec, _dead, apply, plan, slim
+from flaxslim._errors import NonFiniteError, UnsupportedDtypeError
+from flaxslim._tree import flatten, replace
+
+quiet, loud, acts = (st.sampled_from(sorted(names)) for names in (QUIET, LOUD, ACTS))
+
+
+# --- making channels die, one rule at a time --------------------------------------------------
+
+
+def no_reader(n: Net) -> None:
+    for ffn, dead in n.each():
+        ffn.second[dead] = 0
+
+
+def silent(n: Net, *parts: int) -> None:
+    for ffn, dead in n.each():
+        for part in parts:
+            ffn.first[part][:, dead] = 0
+            if ffn.first_bias is not None:
+                ffn.first_bias[part][dead] = 0
+
+
+def constant(n: Net) -> None:
+    for ffn, dead in n.each():
+        ffn.first[:, :, dead] = 0
+
+
+# --- the two claims ---------------------------------------------------------------------------
+
+
+def removed_exactly(n: Net, act: str, rule: str) -> None:
+    """All of the dead set was found by this rule, and without it the output is the same."""
+    tree, spec = n.tree, n.layout.spec(act)
+    p = plan(tree, n.cfg, spec)
+    for cut, dead in zip(p.cuts, n.dead, strict=True):
+        assert cut.rules == ({rule: len(dead)} if len(dead) else {})
+        assert cut.dead == len(dead)
+    assert p.exact
+    same_function(n, p, act)
+
+
+def same_function(n: Net, p, act: str) -> None:
+    before = run(n.layers, act, n.x)
+    small = n.layout.layers(apply(p, n.tree))
+    assert {layer.width for layer in small} == {n.need}
+    for cut, living in zip(p.cuts, n.living, strict=True):
+        assert living <= set(cut.keep)
+    assert gap(run(small, act, n.x), before) <= 1e-12
+
+
+def nothing_found(n: Net, activation: str | None) -> None:
+    p = plan(n.tree, n.cfg, n.layout.spec(activation))
+    assert rules_of(p) == set()
+    assert p.removed == 0
+    assert [cut.keep for cut in p.cuts] == [tuple(range(n.layers[0].width))] * len(n.layers)
+
+
+# --- (i) nothing reads the channel ------------------------------------------------------------
+
+
+@quick
+@given(nets(), acts)
+def test_rule_i_a_channel_that_nothing_reads(n, act):
+    no_reader(n)
+    removed_exactly(n, act, "i")
+
+
+@quick
+@given(nets())
+def test_rule_i_needs_no_activation(n):
+    no_reader(n)
+    p = plan(n.tree, n.cfg, n.layout.spec(None))
+    assert [cut.dead for cut in p.cuts] == [len(dead) for dead in n.dead]
+    assert "activation of layers/{i} is unknown (not given)" in str(p)
+    same_function(n, p, "gelu")
+
+
+# --- (ii) one factor of a gated channel is zero -----------------------------------------------
+
+
+@quick
+@given(nets(GATED), acts)
+def test_rule_ii_up_is_zero(n, act):
+    silent(n, 1)
+    removed_exactly(n, act, "ii")
+
+
+@quick
+@given(nets(GATED), quiet)
+def test_rule_ii_gate_is_zero(n, act):
+    silent(n, 0)
+    removed_exactly(n, act, "ii")
+
+
+@quick
+@given(nets(GATED), loud)
+def test_rule_ii_a_zero_gate_lets_up_through_if_act_of_zero_is_not_zero(n, act):
+    silent(n, 0)
+    nothing_found(n, act)
+
+
+@quick
+@given(nets(GATED))
+def test_rule_ii_without_an_activation_judges_up_only(n):
+    silent(n, 0)
+    nothing_found(n, None)
+    silent(n, 1)
+    p = plan(n.tree, n.cfg, n.layout.spec("home_made"))
+    assert [cut.dead for cut in p.cuts] == [len(dead) for dead in n.dead]
+    assert rules_of(p) <= {"ii"}
+    assert "is unknown (home_made)" in str(p)
+    assert "only (i) and (ii), up only were used" in str(p)
+
+
+@quick
+@given(nets(GATED, first_bias=True, second_bias=False), quiet, st.integers(0, 1))
+def test_rule_ii_a_bias_keeps_a_factor_alive(n, act, part):
+    silent(n, part)
+    for ffn, dead in n.each():
+        assert ffn.first_bias is not None
+        ffn.first_bias[part][dead] = 0.25
+    nothing_found(n, act)
+
+
+# --- (iii) the channel is act(0) = 0 ----------------------------------------------------------
+
+
+@quick
+@given(nets(PLAIN), quiet)
+def test_rule_iii_first_is_zero(n, act):
+    silent(n, 0)
+    removed_exactly(n, act, "iii")
+
+
+@quick
+@given(nets(PLAIN, second_bias=False), loud)
+def test_rule_iii_not_if_act_of_zero_is_not_zero(n, act):
+    silent(n, 0)
+    nothing_found(n, act)
+
+
+@quick
+@given(nets(PLAIN))
+def test_rule_iii_not_without_an_activation(n):
+    silent(n, 0)
+    nothing_found(n, None)
+    assert "only (i) were used" in str(plan(n.tree, n.cfg, n.layout.spec(None)))
+
+
+# --- (iv) the channel is a constant -----------------------------------------------------------
+
+
+@quick
+@given(nets(LAYOUTS, first_bias=True, second_bias=True), acts)
+def test_rule_iv_a_constant_is_folded(n, act):
+    constant(n)
+    removed_exactly(n, act, "iv")
+
+
+@quick
+@given(nets(PLAIN, second_bias=True), loud)
+def test_rule_iv_act_of_zero_is_a_constant_too(n, act):
+    silent(n, 0)
+    removed_exactly(n, act, "iv")
+
+
+@quick
+@given(nets(LAYOUTS, first_bias=True, second_bias=False), acts)
+def test_rule_iv_not_without_a_second_bias(n, act):
+    constant(n)
+    for ffn, _ in n.each():
+        assert ffn.first_bias is not None
+        ffn.first_bias = np.abs(ffn.first_bias) + 0.1  # a relu of less would be silent
+    nothing_found(n, act)
+
+
+@quick
+@given(nets(LAYOUTS, first_bias=True, second_bias=True))
+def test_rule_iv_not_without_an_activation(n):
+    constant(n)
+    nothing_found(n, None)
+
+
+def test_rule_iv_folds_what_it_says():
+    n = net(PLAIN["plain"], seed=0, depth=1, f=4)
+    n.dead = [np.array([2])]
+    constant(n)
+    (cut,) = plan(n.tree, n.cfg, n.layout.spec("tanh")).cuts
+    ffn = n.layers[0]
+    assert ffn.first_bias is not None
+    assert cut.folds == ((2, pytest.approx(np.tanh(ffn.first_bias[0, 2]), rel=1e-15)),)
+
+
+# --- all rules together, and living channels --------------------------------------------------
+
+
+@quick
+@given(nets(), quiet)
+def test_all_rules_at_once(n, act):
+    kinds = [no_reader, lambda n: silent(n, 0), lambda n: silent(n, n.layout.parts - 1), constant]
+    whole = n.dead
+    for number, kill in enumerate(kinds):
+        n.dead = [dead[number::4] for dead in whole]
+        kill(n)
+    p = plan(n.tree, n.cfg, n.layout.spec(act))
+    # Constants need both biases; without a first bias they are silent channels.
+    if all(ffn.second_bias is not None or ffn.first_bias is None for ffn in n.layers):
+        n.dead = whole
+        assert [cut.dead for cut in p.cuts] == [len(dead) for dead in whole]
+    else:
+        n.dead = [np.setdiff1d(dead, dead[3::4]) for dead in whole]
+    same_function(n, p, act)
+
+
+@quick
+@given(nets(), acts)
+def test_a_living_channel_never_goes(n, act):
+    nothing_found(n, act)
+
+
+@quick
+@given(nets(), st.sampled_from(["gelu", "silu", "tanh"]), st.integers(0, 2**16))
+def test_cutting_a_living_channel_would_change_the_output(n, act, pick):
+    # The network can tell: otherwise the equalities above would prove nothing.
+    p = plan(n.tree, n.cfg, n.layout.spec(act))
+    width = n.layers[0].width
+    keep = tuple(j for j in range(width) if j != pick % width)
+    wrong = dataclasses.replace(p, cuts=(dataclasses.replace(p.cuts[0], keep=keep), *p.cuts[1:]))
+    small = n.layout.layers(apply(wrong, n.tree))
+    assert gap(run(small, act, n.x), run(n.layers, act, n.x)) > 1e-9
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kill", [no_reader, lambda n: silent(n, n.layout.parts - 1), constant])
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_float32_on_the_device(layout, kill, accelerator, monkeypatch):
+    if accelerator:
+        monkeypatch.setattr(_dead, "_unsigned", _dead._device_bits)
+    n = net(LAYOUTS[layout], seed=1, d=3, f=7, share=0.4)
+    kill(n)
+    tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), n.tree)
+    p = plan(tree, n.cfg, n.layout.spec("gelu"))
+    assert [cut.dead for cut in p.cuts] == [len(dead) for dead in n.dead]
+    small = n.layout.layers(apply(p, tree))
+    assert gap(run(small, "gelu", n.x), run(n.layers, "gelu", n.x)) <= 1e-5
+
+
+def test_a_constant_channel_of_stacked_layers_must_be_the_same_in_each():
+    # Layers scanned on axis 0 share one set of channels; their biases are (layers, f).
+    rng = np.random.default_rng(0)
+    tree = {
+        "up": {"kernel": rng.normal(size=(2, 3, 5)), "bias": rng.normal(size=(2, 5))},
+        "down": {"kernel": rng.normal(size=(2, 5, 3)), "bias": rng.normal(size=(2, 3))},
+    }
+    tree["up"]["kernel"][:, :, :4] = 0
+    tree["up"]["bias"][:, 0] = 0.5  # the same constant in both layers
+    tree["up"]["bias"][:, 1] = 0  # silent in both
+    tree["up"]["bias"][:, 2] = [0, 0.5]  # silent in one of them only
+    tree["up"]["kernel"][1, :, 3], tree["up"]["bias"][:, 3] = 1, 0.5  # constant in one only
+    pair = Pair(
+        first="up", second="down", first_axes="l d f", second_axes="l f d", activation="relu"
+    )
+    p = plan(tree, spec=Spec(name="SCANNED", pairs=pair))
+    assert p.cuts[0].keep == (2, 3, 4)
+    assert p.cuts[0].rules == {"iii": 1, "iv": 1}
+    small, x = apply(p, tree), rng.normal(size=(4, 3))
+
+    def forward(t, layer):
+        h = x @ t["up"]["kernel"][layer] + t["up"]["bias"][layer]
+        return np.maximum(h, 0) @ t["down"]["kernel"][layer] + t["down"]["bias"][layer]
+
+    for layer in range(2):
+        assert gap(forward(small, layer), forward(tree, layer)) <= 1e-12
+
+
+# --- what is zero -----------------------------------------------------------------------------
+
+ROW = Spec(name="ROW", pairs=Pair(first="up", second="down"))
+
+
+def _rows(second) -> dict:
+    return {"up": {"kernel": np.ones((2, second.shape[0]), np.float32)}, "down": {"kernel": second}}
+
+
+TINY = {
+    "float64": np.float64(5e-324),
+    "float32": np.float32(1e-45),
+    "float16": np.float16(6e-8),
+    "bfloat16": np.array(1, np.uint16).view(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.array(1, np.uint8).view(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.array(1, np.uint8).view(ml_dtypes.float8_e5m2),
+}
+
+
+@pytest.fixture(params=["numpy", "jax", "accelerator"])
+def array(request, monkeypatch):
+    """Leaves on the host, and on the device; as if that were an accelerator, too."""
+    if request.param == "accelerator":
+        monkeypatch.setattr(_dead, "_unsigned", _dead._device_bits)
+    return np.asarray if request.param == "numpy" else jnp.asarray
+
+
+@pytest.mark.parametrize("dtype", TINY)
+def test_the_smallest_number_is_not_zero_and_minus_zero_is(dtype, array):
+    if dtype == "float64" and array is jnp.asarray:
+        return  # jax has none unless x64 is enabled; the test of that is below
+    second = np.zeros((5, 3), dtype)
+    second[1, 2], second[2], second[3, 0], second[4] = TINY[dtype], -0.0, -TINY[dtype], 1
+    leaf = array(second)
+    assert str(leaf.dtype) == dtype
+    (cut,) = plan(_rows(leaf), spec=ROW).cuts
+    assert cut.keep == (1, 3, 4)
+
+
+def test_float64_numpy_leaves_are_not_rounded_to_float32():
+    second = np.zeros((3, 2))
+    second[0, 0], second[1, 1] = 1e-300, 1.0
+    assert not jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    (cut,) = plan(_rows(second), spec=ROW).cuts
+    assert cut.keep == (0, 1)
+
+
+def test_float64_on_the_device():
+    with enable_x64():
+        second = jnp.zeros((3, 2), jnp.float64).at[0, 0].set(1e-300).at[1, 1].set(1.0)
+        (cut,) = plan(_rows(second), spec=ROW).cuts
+        assert cut.keep == (0, 1)
+        for bad in (np.inf, -np.inf, np.nan):
+            with pytest.raises(NonFiniteError):
+                plan(_rows(second.at[2, 0].set(bad)), spec=ROW)
+
+
+def test_a_view_that_is_not_contiguous():
+    second = np.ones((6, 8), np.float32)[::2, ::2]
+    second[1] = 0
+    (cut,) = plan(_rows(second), spec=ROW).cuts
+    assert cut.keep == (0, 2)
+
+
+@pytest.mark.parametrize("value", [1.0, 2.0, 1e-30, 3e38])
+def test_large_and_small_numbers_together_are_finite(value, array):
+    # The bits of 1.5 and of 2.0 together are those of a NaN.
+    second = np.full((4, 3), 1.5, np.float32)
+    second[2] = 0
+    second[0, 1] = value
+    tree = jax.tree.map(array, _rows(second))
+    tree["up"]["kernel"] = array(np.array([[1.5, 2, 1, 1], [value, 1, 1, 1]], np.float32))
+    (cut,) = plan(tree, spec=ROW).cuts
+    assert cut.keep == (0, 1, 3)
+
+
+@pytest.mark.parametrize("row", [0, 15, 16, 40])
+def test_one_entry_anywhere_in_a_column_keeps_it_alive(row, array):
+    up = np.zeros((41, 3), np.float32)
+    up[row, 1] = 1e-30
+    up[:, 2] = 1
+    tree = jax.tree.map(array, {"up": {"kernel": up}, "down": {"kernel": np.ones((3, 2), "f")}})
+    pair = Pair(first="up", second="down", activation="relu")
+    (cut,) = plan(tree, spec=Spec(name="RELU", pairs=pair)).cuts
+    assert cut.keep == (1, 2)
+    assert cut.rules == {"iii": 1}
+
+
+# --- threshold --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("scale", [1.0, 1e25, 1e-25])
+def test_threshold_is_relative_to_the_largest_row(array, scale):
+    norms = np.array([10.0, 0.99, 1.01, 0.0, 0.5, 9.0])
+    second = (norms[:, None] * np.array([0.6, 0.8]) * scale).astype(np.float32)
+    p = plan(_rows(array(second)), spec=ROW, threshold=0.1)
+    (cut,) = p.cuts
+    assert cut.keep == (0, 2, 5)
+    assert cut.rules == {"i": 1, "threshold": 2}
+    assert not p.exact
+    assert p.threshold == 0.1
+    assert "approximate" in str(p)
+    assert "(threshold) 2" in str(p)
+
+
+def test_threshold_on_float64_device_arrays():
+    with enable_x64(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = jnp.asarray(np.diag([1.0, 0.0, 1e-3, 0.5]) * 1e-200)
+        (cut,) = plan(_rows(second), spec=ROW, threshold=0.01).cuts
+        assert cut.keep == (0, 3)
+
+
+@quick
+@given(nets())
+def test_threshold_zero_gives_up_nothing_that_is_alive(n):
+    for ffn, dead in n.each():
+        ffn.second[dead] = 1e-30
+    p = plan(n.tree, n.cfg, n.layout.spec("gelu"), threshold=0.0)
+    assert p.exact
+    assert p.removed == 0
+    assert str(p).startswith("plan by TEST_FFN, exact")
+
+
+def test_a_threshold_that_gives_up_nothing_more_is_exact():
+    p = plan(_rows(np.diag([1.0, 0.0, 1.0])), spec=ROW, threshold=0.5)
+    assert p.exact
+    assert p.removed == 1
+
+
+def test_padding_keeps_weak_channels_rather_than_dead_ones():
+    # Both go for good only if neither is needed as filling; a dead one loses nothing.
+    second = np.diag([1.0, 0.0, 1.0, 0.001, 1.0])
+    p = plan(_rows(second), spec=ROW, threshold=0.01, multiple_of=4)
+    assert p.cuts[0].keep == (0, 2, 3, 4)
+    assert p.exact
+
+
+# --- what cannot be judged --------------------------------------------------------------------
+
+BAD_PLACES = ["up/kernel", "up/bias", "down/kernel", "down/bias"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", BAD_PLACES)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float8_e5m2"])
+def test_nan_and_infinity_are_refused_with_their_path(place, bad, dtype):
+    n = net(PLAIN["plain"], seed=3, depth=2, share=0.5)
+    tree = jax.tree.map(lambda x: x.astype(dtype), n.tree)
+    leaf = flatten(tree)[f"layers/1/{place}"]
+    leaf[(0,) * leaf.ndim] = bad
+    with pytest.raises(NonFiniteError, match="NaN or infinity") as caught:
+        plan(tree, n.cfg, n.layout.spec("gelu"))
+    assert caught.value.path == f"layers/1/{place}"
+    assert f"layers/1/{place}" in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed", "fused", "gated", "interleaved"])
+def test_a_nan_in_a_column_that_would_go_does_not_vanish(layout, array):
+    n = net(LAYOUTS[layout], seed=3, depth=1)
+    n.dead = [np.array([4])]
+    no_reader(n)
+    n.layers[0].first[-1, 1, 4] = np.nan
+    tree = jax.tree.map(lambda x: array(x.astype(np.float32)), n.tree)
+    with pytest.raises(NonFiniteError) as caught:
+        plan(tree, n.cfg, n.layout.spec("gelu"))
+    assert caught.value.path == "layers/0/up/kernel"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "bool", "int4", "float8_e4m3fnuz"])
+def test_quantised_tensors_are_refused(dtype):
+    n = net(PLAIN["plain"], seed=3, depth=1)
+    leaf = np.ones(n.layers[0].second.shape).astype(ml_dtypes.int4 if dtype == "int4" else dtype)
+    tree = replace(n.tree, {"layers/0/down/kernel": leaf})
+    with pytest.raises(UnsupportedDtypeError, match="quantised") as caught:
+        plan(tree, n.cfg, n.layout.spec("gelu"))
+    assert caught.value.path == "layers/0/down/kernel"
+    assert dtype in str(caught.value)
+    assert "dequantise" in str(caught.value)
+
+
+def test_a_silent_constant_needs_no_second_bias():
+    """relu of a bias below zero is 0 for every input: nothing is left to fold."""
+    rng = np.random.default_rng(0)
+    first, bias = rng.normal(size=(3, 4)), rng.normal(size=4)
+    first[:, [1, 2]] = 0
+    bias[[1, 2]] = -0.5, 0.5
+    tree = {"up": {"kernel": first, "bias": bias}, "down": {"kernel": rng.normal(size=(4, 2))}}
+    spec = Spec(name="MLP", pairs=Pair(first="up", second="down", activation="relu"))
+    slimmed, _ = slim(tree, spec=spec)
+    assert plan(tree, spec=spec).cuts[0].keep == (0, 2, 3)
+    x = rng.normal(size=(5, 3))
+    before, after = (
+        np.maximum(x @ t["up"]["kernel"] + t["up"]["bias"], 0) @ t["down"]["kernel"]
+        for t in (tree, slimmed)
+    )
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-12)

@@ -1,0 +1,211 @@
+"""Which channels stay: widths, rounding, filling, and the plan as a value."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import PLAIN, net, nets, quick
+
+from flaxslim import Pair, Plan, Spec, plan
+from flaxslim._errors import FlaxslimError, PlanError, WidthError
+
+SPEC = Spec(name="MLP", pairs=Pair(first="up", second="down", width="hidden"))
+
+
+def layers(*dead: list[int], width: int = 8) -> dict:
+    """A tree with one MLP for each list of dead channels."""
+    tree = {}
+    for number, channels in enumerate(dead):
+        second = np.ones((width, 2))
+        second[channels] = 0
+        tree[str(number)] = {"up": {"kernel": np.ones((2, width))}, "down": {"kernel": second}}
+    return tree
+
+
+def kept(p: Plan) -> list[tuple[int, ...]]:
+    return [cut.keep for cut in p.cuts]
+
+
+# --- widths -----------------------------------------------------------------------------------
+
+
+@quick
+@given(
+    nets(),
+    st.integers(1, 12),
+)
+def test_uniform_width_is_the_largest_need_rounded_up(n, multiple_of):
+    for ffn, dead in n.each():
+        ffn.second[dead] = 0
+    p = plan(n.tree, n.cfg, n.layout.spec("relu"), multiple_of=multiple_of)
+    width = n.layers[0].width
+    expected = min(width, math.ceil(n.need / multiple_of) * multiple_of)
+    (resize,) = p.resizes
+    assert (resize.width, resize.before, resize.after) == ("hidden", width, expected)
+    assert resize.values == ({"hidden": expected} if expected < width else {})
+    for cut, living, dead in zip(p.cuts, n.living, n.dead, strict=True):
+        filling = sorted(dead.tolist())[: expected - len(living)]
+        assert cut.keep == tuple(sorted(living | set(filling)))
+        assert cut.dead == len(dead)
+        assert cut.removed == width - expected
+
+
+def test_filling_is_the_lowest_dead_index():
+    p = plan(layers([1, 4, 6, 7], [0]), {"hidden": 8}, SPEC)
+    assert kept(p) == [(0, 1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6, 7)]
+
+
+def test_a_layer_that_is_dead_whole_keeps_one_channel():
+    p = plan(layers(list(range(8))), {"hidden": 8}, SPEC)
+    assert kept(p) == [(0,)]
+    assert p.cuts[0].dead == 8
+
+
+def test_each_key_has_its_own_width():
+    tree = {"enc": layers([0, 1, 2])["0"], "dec": layers([0], width=6)["0"]}
+    pair = Pair(first="up", second="down")
+    spec = Spec(
+        name="TWO",
+        pairs=(
+            dataclasses.replace(pair, at="enc", width="encoder_dim"),
+            dataclasses.replace(pair, at="dec", width="decoder_dim"),
+        ),
+    )
+    p = plan(tree, {"encoder_dim": 8, "decoder_dim": 6}, spec)
+    assert {r.width: (r.before, r.after) for r in p.resizes} == {
+        "encoder_dim": (8, 5),
+        "decoder_dim": (6, 5),
+    }
+
+
+def test_without_a_width_key_sites_of_one_size_go_together():
+    tree = {"a": layers([0, 1])["0"], "b": layers([0])["0"], "c": layers([0, 1, 2], width=5)["0"]}
+    p = plan(tree, spec=Spec(name="FREE", pairs=Pair(first="up", second="down")))
+    assert [len(keep) for keep in kept(p)] == [7, 7, 2]
+    assert p.resizes == ()
+
+
+def test_multiple_of_beyond_the_width_removes_nothing():
+    p = plan(layers([0, 1]), {"hidden": 8}, SPEC, multiple_of=128)
+    assert p.removed == 0
+    assert p.cuts[0].dead == 2
+
+
+@pytest.mark.parametrize("multiple_of", [0, -1, 2.0, "2", True, None])
+def test_multiple_of_must_be_a_positive_whole_number(multiple_of):
+    with pytest.raises(WidthError, match="positive whole number") as caught:
+        plan(layers([0]), {"hidden": 8}, SPEC, multiple_of=multiple_of)
+    assert repr(multiple_of) in str(caught.value)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.0, 1.5, math.inf, math.nan])
+def test_threshold_must_be_relative(threshold):
+    with pytest.raises(WidthError, match="relative to the largest row norm") as caught:
+        plan(layers([0]), {"hidden": 8}, SPEC, threshold=threshold)
+    assert repr(threshold) in str(caught.value)
+
+
+@pytest.mark.parametrize("width", ["per_layer", "Uniform", ""])
+def test_other_widths_are_refused(width):
+    with pytest.raises(WidthError) as caught:
+        plan(layers([0]), {"hidden": 8}, SPEC, width=width)
+    assert repr(width) in str(caught.value)
+    assert "later release" in str(caught.value)
+
+
+# --- as a value -------------------------------------------------------------------------------
+
+
+@quick
+@given(nets(first_bias=True), st.integers(1, 4), st.sampled_from([0.0, 0.5]))
+def test_a_plan_is_deterministic_and_survives_json(n, multiple_of, threshold):
+    for ffn, dead in n.each():
+        ffn.second[dead[::2]] = 0
+        ffn.first[:, :, dead[1::2]] = 0  # constants, which are folded
+    args = (n.tree, n.cfg, n.layout.spec("gelu"))
+    p = plan(*args, multiple_of=multiple_of, threshold=threshold)
+    assert plan(*args, multiple_of=multiple_of, threshold=threshold) == p
+    again = Plan.from_json(p.to_json())
+    assert again == p
+    assert again.to_json() == p.to_json()
+    assert str(again) == str(p)
+    assert (again.exact, again.removed) == (p.exact, p.removed)
+
+
+def test_what_happens_to_a_site_can_be_read():
+    tree = layers([0, 1, 2], [5])
+    tree["0"]["note"] = np.ones(3)
+    p = plan(tree, {"hidden": 8}, SPEC)
+    text = str(p)
+    lines = text.splitlines()
+    assert lines[0] == "plan by MLP, exact"
+    assert lines[1].split() == ["site", "channels", "dead", "kept", "by", "rule"]
+    assert lines[2].split() == ["0", "8", "3", "7", "(i)", "3"]
+    assert lines[3].split() == ["1", "8", "1", "7", "(i)", "1"]
+    assert "hidden: 8 -> 7 channels" in text
+    assert p.removed == 2
+    assert p.removed_parameters == 2 * (2 + 2)
+    assert "2 channels go, with 8 parameters" in text
+    assert "nothing goes" in str(plan(layers([]), {"hidden": 8}, SPEC))
+
+
+def test_a_lora_matrix_beside_a_kernel_is_noted():
+    n = net(PLAIN["plain"], seed=2, depth=1, f=7, d=3)
+    n.dead = [np.array([1])]
+    n.layers[0].second[1] = 0
+    tree = n.tree
+    tree["layers"]["0"]["up"] |= {"lora_a": np.ones((3, 2)), "lora_b": np.ones((2, 7))}
+    p = plan(tree, n.cfg, n.layout.spec("relu"))
+    notes = [note for note in p.notes if "lora" in note]
+    assert len(notes) == 1
+    assert "layers/0/up/lora_b stands beside" in notes[0]
+    assert "7 channels" in notes[0]
+    assert notes[0] in str(p)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "this is not JSON"),
+        ("{", "this is not JSON"),
+        ("null", "not the JSON of a plan"),
+        ("[]", "not the JSON of a plan"),
+        ("{}", "KeyError: 'version'"),
+        ('{"version": 99}', "another version"),
+        ('{"version": 1}', "KeyError"),
+        ('{"version": 1, "spec": {"name": "x", "pairs": [1]}}', "not the JSON of a plan"),
+    ],
+)
+def test_json_that_is_no_plan_is_refused(text, message):
+    with pytest.raises(PlanError) as caught:
+        Plan.from_json(text)
+    assert message in str(caught.value)
+
+
+def test_a_plan_with_a_part_missing_is_refused():
+    data = plan(layers([0, 3]), {"hidden": 8}, SPEC).to_dict()
+    for key in data:
+        with pytest.raises(PlanError, match="not the JSON of a plan"):
+            Plan.from_dict({k: v for k, v in data.items() if k != key})
+    for key in data["cuts"][0]:
+        broken = json.loads(json.dumps(data))
+        del broken["cuts"][0][key]
+        with pytest.raises(PlanError, match="not the JSON of a plan"):
+            Plan.from_dict(broken)
+
+
+@pytest.mark.parametrize("keep", [[0, 8], [-1, 3], [3, 1], [1, 1], [0, "x"], None])
+def test_a_plan_that_keeps_channels_which_are_not_there_is_refused(keep):
+    data = plan(layers([0, 3]), {"hidden": 8}, SPEC).to_dict()
+    data["cuts"][0]["keep"] = keep
+    with pytest.raises(PlanError):
+        Plan.from_dict(data)
+
+
+def test_all_errors_are_of_one_family():
+    with pytest.raises(FlaxslimError):
+        plan(layers([0]), {"hidden": 9}, SPEC)

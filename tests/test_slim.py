@@ -1,0 +1,299 @@
+"""`slim`, the five verbs composed: configs in and out, stored plans, nothing to do."""
+
+import copy
+import dataclasses
+import logging
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import given
+from strategies import LAYOUTS, gap, net, nets, quick, run
+from transformers import BertConfig, CLIPConfig, GPT2Config
+
+import flaxslim
+from flaxslim import NothingRemovedWarning, Pair, Plan, Spec, plan, slim
+from flaxslim._errors import NonFiniteError, PlanError, WidthError
+from flaxslim._tree import flatten, replace
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    hidden: int
+    act: str = "relu"
+
+
+def pruned(n) -> None:
+    for ffn, dead in n.each():
+        ffn.second[dead] = 0
+
+
+@quick
+@given(nets())
+def test_a_slimmed_network_is_the_same_function(n):
+    pruned(n)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NothingRemovedWarning)
+        small, cfg = slim(n.tree, n.cfg, n.layout.spec("gelu"))
+    layers = n.layout.layers(small)
+    assert cfg == {"hidden": n.need}
+    assert {layer.width for layer in layers} == {n.need}
+    assert gap(run(layers, "gelu", n.x), run(n.layers, "gelu", n.x)) <= 1e-12
+
+
+@quick
+@given(nets(first_bias=True, second_bias=True))
+def test_slim_of_a_slimmed_tree_changes_nothing(n):
+    # Also where filling left dead and constant channels behind.
+    for ffn, dead in n.each():
+        ffn.second[dead[::2]] = 0
+        ffn.first[:, :, dead[1::2]] = 0
+    spec = n.layout.spec("sigmoid")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NothingRemovedWarning)
+        small, cfg = slim(n.tree, n.cfg, spec)
+    with pytest.warns(NothingRemovedWarning):
+        again, cfg_again = slim(small, cfg, spec)
+    assert again is small
+    assert cfg_again is cfg
+
+
+def test_nothing_dead_is_told():
+    n = net(LAYOUTS["plain"], seed=0, share=0.0)
+    tree, cfg = n.tree, n.cfg
+    with pytest.warns(
+        NothingRemovedWarning, match="no channel at 2 sites of TEST_FFN is dead"
+    ) as w:
+        assert slim(tree, cfg, n.layout.spec("relu")) == (tree, cfg)
+    assert w[0].filename == __file__
+
+
+@pytest.mark.parametrize("multiple_of", [1, 8])
+def test_dead_channels_that_cannot_go_are_told(multiple_of):
+    n = net(LAYOUTS["plain"], seed=0, share=0.0, depth=2)
+    n.dead[0] = np.array([1, 2])
+    pruned(n)
+    tree = n.tree
+    with pytest.warns(NothingRemovedWarning, match="2 channels at 2 sites of TEST_FFN are dead"):
+        small, _ = slim(tree, n.cfg, n.layout.spec("relu"), multiple_of=multiple_of)
+    assert small is tree
+
+
+def test_no_other_warning_is_raised():
+    n = net(LAYOUTS["gated"], seed=0, share=0.5)
+    pruned(n)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slim(jax.tree.map(jnp.asarray, n.tree), n.cfg, n.layout.spec("silu"))
+
+
+def test_the_plan_is_logged(caplog):
+    n = net(LAYOUTS["plain"], seed=0, share=0.5)
+    pruned(n)
+    with caplog.at_level(logging.INFO, logger="flaxslim"):
+        slim(n.tree, n.cfg, n.layout.spec("relu"))
+    assert "plan by TEST_FFN, exact" in caplog.text
+
+
+# --- configs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cfg", [{"hidden": 7, "act": "relu"}, Config(hidden=7), BertConfig(hidden=7, act="relu")]
+)
+def test_the_config_comes_back_resized_and_of_the_same_kind(cfg):
+    n = net(LAYOUTS["plain"], seed=0, share=0.5)
+    pruned(n)
+    kept_aside = copy.deepcopy(cfg)
+    _, new = slim(n.tree, cfg, n.layout.spec("config.act"))
+    assert type(new) is type(cfg)
+    assert new is not cfg
+    assert str(cfg) == str(kept_aside)
+    assert (new["hidden"] if isinstance(new, dict) else new.hidden) == n.need
+
+
+def _mlp(first: str, second: str, width: int, dead: int, *, transposed: bool = False) -> dict:
+    rng = np.random.default_rng(0)
+    up, down = rng.normal(size=(4, width)), rng.normal(size=(width, 4))
+    down[:dead] = 0
+    return {
+        f"{first}/kernel": up.T if transposed else up,
+        f"{first}/bias": np.ones(width),
+        f"{second}/kernel": down.T if transposed else down,
+        f"{second}/bias": np.ones(4),
+    }
+
+
+def test_gpt2_whose_config_says_none():
+    tree = _mlp("transformer/h/0/mlp/c_fc", "transformer/h/0/mlp/c_proj", 16, 5, transposed=True)
+    cfg = GPT2Config(n_embd=4, n_head=1)
+    assert cfg.n_inner is None
+    small, new = slim(tree, cfg)
+    assert (cfg.n_inner, new.n_inner) == (None, 11)
+    assert type(new) is GPT2Config
+    assert small["transformer/h/0/mlp/c_fc/kernel"].shape == (11, 4)
+
+
+def test_clip_whose_config_is_nested():
+    tree = {
+        **_mlp("text_model/encoder/layers/0/mlp/fc1", "text_model/encoder/layers/0/mlp/fc2", 9, 3),
+        **_mlp(
+            "vision_model/encoder/layers/0/mlp/fc1", "vision_model/encoder/layers/0/mlp/fc2", 8, 2
+        ),
+    }
+    cfg = CLIPConfig(text_config={"intermediate_size": 9}, vision_config={"intermediate_size": 8})
+    small, new = slim(tree, cfg)
+    assert (new.text_config.intermediate_size, new.vision_config.intermediate_size) == (6, 6)
+    assert (cfg.text_config.intermediate_size, cfg.vision_config.intermediate_size) == (9, 8)
+    assert small["vision_model/encoder/layers/0/mlp/fc1/kernel"].shape == (4, 6)
+
+
+def test_composites_whose_config_is_a_dict():
+    tree = {
+        **_mlp(
+            "encoder/encoder/layer/0/intermediate/dense",
+            "encoder/encoder/layer/0/output/dense",
+            9,
+            3,
+        ),
+        **_mlp(
+            "decoder/transformer/h/0/mlp/c_fc",
+            "decoder/transformer/h/0/mlp/c_proj",
+            16,
+            1,
+            transposed=True,
+        ),
+    }
+    cfg = {
+        "model_type": "encoder-decoder",
+        "encoder": {"model_type": "bert", "intermediate_size": 9, "hidden_act": "gelu"},
+        "decoder": {"model_type": "gpt2", "n_inner": None, "n_embd": 4},
+    }
+    kept_aside = copy.deepcopy(cfg)
+    _, new = slim(tree, cfg)
+    assert cfg == kept_aside
+    assert new["encoder"] == {**cfg["encoder"], "intermediate_size": 6}
+    assert new["decoder"] == {**cfg["decoder"], "n_inner": 15}
+
+
+def test_no_config_is_needed_without_a_width_key():
+    n = net(LAYOUTS["plain"], seed=0, share=0.5)
+    pruned(n)
+    spec = Spec(name="FREE", pairs=Pair(first="up", second="down"))
+    small, cfg = slim(n.tree, spec=spec)
+    assert cfg is None
+    assert n.layout.layers(small)[0].width == n.need
+
+
+# --- stored plans -----------------------------------------------------------------------------
+
+
+def test_a_stored_plan_is_applied(tmp_path):
+    n = net(LAYOUTS["fused"], seed=0, share=0.5)
+    pruned(n)
+    spec = n.layout.spec("silu")
+    (tmp_path / "plan.json").write_text(plan(n.tree, n.cfg, spec).to_json())
+    stored = Plan.from_json((tmp_path / "plan.json").read_text())
+    small, cfg = slim(n.tree, n.cfg, plan=stored)
+    expected, expected_cfg = slim(n.tree, n.cfg, spec)
+    jax.tree.map(np.testing.assert_array_equal, small, expected)
+    assert cfg == expected_cfg
+
+
+def test_a_stored_plan_serves_an_average_of_the_parameters():
+    n = net(LAYOUTS["gated"], seed=0, share=0.5)
+    pruned(n)
+    p = plan(n.tree, n.cfg, n.layout.spec("silu"))
+    average = jax.tree.map(lambda x: 0.9 * x + 0.1, n.tree)  # nothing is zero in it
+    small, cfg = slim(average, n.cfg, plan=p)
+    assert cfg == {"hidden": n.need}
+    for old, new, cut in zip(n.layout.layers(average), n.layout.layers(small), p.cuts, strict=True):
+        np.testing.assert_array_equal(new.second, old.second[list(cut.keep)])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"multiple_of": 2}, {"threshold": 0.1}, {"width": "per_layer"}, {"spec": flaxslim.T5_FFN}],
+)
+def test_a_stored_plan_leaves_nothing_to_say(more):
+    n = net(LAYOUTS["plain"], seed=0, share=0.5)
+    pruned(n)
+    p = plan(n.tree, n.cfg, n.layout.spec("relu"))
+    with pytest.raises(PlanError, match="already says which channels stay"):
+        slim(n.tree, n.cfg, plan=p, **more)
+
+
+def test_a_stored_plan_for_another_tree_is_refused():
+    n, other = (net(LAYOUTS["plain"], seed=0, share=0.5, depth=depth) for depth in (2, 1))
+    pruned(n)
+    p = plan(n.tree, n.cfg, n.layout.spec("relu"))
+    with pytest.raises(PlanError, match="another structure") as caught:
+        slim(other.tree, other.cfg, plan=p)
+    assert caught.value.path == "layers/1/up/kernel"
+    small, cfg = slim(n.tree, n.cfg, plan=p)
+    with pytest.raises(PlanError, match="applied before"):
+        slim(small, cfg, plan=p)
+
+
+# --- the rest of the model --------------------------------------------------------------------
+
+
+def test_what_is_no_part_of_a_pair_passes_by_identity():
+    n = net(LAYOUTS["plain"], seed=0, share=0.5)
+    pruned(n)
+    tree = n.tree
+    tree["head"] = {"kernel": jnp.ones((3, 7)), "quantised": np.ones((7, 3), np.int8)}
+    tree["layers"]["0"]["up"]["lora_a"] = np.ones((3, 2))
+    tree["layers"]["0"]["up"]["lora_b"] = np.ones((2, 7))
+    tree["layers"]["0"]["norm"] = {"scale": np.full(7, np.nan)}
+    kept_aside = copy.deepcopy(tree)
+    before = flatten(tree)
+    small, _ = slim(tree, n.cfg, n.layout.spec("relu"))
+    after = flatten(small)
+    assert set(after) == set(before)
+    for path, leaf in before.items():
+        ours = path.startswith("layers") and path.split("/")[-2] in ("up", "down")
+        cut = ours and "lora" not in path and path.split("/")[-2:] != ["down", "bias"]
+        assert (after[path] is leaf) == (not cut), path
+    jax.tree.map(np.testing.assert_array_equal, tree, kept_aside)
+
+
+def test_a_plain_linen_model_with_a_spec_of_ones_own():
+    class Mlp(nn.Module):
+        hidden: int
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.gelu(nn.Dense(self.hidden)(x), approximate=False)
+            return nn.Dense(2)(x)
+
+    x = jnp.arange(12.0).reshape(4, 3) / 10
+    model = Mlp(hidden=6)
+    variables = model.init(jax.random.key(0), x)
+    kernel = flatten(variables)["params/Dense_1/kernel"]
+    variables = replace(variables, {"params/Dense_1/kernel": kernel.at[jnp.array([0, 4])].set(0)})
+    spec = Spec(
+        name="MLP",
+        pairs=Pair(first="Dense_0", second="Dense_1", width="hidden", activation="gelu"),
+    )
+    small, smaller = slim(variables, model, spec)
+    assert isinstance(smaller, Mlp)
+    assert (model.hidden, smaller.hidden) == (6, 4)
+    before, after = (np.asarray(m.apply(v, x)) for m, v in ((model, variables), (smaller, small)))
+    np.testing.assert_allclose(after, before, rtol=1e-5)
+
+
+def test_errors_come_before_anything_is_changed():
+    n = net(LAYOUTS["plain"], seed=0, share=0.5)
+    pruned(n)
+    n.layers[1].second[3, 0] = np.nan
+    tree = n.tree
+    kept_aside = copy.deepcopy(tree)
+    with pytest.raises(NonFiniteError):
+        slim(tree, n.cfg, n.layout.spec("relu"))
+    with pytest.raises(WidthError, match="later release"):
+        slim(tree, n.cfg, n.layout.spec("relu"), width="per_layer")
+    jax.tree.map(np.testing.assert_array_equal, tree, kept_aside)

@@ -1,0 +1,349 @@
+"""Specs as values, and how they bind to a tree."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax.core import freeze
+from strategies import LAYOUTS, net
+
+from flaxslim import BERT_FFN, GPT2_FFN, LLAMA_FFN, T5_FFN, Pair, Spec, plan, slim
+from flaxslim._axes import Axes
+from flaxslim._errors import (
+    AxisPatternError,
+    ConfigError,
+    IncompletePairError,
+    NothingMatchedError,
+    SiteShapeError,
+    TracedError,
+)
+from flaxslim._tree import flatten
+from flaxslim.specs import FAMILIES
+
+
+def dense(n: int, m: int, *, bias: bool = True) -> dict:
+    layer = {"kernel": np.ones((n, m), np.float32)}
+    return {**layer, "bias": np.ones(m, np.float32)} if bias else layer
+
+
+def bert_layer(width: int = 8) -> dict:
+    return {
+        "intermediate": {"dense": dense(4, width)},
+        "output": {"dense": dense(width, 4), "LayerNorm": {"scale": np.ones(4)}},
+        "attention": {"output": {"dense": dense(4, 4)}, "self": {"query": dense(4, 4)}},
+    }
+
+
+def bert(layers: int = 2, width: int = 8) -> dict:
+    return {"encoder": {"layer": {str(i): bert_layer(width) for i in range(layers)}}}
+
+
+def t5_layer(*firsts: str) -> dict:
+    layers = {name: dense(4, 8, bias=False) for name in firsts}
+    return {"DenseReluDense": {**layers, "wo": dense(8, 4, bias=False)}}
+
+
+# --- values -----------------------------------------------------------------------------------
+
+
+def test_specs_are_frozen_hashable_and_comparable():
+    a = Pair(first="up", second="down", width="hidden")
+    b = Pair(first="up", second="down", width="hidden")
+    assert a == b
+    assert hash(a) == hash(b)
+    assert a != dataclasses.replace(a, width="other")
+    assert Spec(name="A", pairs=a) == Spec(name="A", pairs=(b,))
+    assert len({Spec(name="A", pairs=a), Spec(name="A", pairs=(b,))}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        a.first = "x"  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError):
+        Pair("up", "down")  # pyright: ignore[reportCallIssue]
+
+
+def test_lists_are_as_good_as_tuples():
+    a = Pair(first=["gate", "up"], second="down", gated=True)  # pyright: ignore[reportArgumentType]
+    assert a == Pair(first=("gate", "up"), second="down", gated=True)
+    assert len({a}) == 1
+
+
+def test_specs_can_be_printed():
+    text = str(LLAMA_FFN)
+    for part in ("LLAMA_FFN", "layers/{i}/mlp", "gate_proj", "up_proj", "down_proj", "gated"):
+        assert part in text
+    assert 'c_fc "f d"' in str(GPT2_FFN)
+    assert "width n_inner or 4*n_embd" in str(GPT2_FFN)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_json_round_trip(name):
+    spec = FAMILIES[name]
+    assert Spec.from_json(spec.to_json()) == spec
+    part = spec.under(tree="decoder", config="decoder")
+    assert Spec.from_json(part.to_json()) == part
+    assert part != spec
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_torch_spec_has_reversed_kernels_called_weight(name):
+    for ours, theirs in zip(FAMILIES[name], FAMILIES[name].torch(), strict=True):
+        assert theirs.kernel == "weight"
+        assert Axes(theirs.first_axes).dimensions == Axes(ours.first_axes).dimensions[::-1]
+        assert Axes(theirs.second_axes).dimensions == Axes(ours.second_axes).dimensions[::-1]
+        assert (theirs.at, theirs.first, theirs.width) == (ours.at, ours.first, ours.width)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_torch_tree_is_the_transposed_flax_tree(layout):
+    n = net(LAYOUTS[layout], seed=5, share=0.4)
+    for ffn, dead in n.each():
+        ffn.second[dead] = 0
+    spec = n.layout.spec("relu")
+
+    def rename(tree: dict) -> dict:
+        return {
+            {"kernel": "weight"}.get(k, k): rename(v) if isinstance(v, dict) else v.T
+            for k, v in tree.items()
+        }
+
+    ours = plan(n.tree, n.cfg, spec)
+    theirs = plan(rename(n.tree), n.cfg, spec.torch())
+    assert [cut.keep for cut in theirs.cuts] == [cut.keep for cut in ours.cuts]
+    small, _ = slim(rename(n.tree), n.cfg, spec.torch())
+    jax.tree.map(np.testing.assert_array_equal, small, rename(slim(n.tree, n.cfg, spec)[0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"first": "up", "second": "down", "first_axes": "d g"}, "no axis 'f'"),
+        ({"first": "up", "second": "down", "axis": "h"}, "no axis 'h'"),
+        ({"first": "up", "second": "down", "first_axes": "d (f"}, "unbalanced"),
+        ({"first": "up", "second": "down", "gated": True}, "a gate and an up layer"),
+        ({"first": ("a", "b", "c"), "second": "down", "gated": True}, "a gate and an up layer"),
+        ({"first": ("a", "b"), "second": "down", "first_bias": "x"}, "as many first biases"),
+    ],
+)
+def test_a_pair_that_makes_no_sense_is_refused(arguments, message):
+    with pytest.raises(AxisPatternError) as caught:
+        Pair(**arguments)
+    assert message in str(caught.value)
+
+
+def test_a_width_that_cannot_be_read_is_refused():
+    with pytest.raises(ConfigError, match="cannot read the width"):
+        Pair(first="up", second="down", width="4 * hidden")
+
+
+# --- binding ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda t: t,
+        lambda t: {"bert": t, "classifier": dense(4, 2)},
+        lambda t: {"params": t},
+        lambda t: {"params": {"bert": t}, "batch_stats": {"x": np.ones(3)}},
+        lambda t: freeze({"a": {"b": {"c": t}}}),
+        flatten,
+    ],
+    ids=["bare", "head", "params", "params and head", "deep", "flat"],
+)
+def test_a_spec_binds_wherever_its_layer_root_occurs(wrap):
+    sites = BERT_FFN.sites(wrap(bert(12)))
+    assert len(sites) == 12
+    assert [site.root.rpartition("/")[2] for site in sites] == [str(i) for i in range(12)]
+    for site in sites:
+        assert site.root.partition("encoder/layer")[1]
+        assert site.size == 8
+        assert [t.path.removeprefix(site.root) for t in site.tensors] == [
+            "/intermediate/dense/kernel",
+            "/intermediate/dense/bias",
+            "/output/dense/kernel",
+            "/output/dense/bias",
+        ]
+        assert site.per_channel == 4 + 1 + 4
+    # The attention output is an output/dense too, but not below a layer root.
+    assert not any("attention" in t.path for site in sites for t in site.tensors)
+
+
+def test_a_root_with_a_leading_slash_is_anchored_at_the_top():
+    spec = Spec(name="TOP", pairs=Pair(at="/a", first="up", second="down"))
+    tree = {"a": {"up": dense(2, 3), "down": dense(3, 2)}}
+    assert [site.root for site in spec.sites({**tree, "b": tree})] == ["a"]
+    assert (
+        len(
+            Spec(name="ANY", pairs=Pair(at="a", first="up", second="down")).sites(
+                {**tree, "b": tree}
+            )
+        )
+        == 2
+    )
+
+
+def test_a_layer_may_be_a_tensor_itself():
+    tree = {"experts": {"w1": np.ones((2, 3)), "b1": np.ones(3), "w2": np.ones((3, 2))}}
+    pair = Pair(first="w1", second="w2", first_bias="b1")
+    (site,) = Spec(name="RAW", pairs=pair).sites(tree)
+    assert [t.path for t in site.tensors] == ["experts/w1", "experts/b1", "experts/w2"]
+
+
+def test_plain_and_gated_variants_of_one_family_do_not_disturb_each_other():
+    plain = {"encoder": {"block": {"0": {"layer": {"1": t5_layer("wi")}}}}}
+    gated = {"encoder": {"block": {"0": {"layer": {"1": t5_layer("wi_0", "wi_1")}}}}}
+    assert [len(site.first) for site in T5_FFN.sites(plain)] == [1]
+    assert [len(site.first) for site in T5_FFN.sites(gated)] == [2]
+    assert T5_FFN.unmatched(plain) == (list(T5_FFN)[1],)
+    assert T5_FFN.unmatched(gated) == (next(iter(T5_FFN)),)
+    p = plan(gated, {"d_ff": 8, "dense_act_fn": "gelu_new"}, T5_FFN)
+    assert any("no site for" in note and "wi " in note for note in p.notes)
+    assert "no site for" in str(p)
+
+
+def test_a_tensor_may_be_the_second_of_one_pair_and_the_first_of_another():
+    tree = {"a": dense(2, 3), "b": dense(3, 5), "c": dense(5, 2)}
+    spec = Spec(name="CHAIN", pairs=(Pair(first="a", second="b"), Pair(first="b", second="c")))
+    assert [site.size for site in spec.sites(tree)] == [3, 5]
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def test_nothing_matched_names_the_nearest():
+    tree = {"encoder": {"layers": {"0": bert_layer()}}}  # "layers" where BERT has "layer"
+    with pytest.raises(NothingMatchedError, match="BERT_FFN matches nothing") as caught:
+        BERT_FFN.sites(tree)
+    assert any("intermediate/dense/kernel" in name for name in caught.value.near)
+    text = str(caught.value)
+    assert "encoder/layer/{i}/intermediate/dense" in text
+    assert "flaxslim families" in text
+
+
+def test_an_empty_tree_matches_nothing():
+    with pytest.raises(NothingMatchedError, match="this tree of 0 tensors"):
+        BERT_FFN.sites({})
+
+
+@pytest.mark.parametrize(
+    ("gone", "stays"), [("intermediate", "output"), ("output", "intermediate")]
+)
+def test_half_a_pair_is_refused(gone, stays):
+    tree = bert()
+    del tree["encoder"]["layer"]["1"][gone]
+    with pytest.raises(IncompletePairError, match="half a pair of BERT_FFN") as caught:
+        BERT_FFN.sites(tree)
+    assert caught.value.path == f"encoder/layer/1/{gone}/dense/kernel"
+    assert f"encoder/layer/1/{stays}/dense/kernel is there" in str(caught.value)
+    assert caught.value.near
+
+
+def test_a_gate_without_its_up_is_refused():
+    tree = {"layers": {"0": {"mlp": {"gate_proj": dense(4, 8), "down_proj": dense(8, 4)}}}}
+    with pytest.raises(IncompletePairError, match="up_proj is not"):
+        LLAMA_FFN.sites(tree)
+
+
+def test_a_bias_that_the_spec_names_must_be_there():
+    pair = Pair(first="up", second="down", first_bias="up/offset")
+    with pytest.raises(IncompletePairError, match="names a bias") as caught:
+        Spec(name="X", pairs=pair).sites({"up": dense(2, 3), "down": dense(3, 2)})
+    assert caught.value.path == "up/offset"
+
+
+@pytest.mark.parametrize("path", ["intermediate/dense/kernel", "intermediate/dense/bias"])
+def test_one_wrong_shape_is_refused(path):
+    tree = flatten(bert())
+    path = f"encoder/layer/1/{path}"
+    tree[path] = tree[path][..., :-1]
+    with pytest.raises(SiteShapeError, match="disagree about the number of channels") as caught:
+        BERT_FFN.sites(tree)
+    assert caught.value.path == path
+    assert "f = 8" in str(caught.value)
+    assert "(8, 4)" in str(caught.value)
+
+
+def test_a_second_bias_of_the_wrong_size_is_refused():
+    tree = flatten(bert())
+    tree["encoder/layer/0/output/dense/bias"] = np.ones(5)
+    with pytest.raises(SiteShapeError, match="bias of the second layer does not fit") as caught:
+        BERT_FFN.sites(tree)
+    assert "(5,)" in str(caught.value)
+
+
+def test_a_transposed_kernel_is_refused():
+    tree = flatten(bert())
+    path = "encoder/layer/0/intermediate/dense/kernel"
+    tree[path] = tree[path].T
+    with pytest.raises(SiteShapeError, match="transposed kernel"):
+        BERT_FFN.sites(tree)
+
+
+def test_a_wrong_rank_is_refused():
+    tree = flatten(bert())
+    path = "encoder/layer/0/intermediate/dense/kernel"
+    tree[path] = tree[path][None]
+    with pytest.raises(AxisPatternError, match="3 dimensions where its pattern has 2") as caught:
+        BERT_FFN.sites(tree)
+    assert caught.value.path == path
+
+
+def test_a_tensor_that_is_no_array_is_refused():
+    tree = flatten(bert())
+    tree["encoder/layer/0/output/dense/kernel"] = "weights"
+    with pytest.raises(SiteShapeError, match="not an array") as caught:
+        BERT_FFN.sites(tree)
+    assert "str" in str(caught.value)
+
+
+def test_shapes_without_values_are_refused():
+    tree = jax.eval_shape(bert)
+    with pytest.raises(TracedError, match="values") as caught:
+        plan(tree, {"intermediate_size": 8}, BERT_FFN)
+    assert "encoder/layer/0" in str(caught.value)
+
+
+def test_two_pairs_that_claim_the_same_axis_are_refused():
+    tree = {"mlp": {"up": dense(2, 3), "down": dense(3, 2)}}
+    pair = Pair(first="up", second="down")
+    spec = Spec(name="TWICE", pairs=(pair, dataclasses.replace(pair, at="mlp")))
+    with pytest.raises(SiteShapeError, match="claim the same axis") as caught:
+        spec.sites(tree)
+    assert "mlp/up/kernel" in str(caught.value)
+
+
+def test_two_sites_of_one_key_with_different_sizes_are_refused():
+    tree = bert()
+    tree["encoder"]["layer"]["1"] = bert_layer(6)
+    with pytest.raises(SiteShapeError, match="share the width 'intermediate_size'") as caught:
+        slim(tree, {"intermediate_size": 8, "hidden_act": "gelu"}, BERT_FFN)
+    text = str(caught.value)
+    assert "6 channels" in text
+    assert "8 channels" in text
+    assert "encoder/layer/1/output/dense/kernel" in text
+
+
+def test_a_config_that_contradicts_the_tensors_is_refused():
+    with pytest.raises(ConfigError, match="contradicts the tensors") as caught:
+        slim(bert(), {"intermediate_size": 9, "hidden_act": "gelu"}, BERT_FFN)
+    text = str(caught.value)
+    assert "8 channels" in text
+    assert "9, from intermediate_size" in text
+    assert "encoder/layer/0/output/dense/kernel" in text
+
+
+@pytest.mark.parametrize("cfg", [{"hidden_act": "gelu", "intermediate": 8}, None])
+def test_an_absent_width_key_is_refused(cfg):
+    with pytest.raises(ConfigError, match="no key 'intermediate_size'") as caught:
+        slim(bert(), cfg, BERT_FFN)
+    assert caught.value.near == (("intermediate",) if cfg else ())
+
+
+def test_tracers_are_refused():
+    @jax.jit
+    def f(tree):
+        return slim(tree, {"intermediate_size": 8, "hidden_act": "gelu"}, BERT_FFN)[0]
+
+    with pytest.raises(TracedError, match=r"outside of jax\.jit") as caught:
+        f(bert())
+    assert "encoder/layer/0" in str(caught.value)
