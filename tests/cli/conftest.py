@@ -4,9 +4,9 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny import DEAD, Result, Run, tiny
 
 import flaxslim
+from cli.tiny import DEAD, Result, Run, tiny
 from flaxslim.cli import main
 from flaxslim.cli._console import console, messages
 

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from tiny import Result, tiny
 
 import flaxslim
+from cli.tiny import Result, tiny
 from flaxslim._tree import flatten, replace
 from flaxslim.cli import INTERRUPTED, _slim
 

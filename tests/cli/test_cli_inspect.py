@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from tiny import DEAD, WIDTH, tiny
 
 import flaxslim
+from cli.tiny import DEAD, WIDTH, tiny
 from flaxslim._tree import flatten
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import DEAD, WIDTH, tiny
 
 import flaxslim
+from cli.tiny import DEAD, WIDTH, tiny
 from flaxslim import Plan, Proof
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import read

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from tiny import DEAD, tiny
 
 import flaxslim
+from cli.tiny import DEAD, tiny
 from flaxslim import Proof
 from flaxslim._tree import flatten, replace
 from flaxslim.cli import NOT_PROVEN
