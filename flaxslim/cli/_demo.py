@@ -134,6 +134,7 @@ def run(folder: pathlib.Path | None = None, *, steps: int = 500, seed: int = 0) 
 
     console.print(_table.accuracies(results))
     console.print(_table.before_after(proof))
+    console.print(_table.verdict(proof), markup=False, soft_wrap=True)
     where = f", saved in {folder}" if folder else ""
     console.print(f"done in {time.perf_counter() - started:.0f} s{where}")
     return 0

@@ -8,12 +8,12 @@ import flaxslim
 from flaxslim._apply import apply, resized
 from flaxslim._errors import WidthError
 from flaxslim._plan import Plan, plan
-from flaxslim._prove import verify
 from flaxslim._spec import Spec
 from flaxslim.checkpoint import Checkpoint, read, save, to_flax
 from flaxslim.checkpoint._atomic import check_target
 from flaxslim.cli import NOT_PROVEN, NOTHING_DEAD, _table
 from flaxslim.cli._console import console, messages
+from flaxslim.cli._verify import prove_checkpoints
 from flaxslim.specs import spec_for
 
 
@@ -36,19 +36,15 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
     return spec.torch() if checkpoint.naming == "torch" else spec
 
 
-def flax_params(checkpoint: Checkpoint) -> Any:
-    """The parameters as the stock Flax class takes them."""
-    if checkpoint.naming == "flax":
-        return checkpoint.params
-    return to_flax(checkpoint.params, checkpoint.config)
-
-
 def run(source: str, out: Path, options: Options) -> int:
     """Do it; returns the exit code. Nothing is written unless the proof holds."""
     if not options.dry_run:
         check_target(out.expanduser().resolve(), overwrite=options.overwrite)
     with messages.status(f"reading {source}") as status:
         before = read(source, revision=options.revision)
+        if options.format.startswith("flax") and before.naming == "torch":
+            # First, so that the recorded plan has the names of what is written.
+            before = dataclasses.replace(before, params=to_flax(before), naming="flax")
         status.update("looking for dead channels")
         chosen = plan(
             before.params,
@@ -58,7 +54,7 @@ def run(source: str, out: Path, options: Options) -> int:
             multiple_of=options.multiple_of,
         )
     for note in before.notes:
-        messages.print(f"note: {note}", markup=False)
+        messages.print(f"note: {note}", markup=False, soft_wrap=True)
     console.print(str(chosen), markup=False, soft_wrap=True)
     if not chosen.removed:
         if chosen.blocked:
@@ -78,14 +74,12 @@ def run(source: str, out: Path, options: Options) -> int:
     proof = None
     if options.verify:
         with messages.status("proof: running both models on the same inputs"):
-            proof = verify(
-                (flax_params(before), before.config),
-                (flax_params(after), after.config),
-                approximate=not chosen.exact,
-            )
+            proof = prove_checkpoints(before, after, exact=chosen.exact)
         console.print(_table.before_after(proof))
+        console.print(_table.verdict(proof), markup=False, soft_wrap=True)
         if not proof.ok:
-            messages.print(f"The proof failed, so nothing was written.\n{proof}", markup=False)
+            text = f"The proof failed, so nothing was written.\n{proof}"
+            messages.print(text, markup=False, soft_wrap=True)
             return NOT_PROVEN
     with messages.status(f"writing {out}"):
         save(

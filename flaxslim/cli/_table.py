@@ -56,16 +56,21 @@ def _changes(table: Table, report: Any) -> None:
             )
 
 
-def before_after(proof: Any) -> Group:
-    """What slimming changed, and what it did not."""
+def before_after(proof: Any) -> Table:
+    """What slimming changed."""
     table = _table("", "before", "after", "ratio")
     _changes(table, proof)
     ms = proof.milliseconds
     if ms.before is not None and ms.after is not None:
         table.add_row("latency", f"{ms.before:.1f} ms", f"{ms.after:.1f} ms", _ratio(*_pair(ms)))
-    verdict = "equal to rounding" if proof.exact else "approximate"
+    return table
+
+
+def verdict(proof: Any) -> str:
+    """Whether slimming changed the function, in a line or two."""
+    word = "equal to rounding" if proof.exact else "approximate"
     lines = [
-        f"{verdict if proof.ok else 'NOT EQUAL'}: largest difference {proof.relative:.1e} of the "
+        f"{word if proof.ok else 'NOT EQUAL'}: largest difference {proof.relative:.1e} of the "
         f"largest output (tolerance {proof.tolerance:.1e}), on {proof.device}"
     ]
     if proof.control is not None and proof.control.smallest is not None:
@@ -73,7 +78,7 @@ def before_after(proof: Any) -> Group:
             f"control: cutting one wrong channel changes the output by {proof.control.smallest:.1e}"
             f" or more, at each of {len(proof.control.rows)} sites"
         )
-    return Group(table, *(Text(line) for line in lines))
+    return "\n".join(lines)
 
 
 def _pair(change: Any) -> tuple[float, float]:

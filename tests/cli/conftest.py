@@ -2,19 +2,12 @@
 
 from pathlib import Path
 
-import jax
 import pytest
 
 import flaxslim
 from cli.tiny import DEAD, Result, Run, tiny
 from flaxslim.cli import main
 from flaxslim.cli._console import console, messages
-
-
-@pytest.fixture(autouse=True)
-def _stock_rank_promotion():
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def test_ctrl_c(run, broken, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_slim, "verify", interrupt)
+    monkeypatch.setattr(_slim, "prove_checkpoints", interrupt)
     result = run("slim", broken(), tmp_path / "out")
     assert result.code == INTERRUPTED == 130
     assert "nothing was written" in result.err

@@ -240,7 +240,7 @@ def test_old_target_survives_a_failing_proof(run, flax_folder, tmp_path, monkeyp
     out = tmp_path / "out"
     assert run("slim", flax_folder, out, "--no-verify").code == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr(_slim, "verify", lambda *_, **__: _failed())
+    monkeypatch.setattr(_slim, "prove_checkpoints", lambda *_, **__: _failed())
     assert run("slim", flax_folder, out, "--overwrite").code == NOT_PROVEN
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
@@ -259,3 +259,22 @@ def test_t5_runs_whatever_jax_did_to_clip(run, tmp_path):
     result = run("slim", source, tmp_path / "out")
     assert result.code == 0, result.err
     assert read(tmp_path / "out").config.d_ff == 42
+
+
+def test_a_checkpoint_without_its_head_is_proven_all_the_same(run, torch_folder, tmp_path):
+    """A class that wants more than the files have: the same made-up tensors before and after."""
+    checkpoint = read(torch_folder)
+    params = {name: part for name, part in checkpoint.params.items() if name != "cls"}
+    folder = flaxslim.save(tmp_path / "headless", params, checkpoint.config, format="torch")
+    out = tmp_path / "out"
+    result = run("slim", folder, out)
+    assert result.code == 0, result.err
+    assert "equal to rounding" in result.out
+    assert "lacks 5 tensors of FlaxBertForMaskedLM" in " ".join(result.err.split())
+    assert flatten(read(out).params).keys() == flatten(params).keys()
+
+
+def test_a_plan_has_the_names_of_what_was_written(run, torch_folder, tmp_path):
+    run("slim", torch_folder, tmp_path / "out", "--format", "flax")
+    plan = Plan.from_dict(_record(tmp_path / "out")["plan"])
+    assert plan.cuts[0].site.second.path.endswith("output/dense/kernel")
