@@ -31,7 +31,10 @@ from flaxslim._spec import Site, Tensor
 # The unsigned integer of each width, by which bit patterns are compared.
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 # Not among them: types whose NaN is the pattern of minus zero, and would read as zero.
-_FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+_FLOATS = tuple(
+    jnp.dtype(name)
+    for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,8 @@ def first_is_constant(e: Evidence) -> np.ndarray:
     if e.activation is None or not (plain or e.gated):
         return _constant(np.zeros_like(e.second_zero))
     known = np.logical_and.reduce(e.first_zero)
+    if not known.any():
+        return _constant(known)
     value = np.zeros(known.shape)
     value[known] = e.activation(e.first_bias[0][known])
     if e.gated:
@@ -99,6 +104,7 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+@functools.cache
 def _quiet(activation: Activation | None) -> bool:
     return activation is not None and float(activation(np.zeros(1))[0]) == 0.0
 
@@ -179,12 +185,12 @@ def _check_dtype(leaf: Any, tensor: Tensor) -> None:
             seen=str(leaf),
             mend="pass the arrays themselves, not what jax.eval_shape gives",
         )
-    if str(leaf.dtype) not in _FLOATS:
+    if leaf.dtype not in _FLOATS:
         raise UnsupportedDtypeError(
             "the tensor is not of a floating point type that can be judged (quantised weights?)",
             path=tensor.path,
             seen=f"{leaf.dtype} {tuple(leaf.shape)}",
-            expected=f"one of {', '.join(_FLOATS)}",
+            expected=f"one of {', '.join(map(str, _FLOATS))}",
             mend="slim before quantising, or dequantise first",
         )
 
@@ -257,10 +263,16 @@ def _literal_two(axes: Axes) -> int:
     return [factor for dim in axes.dimensions for factor in dim].index(2)
 
 
+@functools.cache
+def _largest(dtype: Any) -> int:
+    """The bits of the largest number of a type; those of infinity and NaN are above."""
+    return int(np.array(jnp.finfo(dtype).max, dtype).view(_UNSIGNED[dtype.itemsize]))
+
+
 def _check_finite(found: np.ndarray, leaf: Any, tensor: Tensor) -> None:
-    largest = np.array(jnp.finfo(leaf.dtype).max, leaf.dtype).view(found.dtype)
+    largest = _largest(leaf.dtype)
     # The bits of several finite numbers may together look like infinity: then look closely.
-    if (found > largest).any():
+    if found.max(initial=0) > largest:
         _finite(leaf, tensor)
 
 

@@ -1,6 +1,7 @@
 """Which channels stay at each site: the plan, a value that can be printed, stored, applied."""
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -37,17 +38,6 @@ class Cut:
     dead: int
     rules: Mapping[str, int]
     folds: tuple[tuple[int, float], ...] = ()
-
-    def __post_init__(self) -> None:
-        # A device gather clips an index that is out of range, and would say nothing.
-        keep = np.asarray(self.keep, int)
-        if (np.diff(keep, prepend=-1, append=self.site.size) <= 0).any():
-            raise PlanError(
-                "the channels that stay are not ascending indices of a site",
-                path=self.site.root,
-                seen=str(self.keep) if len(self.keep) <= 16 else f"{len(self.keep)} of them",
-                expected=f"indices from 0 to {self.site.size - 1}, each once",
-            )
 
     @property
     def removed(self) -> int:
@@ -179,7 +169,7 @@ class Plan:
                             second=_tensor(cut["second"]),
                             second_bias=cut["second_bias"] and _tensor(cut["second_bias"]),
                         ),
-                        keep=tuple(cut["keep"]),
+                        keep=_kept(cut),
                         dead=cut["dead"],
                         rules=cut["rules"],
                         folds=tuple((channel, value) for channel, value in cut["folds"]),
@@ -207,6 +197,19 @@ class Plan:
 
 def _tensor_to_list(tensor: Tensor | None) -> list[Any] | None:
     return tensor and [tensor.path, str(tensor.axes), list(tensor.shape)]
+
+
+def _kept(cut: Mapping[str, Any]) -> tuple[int, ...]:
+    """The channels that stay; a device gather would clip one that is out of range, silently."""
+    keep = tuple(cut["keep"])
+    if any(b <= a for a, b in itertools.pairwise((-1, *keep, cut["size"]))):
+        raise PlanError(
+            "the channels that stay are not ascending indices of a site",
+            path=cut["root"],
+            seen=str(keep) if len(keep) <= 16 else f"{len(keep)} of them",
+            expected=f"indices from 0 to {cut['size'] - 1}, each once",
+        )
+    return keep
 
 
 def _tensor(data: Sequence[Any]) -> Tensor:
