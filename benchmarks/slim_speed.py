@@ -189,11 +189,12 @@ if __name__ == "__main__":
         main(os.environ["FLAXSLIM_BENCHMARK"])
         sys.exit()
     print(
-        "FFN of        kept      first      slim      find  jnp.take   np.take  slim/copy  peak/kept"
+        "FFN of        kept      first      slim      find  jnp.take   np.take  slim/copy ", end=""
     )
     print(
-        "                MB    call ms        ms        ms        ms        ms            first   warm"
+        " peak/kept\n                MB    call ms        ms        ms        ms        ms", end=""
     )
+    print("            first   warm")
     for name in sys.argv[1:] or SHAPES:
         # A process each: the first call and the peak of memory are those of a fresh one.
         subprocess.run(
