@@ -49,7 +49,7 @@ def pooled(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
 
 
-def embed_flax(model: FlaxBertModel, batch: dict[str, np.ndarray]) -> np.ndarray:
+def embed_flax(model: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
     states = jax.jit(lambda params, batch: model(**batch, params=params).last_hidden_state)
     with jax.default_matmul_precision("highest"):
         return pooled(np.asarray(states(model.params, batch)), batch["attention_mask"])
