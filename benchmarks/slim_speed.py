@@ -4,7 +4,7 @@
 
 Half of the channels of every FFN are dead, another random half in each layer. "copy" is the fastest
 gather of the kept kernels that is known, the faster of eager `jnp.take` and `np.take`; it is told
-the indices, while `slim` finds them. Medians of interleaved runs. "peak" is the largest resident
+the indices, while `slim` finds them (and gathers with mode="clip", which is faster). Medians of interleaved runs. "peak" is the largest resident
 memory of the process during a call, above what it held before; XLA's compilation is in the first.
 """
 

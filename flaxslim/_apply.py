@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from flaxslim import _config, _tree
+from flaxslim import _bits, _config, _tree
 from flaxslim._axes import namespace
 from flaxslim._errors import PlanError, nearest
 from flaxslim._plan import Cut, Plan
@@ -21,7 +21,8 @@ def apply(plan: Plan, tree: Any) -> Any:
     keep their kind (numpy or jax), dtype and device. The constants of channels that go are folded
     into the second biases.
 
-    Raises `PlanError` if a tensor is absent or has another shape.
+    Raises `PlanError` if a tensor is absent or has another shape, and `NonFiniteError` if one
+    that is cut holds NaN or infinity, which must not vanish with a column.
 
     >>> tree = {"up": {"kernel": np.ones((2, 3))}, "down": {"kernel": np.diag([1.0, 0.0, 1.0])}}
     >>> from flaxslim import Pair, Spec, plan
@@ -41,10 +42,12 @@ def apply(plan: Plan, tree: Any) -> Any:
             old = new.get(bias.path, leaves[bias.path])  # two pairs may share a second bias
             new[bias.path] = _folded(cut, leaves[cut.site.second.path], old)
     for cut in plan.cuts:
-        if cut.removed:
-            keep = np.asarray(cut.keep, int)
-            for tensor in cut.site.cut:
-                leaf = new.get(tensor.path, leaves[tensor.path])
+        keep = np.asarray(cut.keep, int)
+        for tensor in cut.site.cut:
+            leaf = new.get(tensor.path, leaves[tensor.path])
+            # Right before the cut, so that the second read is from the cache.
+            _bits.check_finite(leaf, tensor)
+            if cut.removed:
                 new[tensor.path] = tensor.axes.take(leaf, cut.site.pair.axis, keep)
     slimmed = _tree.replace(tree, new)
     if isinstance(slimmed, nnx.Module):

@@ -104,38 +104,7 @@ class Axes:
 
     def sizes(self, shape: Sequence[int], *, path: str | None = None) -> dict[str, int]:
         """The size of each named axis; `AxisPatternError` if the shape does not fit."""
-        expected = f'an array of pattern "{self.pattern}"'
-        if len(shape) != len(self.dimensions):
-            raise AxisPatternError(
-                f"an array has {len(shape)} dimensions where its pattern has "
-                f"{len(self.dimensions)}",
-                path=path,
-                seen=tuple(shape),
-                expected=expected,
-                mend="name every dimension of the array in the pattern, in order",
-            )
-        sizes: dict[str, int] = {}
-        for size, factors in zip(shape, self.dimensions, strict=True):
-            free = [f for f in factors if isinstance(f, str)]
-            fixed = math.prod(f for f in factors if isinstance(f, int))
-            if len(free) > 1:
-                raise AxisPatternError(
-                    f"the sizes of {' and '.join(free)} do not follow from the shape",
-                    path=path,
-                    seen=tuple(shape),
-                    expected=expected,
-                    mend="name at most one unknown axis in a dimension",
-                )
-            if size % fixed or (not free and size != fixed):
-                raise AxisPatternError(
-                    f"a dimension of {size} is not {_format((factors,))}",
-                    path=path,
-                    seen=tuple(shape),
-                    expected=expected,
-                )
-            if free:
-                sizes[free[0]] = size // fixed
-        return sizes
+        return dict(_sizes(self.pattern, tuple(shape), path))
 
     def _expanded(self, shape: Sequence[int]) -> tuple[int, ...]:
         sizes = self.sizes(shape)
@@ -203,3 +172,39 @@ def _format(dimensions: Sequence[Dimension]) -> str:
     return " ".join(
         str(dim[0]) if len(dim) == 1 else f"({' '.join(map(str, dim))})" for dim in dimensions
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(pattern: str, shape: tuple[int, ...], path: str | None) -> dict[str, int]:
+    dimensions = _parse(pattern)
+    expected = f'an array of pattern "{pattern}"'
+    if len(shape) != len(dimensions):
+        raise AxisPatternError(
+            f"an array has {len(shape)} dimensions where its pattern has {len(dimensions)}",
+            path=path,
+            seen=shape,
+            expected=expected,
+            mend="name every dimension of the array in the pattern, in order",
+        )
+    sizes: dict[str, int] = {}
+    for size, factors in zip(shape, dimensions, strict=True):
+        free = [f for f in factors if isinstance(f, str)]
+        fixed = math.prod(f for f in factors if isinstance(f, int))
+        if len(free) > 1:
+            raise AxisPatternError(
+                f"the sizes of {' and '.join(free)} do not follow from the shape",
+                path=path,
+                seen=shape,
+                expected=expected,
+                mend="name at most one unknown axis in a dimension",
+            )
+        if size % fixed or (not free and size != fixed):
+            raise AxisPatternError(
+                f"a dimension of {size} is not {_format((factors,))}",
+                path=path,
+                seen=shape,
+                expected=expected,
+            )
+        if free:
+            sizes[free[0]] = size // fixed
+    return sizes

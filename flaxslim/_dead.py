@@ -19,22 +19,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from flaxslim import _bits
 from flaxslim._activation import Activation
 from flaxslim._axes import Axes
-from flaxslim._errors import NonFiniteError, TracedError, UnsupportedDtypeError
+from flaxslim._errors import TracedError, UnsupportedDtypeError
 from flaxslim._spec import Site, Tensor
-
-# The unsigned integer of each width, by which bit patterns are compared.
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-# Not among them: types whose NaN is the pattern of minus zero, and would read as zero.
-_FLOATS = tuple(
-    jnp.dtype(name)
-    for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,15 +121,16 @@ def mark(
     activation: Activation | None,
     threshold: float = 0.0,
 ) -> Marks:
-    """The dead channels of a site. Each kernel is read once.
+    """The dead channels of a site. The second kernel is read once, the first ones hardly at all.
 
-    Raises `TracedError`, `UnsupportedDtypeError`, and `NonFiniteError` for NaN or infinity
-    anywhere in the site, also in columns that would go.
+    Raises `TracedError`, `UnsupportedDtypeError`, and `NonFiniteError` for NaN or infinity in the
+    second kernel or a bias. The first kernels are not searched for them here: that is done
+    where their columns are cut (`apply`), while they are in the cache.
     """
     for tensor in site.tensors:
         _check_dtype(leaves[tensor.path], tensor)
     if site.second_bias is not None:
-        _finite(leaves[site.second_bias.path], site.second_bias)
+        _bits.finite_values(leaves[site.second_bias.path], site.second_bias)
     axis = site.pair.axis
     fused = site.pair.gated and len(site.first) == 1
     second = leaves[site.second.path]
@@ -185,75 +178,41 @@ def _check_dtype(leaf: Any, tensor: Tensor) -> None:
             seen=str(leaf),
             mend="pass the arrays themselves, not what jax.eval_shape gives",
         )
-    if leaf.dtype not in _FLOATS:
+    if leaf.dtype not in _bits.FLOATS:
         raise UnsupportedDtypeError(
             "the tensor is not of a floating point type that can be judged (quantised weights?)",
             path=tensor.path,
             seen=f"{leaf.dtype} {tuple(leaf.shape)}",
-            expected=f"one of {', '.join(map(str, _FLOATS))}",
+            expected=f"one of {', '.join(map(str, _bits.FLOATS))}",
             mend="slim before quantising, or dequantise first",
         )
 
 
-# --- zero, and not finite ---------------------------------------------------------------------
-#
-# Both are read off bit patterns without their sign. Zero is the pattern 0: a comparison of floats
-# would take subnormal numbers for zero in XLA's CPU code. And the patterns of infinity and NaN are
-# above that of the largest number, so one pass over a kernel answers both questions.
-
+# How many entries of a channel are looked at before all of them are.
 _SAMPLE = 16
-
-
-def _unsigned(leaf: Any) -> Any:
-    """The bits of an array, without its signs, where the array is; no copy."""
-    if isinstance(leaf, jax.Array) and all(d.platform != "cpu" for d in leaf.devices()):
-        return _device_bits(leaf)
-    # A view, of an array on a CPU device as well: numpy reads it at the speed of memory, XLA at
-    # half of it.
-    return np.asarray(leaf).view(_UNSIGNED[leaf.dtype.itemsize])
-
-
-@jax.jit
-def _device_bits(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize])
-
-
-def _any_bits(bits: Any, axes: tuple[int, ...] | None) -> np.ndarray:
-    """The bits that are set in any entry along some axes, but for the sign: 0 if all are zero."""
-    sign_off = np.iinfo(bits.dtype).max >> 1
-    if isinstance(bits, np.ndarray):
-        return np.bitwise_or.reduce(bits, axis=axes) & sign_off
-    return np.asarray(_device_or(bits, axes)) & sign_off
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _device_or(bits: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
-    axes = tuple(range(bits.ndim)) if axes is None else axes
-    return jax.lax.reduce(bits, np.zeros((), bits.dtype), jax.lax.bitwise_or, axes)
 
 
 def _zero_seconds(leaf: Any, tensor: Tensor, axis: str) -> np.ndarray:
     """Which channels nothing reads: bool of shape (f,)."""
-    bits = tensor.axes.split(_unsigned(leaf))
-    found = _any_bits(bits, tensor.axes.others(axis))
-    _check_finite(found, leaf, tensor)
+    bits = tensor.axes.split(_bits.unsigned(leaf))
+    found = _bits.any_set(bits, tensor.axes.others(axis))
+    _bits.check_finite(leaf, tensor, found)
     return found == 0
 
 
 def _zero_firsts(leaf: Any, tensor: Tensor, axis: str, fused: bool) -> np.ndarray:
     """Which channels read nothing: bool of shape (1, f), or (2, f) if gate and up are fused."""
     axes = tensor.axes
-    bits = axes.split(_unsigned(leaf))
-    _check_finite(_any_bits(bits, None), leaf, tensor)
+    bits = axes.split(_bits.unsigned(leaf))
     others = axes.others(axis)
     if fused:
         others = tuple(i for i in others if i != _literal_two(axes))
     # A channel that reads something nearly always shows it in its first entries; only where one
     # does not is the whole kernel looked at.
     sample = tuple(slice(_SAMPLE) if i in others else slice(None) for i in range(bits.ndim))
-    found = _any_bits(bits[sample], others)
+    found = _bits.any_set(bits[sample], others)
     if not found.all():
-        found = _any_bits(bits, others)
+        found = _bits.any_set(bits, others)
     if fused and _literal_two(axes) > axes.position(axis):
         found = found.T
     return (found == 0).reshape(2 if fused else 1, -1)
@@ -261,33 +220,6 @@ def _zero_firsts(leaf: Any, tensor: Tensor, axis: str, fused: bool) -> np.ndarra
 
 def _literal_two(axes: Axes) -> int:
     return [factor for dim in axes.dimensions for factor in dim].index(2)
-
-
-@functools.cache
-def _largest(dtype: Any) -> int:
-    """The bits of the largest number of a type; those of infinity and NaN are above."""
-    return int(np.array(jnp.finfo(dtype).max, dtype).view(_UNSIGNED[dtype.itemsize]))
-
-
-def _check_finite(found: np.ndarray, leaf: Any, tensor: Tensor) -> None:
-    largest = _largest(leaf.dtype)
-    # The bits of several finite numbers may together look like infinity: then look closely.
-    if found.max(initial=0) > largest:
-        _finite(leaf, tensor)
-
-
-def _finite(leaf: Any, tensor: Tensor) -> np.ndarray:
-    """The values on the host; raises unless all are finite."""
-    values = np.asarray(leaf)
-    if not (finite := np.isfinite(values)).all():
-        where = np.argwhere(~finite)[0].tolist()
-        raise NonFiniteError(
-            "a tensor holds NaN or infinity, so no channel can be said to contribute nothing",
-            path=tensor.path,
-            seen=f"{values[tuple(where)]} at index {where} of {values.shape}",
-            mend="repair or reload the checkpoint; a diverged training run leaves such values",
-        )
-    return values
 
 
 def _biases(site: Site, leaves: Mapping[str, Any], fused: bool) -> tuple[np.ndarray, ...]:
@@ -302,7 +234,7 @@ def _biases(site: Site, leaves: Mapping[str, Any], fused: bool) -> tuple[np.ndar
             rows += [np.zeros(site.size)] * count
             continue
         axes = tensor.axes
-        values = axes.split(_finite(leaves[tensor.path], tensor).astype(np.float64))
+        values = axes.split(_bits.finite_values(leaves[tensor.path], tensor).astype(np.float64))
         front = (_literal_two(axes),) if fused else ()
         front = (*front, axes.position(site.pair.axis))
         values = np.moveaxis(values, front, range(len(front))).reshape(count, site.size, -1)

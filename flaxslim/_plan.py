@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxslim import _bits
 from flaxslim._activation import activation, activation_name
 from flaxslim._axes import Axes
 from flaxslim._dead import RULES, Marks, mark
@@ -249,24 +250,53 @@ def plan(
     >>> p.cuts[0].keep
     (0, 2)
     """
+    chosen = draw(params, cfg, spec, width=width, multiple_of=multiple_of, threshold=threshold)
+    check_finite(chosen, flatten(params))
+    return chosen
+
+
+def check_finite(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    """Raise `NonFiniteError` for NaN or infinity in the first kernels, which `draw` did not read.
+
+    A channel that nothing reads is not dead if it is NaN: zero times NaN is NaN.
+    """
+    for cut in plan.cuts:
+        for tensor in cut.site.first:
+            _bits.check_finite(leaves[tensor.path], tensor)
+
+
+def draw(
+    params: Any,
+    cfg: Any,
+    spec: Spec | None,
+    *,
+    width: str = "uniform",
+    multiple_of: int = 1,
+    threshold: float = 0.0,
+) -> Plan:
+    """`plan`, without a search for NaN in the first kernels: `apply` does that while it cuts."""
     _check_arguments(width, multiple_of, threshold)
     spec = spec_for(cfg) if spec is None else spec
     sites, unmatched = spec.bind(params)
     groups = _groups(sites, cfg)
     leaves = flatten(params)
 
-    marks = {}
+    # By the path of the second kernel, which belongs to one site only; a Site is slow to hash.
+    marks: dict[str, Marks] = {}
     for site in sites:
         act = activation(site.pair.activation, cfg, site.pair.config)
-        marks[site] = mark(site, leaves, act, threshold)
+        marks[site.second.path] = mark(site, leaves, act, threshold)
 
-    cuts: dict[Site, Cut] = {}
+    cuts: dict[str, Cut] = {}
     resizes: list[Resize] = []
     blocked: list[str] = []
     for members in groups:
-        target, why = _target([marks[site] for site in members], members[0], cfg, multiple_of)
+        target, why = _target(
+            [marks[site.second.path] for site in members], members[0], cfg, multiple_of
+        )
         blocked += [why] if why else []
-        cuts |= {site: _cut(site, marks[site], target) for site in members}
+        for site in members:
+            cuts[site.second.path] = _cut(site, marks[site.second.path], target)
         expression = members[0].pair.width_expression
         if expression is not None:
             size = members[0].size
@@ -281,7 +311,7 @@ def plan(
             )
     return Plan(
         spec=spec,
-        cuts=tuple(cuts[site] for site in sites),
+        cuts=tuple(cuts[site.second.path] for site in sites),
         resizes=tuple(resizes),
         threshold=threshold,
         notes=(*_notes(sites, cfg, leaves), *(f"no site for {pair}" for pair in unmatched)),
@@ -364,8 +394,8 @@ def _target(
 def _cut(site: Site, marks: Marks, target: int) -> Cut:
     keep = ~marks.dead
     # Filling is free of loss if it takes the weak first: a dead channel is missed by nobody.
-    filling = [*np.flatnonzero(marks.weak), *np.flatnonzero(marks.dead & ~marks.weak)]
-    keep[filling[: target - int(keep.sum())]] = True
+    filling = np.flatnonzero(marks.weak), np.flatnonzero(marks.dead & ~marks.weak)
+    keep[np.concatenate(filling)[: target - int(keep.sum())]] = True
     folded = np.flatnonzero(~keep & (marks.constants != 0))
     return Cut(
         site=site,

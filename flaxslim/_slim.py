@@ -6,9 +6,9 @@ from typing import Any
 
 from flaxslim._apply import apply, resized
 from flaxslim._errors import NothingRemovedWarning, PlanError, WidthError
-from flaxslim._plan import Plan
-from flaxslim._plan import plan as make_plan
+from flaxslim._plan import Plan, check_finite, draw
 from flaxslim._spec import Spec
+from flaxslim._tree import flatten
 
 _log = logging.getLogger("flaxslim")
 
@@ -47,9 +47,7 @@ def slim(
     ((2, 3), {'hidden': 2})
     """
     if plan is None:
-        plan = make_plan(
-            params, cfg, spec, width=width, multiple_of=multiple_of, threshold=threshold
-        )
+        plan = draw(params, cfg, spec, width=width, multiple_of=multiple_of, threshold=threshold)
     elif spec is not None or (width, multiple_of, threshold) != ("uniform", 1, 0.0):
         raise PlanError(
             "a stored plan already says which channels stay",
@@ -57,6 +55,7 @@ def slim(
         )
     _log.info("%s", plan)
     if not plan.removed:
+        check_finite(plan, flatten(params))
         if plan.blocked:
             raise WidthError("; ".join(plan.blocked), mend="keep the model as it is until then")
         warnings.warn(_why_nothing(plan), NothingRemovedWarning, stacklevel=2)

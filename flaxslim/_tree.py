@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.tree_util import GetAttrKey
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from flaxslim._errors import PlanError, UnsupportedTreeError
+
+_NAME_OF = {DictKey: "key", FlattenedIndexKey: "key", GetAttrKey: "name", SequenceKey: "idx"}
 
 # The attribute by which a box holds its leaf, in nnx and linen, over the flax releases.
 _BOX_ATTRIBUTES = frozenset({"value", "raw_value"})
@@ -23,13 +25,7 @@ _BOX_ATTRIBUTES = frozenset({"value", "raw_value"})
 def _name(keys: tuple[Any, ...]) -> str:
     if keys and isinstance(keys[-1], GetAttrKey) and keys[-1].name in _BOX_ATTRIBUTES:
         keys = keys[:-1]
-    names = []
-    for key in keys:
-        for attribute in ("key", "idx", "name"):
-            if hasattr(key, attribute):
-                names.append(str(getattr(key, attribute)))
-                break
-    return "/".join(names)
+    return "/".join([str(getattr(key, _NAME_OF.get(type(key), ""), key)) for key in keys])
 
 
 def _leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:

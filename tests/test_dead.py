@@ -30,7 +30,7 @@ from strategies import (
     run,
 )
 
-from flaxslim import Pair, Spec, _dead, apply, plan, slim
+from flaxslim import Pair, Spec, _bits, apply, plan, slim
 from flaxslim._errors import NonFiniteError, UnsupportedDtypeError
 from flaxslim._tree import flatten, replace
 
@@ -267,7 +267,7 @@ def test_cutting_a_living_channel_would_change_the_output(n, act, pick):
 @pytest.mark.parametrize("accelerator", [False, True])
 def test_float32_on_the_device(layout, kill, accelerator, monkeypatch):
     if accelerator:
-        monkeypatch.setattr(_dead, "_unsigned", _dead._device_bits)
+        monkeypatch.setattr(_bits, "unsigned", _bits.device_bits)
     n = net(LAYOUTS[layout], seed=1, d=3, f=7, share=0.4)
     kill(n)
     tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), n.tree)
@@ -328,7 +328,7 @@ TINY = {
 def array(request, monkeypatch):
     """Leaves on the host, and on the device; as if that were an accelerator, too."""
     if request.param == "accelerator":
-        monkeypatch.setattr(_dead, "_unsigned", _dead._device_bits)
+        monkeypatch.setattr(_bits, "unsigned", _bits.device_bits)
     return np.asarray if request.param == "numpy" else jnp.asarray
 
 

@@ -1,0 +1,86 @@
+"""The bits of floating point arrays: which entries are zero, and which are no numbers.
+
+Both are read off bit patterns without their sign. Zero is the pattern 0: a comparison of floats
+would take subnormal numbers for zero in XLA's CPU code. And the patterns of infinity and NaN are
+above that of the largest number, so one pass over a kernel answers both questions.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxslim._errors import NonFiniteError
+from flaxslim._spec import Tensor
+
+# The unsigned integer of each width.
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+# Not among them: types whose NaN is the pattern of minus zero, and would read as zero.
+FLOATS = tuple(
+    jnp.dtype(name)
+    for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+)
+
+
+def unsigned(leaf: Any) -> Any:
+    """The bits of an array as unsigned integers, where the array is; no copy on the host."""
+    if isinstance(leaf, jax.Array) and all(d.platform != "cpu" for d in leaf.devices()):
+        return device_bits(leaf)
+    # A view, of an array on a CPU device as well: numpy reads it at the speed of memory, XLA at
+    # half of it.
+    return np.asarray(leaf).view(_UNSIGNED[leaf.dtype.itemsize])
+
+
+@jax.jit
+def device_bits(x: jax.Array) -> jax.Array:
+    """The bits of an array on an accelerator."""
+    return jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize])
+
+
+def any_set(bits: Any, axes: tuple[int, ...] | None = None) -> np.ndarray:
+    """The bits that are set in any entry along some axes, but for the sign: 0 if all are zero."""
+    sign_off = np.iinfo(bits.dtype).max >> 1
+    if isinstance(bits, np.ndarray):
+        return np.bitwise_or.reduce(bits, axis=axes) & sign_off
+    return np.asarray(_device_or(bits, axes)) & sign_off
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _device_or(bits: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
+    axes = tuple(range(bits.ndim)) if axes is None else axes
+    return jax.lax.reduce(bits, np.zeros((), bits.dtype), jax.lax.bitwise_or, axes)
+
+
+@functools.cache
+def _largest(dtype: Any) -> int:
+    """The bits of the largest number of a type."""
+    return int(np.array(jnp.finfo(dtype).max, dtype).view(_UNSIGNED[dtype.itemsize]))
+
+
+def check_finite(leaf: Any, tensor: Tensor, found: np.ndarray | None = None) -> None:
+    """Raise `NonFiniteError` if there is NaN or infinity; `found` is `any_set` if known already.
+
+    Types that are not in `FLOATS` (a tree of masks) have none.
+    """
+    if leaf.dtype not in FLOATS:
+        return
+    found = any_set(unsigned(leaf)) if found is None else found
+    # The bits of several finite numbers may together look like infinity: then look closely.
+    if found.max(initial=0) > _largest(leaf.dtype):
+        finite_values(leaf, tensor)
+
+
+def finite_values(leaf: Any, tensor: Tensor) -> np.ndarray:
+    """The values on the host; raises `NonFiniteError` unless all are finite."""
+    values = np.asarray(leaf)
+    if not (finite := np.isfinite(values)).all():
+        where = np.argwhere(~finite)[0].tolist()
+        raise NonFiniteError(
+            "a tensor holds NaN or infinity, so no channel can be said to contribute nothing",
+            path=tensor.path,
+            seen=f"{values[tuple(where)]} at index {where} of {values.shape}",
+            mend="repair or reload the checkpoint; a diverged training run leaves such values",
+        )
+    return values
