@@ -144,7 +144,8 @@ class Axes:
         dimension, index = self.flat(x.shape, axis, keep)
         if namespace(x) is np:
             return np.take(x, index, axis=dimension)
-        return jnp.take(x, index, axis=dimension, mode="clip")
+        y = jnp.take(x, index, axis=dimension, mode="clip")
+        return y if len(x.devices()) == 1 else _resharded(y, x.sharding)
 
     def zero(self, x: Any, axis: str, channels: np.ndarray) -> Any:
         """A copy of `x` with the given channels along `axis` set to zero."""
@@ -166,6 +167,15 @@ class Axes:
         y = y / xp.where(largest > 0, largest, 1)
         relative = xp.sqrt(xp.sum(y * y, axis=self.others(axis)))
         return np.asarray(relative, np.float64) * float(largest)
+
+
+def _resharded(y: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """`y` in a sharding, or as it is where the devices do not divide its shape."""
+    try:
+        sharding.shard_shape(y.shape)
+    except ValueError:
+        return y
+    return jax.device_put(y, sharding)
 
 
 def _format(dimensions: Sequence[Dimension]) -> str:

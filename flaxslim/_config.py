@@ -15,6 +15,7 @@ A *width* is a short expression over config keys, because not every family has a
 
 import copy
 import dataclasses
+import numbers
 import re
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -157,7 +158,7 @@ class Width:
         value = _number(cfg, p["key"], self.prefix)
         if value is None and p["n"] and p["m"]:
             return _number(cfg, p["n"], self.prefix) * _number(cfg, p["m"], self.prefix)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise ConfigError(
                 "the config's width is not a number",
                 path=self.prefix + p["key"],

@@ -115,17 +115,13 @@ class Marks:
     rules: dict[str, int]
 
 
-def mark(
-    site: Site,
-    leaves: Mapping[str, Any],
-    activation: Activation | None,
-    threshold: float = 0.0,
-) -> Marks:
-    """The dead channels of a site. The second kernel is read once, the first ones hardly at all.
+def evidence(site: Site, leaves: Mapping[str, Any], activation: Activation | None) -> Evidence:
+    """What a tree says about the channels of a site.
 
-    Raises `TracedError`, `UnsupportedDtypeError`, and `NonFiniteError` for NaN or infinity in the
-    second kernel or a bias. The first kernels are not searched for them here: that is done
-    where their columns are cut (`apply`), while they are in the cache.
+    The second kernel is read once, the first ones hardly at all. Raises `TracedError`,
+    `UnsupportedDtypeError`, and `NonFiniteError` for NaN or infinity in the second kernel or a
+    bias. The first kernels are not searched for them here: that is done where their columns are
+    cut (`apply`), while they are in the cache.
     """
     for tensor in site.tensors:
         _check_dtype(leaves[tensor.path], tensor)
@@ -133,9 +129,8 @@ def mark(
         _bits.finite_values(leaves[site.second_bias.path], site.second_bias)
     axis = site.pair.axis
     fused = site.pair.gated and len(site.first) == 1
-    second = leaves[site.second.path]
-    evidence = Evidence(
-        second_zero=_zero_seconds(second, site.second, axis),
+    return Evidence(
+        second_zero=_zero_seconds(leaves[site.second.path], site.second, axis),
         first_zero=tuple(
             row for t in site.first for row in _zero_firsts(leaves[t.path], t, axis, fused)
         ),
@@ -144,18 +139,28 @@ def mark(
         activation=activation,
         foldable=site.second_bias is not None,
     )
+
+
+def mark(
+    site: Site,
+    leaves: Mapping[str, Any],
+    activation: Activation | None,
+    threshold: float = 0.0,
+) -> Marks:
+    """The dead channels of a site; raises as `evidence` does."""
+    seen = evidence(site, leaves, activation)
     dead = np.zeros(site.size, bool)
     constants = np.zeros(site.size)
     rules = dict.fromkeys(RULES, 0)
     for name, rule in RULES.items():
-        value = rule(evidence)
+        value = rule(seen)
         new = ~np.isnan(value) & ~dead
         constants[new] = value[new]
         rules[name] = int(new.sum())
         dead |= new
     weak = np.zeros(site.size, bool)
     if threshold > 0:
-        norm = site.second.axes.norm(second, axis)
+        norm = site.second.axes.norm(leaves[site.second.path], site.pair.axis)
         weak = (norm <= threshold * norm.max(initial=0.0)) & ~dead
         rules["threshold"] = int(weak.sum())
         dead |= weak

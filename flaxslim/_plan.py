@@ -4,16 +4,24 @@ import dataclasses
 import itertools
 import json
 import math
+import numbers
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from flaxslim import _bits
-from flaxslim._activation import activation, activation_name
+from flaxslim import _bits, _config
+from flaxslim._activation import ACTIVATIONS, activation, activation_name
 from flaxslim._axes import Axes
 from flaxslim._dead import RULES, Marks, mark
-from flaxslim._errors import ConfigError, PlanError, SiteShapeError, WidthError
+from flaxslim._errors import (
+    ConfigError,
+    PlanError,
+    SiteShapeError,
+    UnsupportedDtypeError,
+    WidthError,
+)
 from flaxslim._spec import Site, Spec, Tensor
 from flaxslim._tree import flatten
 from flaxslim.specs import spec_for
@@ -32,6 +40,7 @@ class Cut:
       rules: how many dead channels each rule found.
       folds: (channel, constant) of the channels that go but put out a constant, which times
         their second row is added to the second bias.
+      activation: its name, by which the constants follow from the first biases.
     """
 
     site: Site
@@ -39,6 +48,7 @@ class Cut:
     dead: int
     rules: Mapping[str, int]
     folds: tuple[tuple[int, float], ...] = ()
+    activation: str | None = None
 
     @property
     def removed(self) -> int:
@@ -90,11 +100,29 @@ class Plan:
         # Those that only the threshold gave up stay first where a width is filled up.
         return all(cut.removed <= cut.dead - cut.rules.get("threshold", 0) for cut in self.cuts)
 
+    @property
+    def why_nothing(self) -> str | None:
+        """Why no channel goes, in a sentence; None if some do."""
+        if self.removed:
+            return None
+        if self.blocked:
+            return "; ".join(self.blocked)
+        where = f"{len(self.cuts)} sites of {self.spec.name}"
+        if dead := sum(cut.dead for cut in self.cuts):
+            return (
+                f"{dead} channels at {where} are dead, but none can go: layers that share a width "
+                "keep the largest need among them, rounded up to multiple_of"
+            )
+        return (
+            f"no channel at {where} is dead; prune first (make rows of the second layers zero), "
+            "or give a threshold"
+        )
+
     def __str__(self) -> str:
         rows: list[tuple[Any, ...]] = [("site", "channels", "dead", "kept", "by rule")]
         for cut in self.cuts:
             by = ", ".join(f"({name}) {count}" for name, count in cut.rules.items() if count)
-            rows.append((cut.site.root, cut.site.size, cut.dead, len(cut.keep), by))
+            rows.append((cut.site.root or "(top)", cut.site.size, cut.dead, len(cut.keep), by))
         widths = [max(len(str(row[i])) for row in rows) for i in range(5)]
         lines = [f"plan by {self.spec.name}, {'exact' if self.exact else 'approximate'}"]
         for row in rows:
@@ -132,6 +160,7 @@ class Plan:
                     "dead": cut.dead,
                     "rules": dict(cut.rules),
                     "folds": [list(fold) for fold in cut.folds],
+                    "activation": cut.activation,
                 }
                 for cut in self.cuts
             ],
@@ -173,7 +202,8 @@ class Plan:
                         keep=_kept(cut),
                         dead=cut["dead"],
                         rules=cut["rules"],
-                        folds=tuple((channel, value) for channel, value in cut["folds"]),
+                        folds=_folds(cut),
+                        activation=cut["activation"],
                     )
                     for cut in data["cuts"]
                 ),
@@ -203,7 +233,8 @@ def _tensor_to_list(tensor: Tensor | None) -> list[Any] | None:
 def _kept(cut: Mapping[str, Any]) -> tuple[int, ...]:
     """The channels that stay; a device gather would clip one that is out of range, silently."""
     keep = tuple(cut["keep"])
-    if any(b <= a for a, b in itertools.pairwise((-1, *keep, cut["size"]))):
+    whole = all(type(channel) is int for channel in keep)
+    if not whole or any(b <= a for a, b in itertools.pairwise((-1, *keep, cut["size"]))):
         raise PlanError(
             "the channels that stay are not ascending indices of a site",
             path=cut["root"],
@@ -211,6 +242,18 @@ def _kept(cut: Mapping[str, Any]) -> tuple[int, ...]:
             expected=f"indices from 0 to {cut['size'] - 1}, each once",
         )
     return keep
+
+
+def _folds(cut: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
+    folds = tuple((channel, float(value)) for channel, value in cut["folds"])
+    gone = {*range(cut["size"])}.difference(cut["keep"])
+    if any(channel not in gone or not math.isfinite(value) for channel, value in folds):
+        raise PlanError(
+            "a constant is to be folded for a channel that does not go",
+            path=cut["root"],
+            seen=str(folds[:4]),
+        )
+    return folds
 
 
 def _tensor(data: Sequence[Any]) -> Tensor:
@@ -277,9 +320,16 @@ def draw(
     """`plan`, without a search for NaN in the first kernels: `apply` does that while it cuts."""
     _check_arguments(width, multiple_of, threshold)
     spec = spec_for(cfg) if spec is None else spec
+    if not isinstance(spec, Spec):
+        raise PlanError(
+            "spec is not a Spec",
+            seen=repr(spec),
+            mend="pass a constant such as flaxslim.BERT_FFN, or leave it out",
+        )
     sites, unmatched = spec.bind(params)
-    groups = _groups(sites, cfg)
     leaves = flatten(params)
+    _refuse_quantised(sites, cfg, leaves)
+    groups = _groups(sites, cfg)
 
     # By the path of the second kernel, which belongs to one site only; a Site is slow to hash.
     marks: dict[str, Marks] = {}
@@ -296,7 +346,7 @@ def draw(
         )
         blocked += [why] if why else []
         for site in members:
-            cuts[site.second.path] = _cut(site, marks[site.second.path], target)
+            cuts[site.second.path] = _cut(site, marks[site.second.path], target, cfg)
         expression = members[0].pair.width_expression
         if expression is not None:
             size = members[0].size
@@ -319,6 +369,48 @@ def draw(
     )
 
 
+def check_dead(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    """Raise `PlanError` if an exact plan, made for other parameters, would cut living channels."""
+    for cut in plan.cuts if plan.exact else ():
+        living = ~mark(cut.site, leaves, ACTIVATIONS.get(cut.activation or "")).dead
+        living[list(cut.keep)] = False
+        if living.any():
+            raise PlanError(
+                f"the plan would cut {int(living.sum())} channels that are alive here",
+                path=cut.site.second.path,
+                seen=f"channel {int(living.argmax())} contributes to the output",
+                mend="make a new plan for these parameters; `apply` cuts by a plan whatever the "
+                "values are",
+            )
+
+
+# Tensors that quantised kernels come with; cutting the kernel alone would leave them behind.
+_COMPANION = re.compile(
+    r"(.*_)?(scales?|scale_inv|q?zeros|zero_points?|g_idx|absmax|quant_map|SCB)", re.IGNORECASE
+)
+
+
+def _refuse_quantised(sites: Sequence[Site], cfg: Any, leaves: Mapping[str, Any]) -> None:
+    mend = "slim before quantising, or dequantise first"
+    if _config.has(cfg, "quantization_config") and _config.read(cfg, "quantization_config"):
+        raise UnsupportedDtypeError(
+            "the config says that the weights are quantised",
+            path="quantization_config",
+            seen=str(_config.read(cfg, "quantization_config"))[:80],
+            mend=mend,
+        )
+    folders = {t.path.rpartition("/")[0] for site in sites for t in site.cut if len(t.shape) > 1}
+    known = {t.path for site in sites for t in site.tensors}
+    for path in leaves:
+        folder, _, name = path.rpartition("/")
+        if folder in folders and path not in known and _COMPANION.fullmatch(name):
+            raise UnsupportedDtypeError(
+                "a kernel that would be cut is quantised: its scales stand beside it",
+                path=path,
+                mend=mend,
+            )
+
+
 def _check_arguments(width: str, multiple_of: int, threshold: float) -> None:
     if width != "uniform":
         raise WidthError(
@@ -329,7 +421,7 @@ def _check_arguments(width: str, multiple_of: int, threshold: float) -> None:
         )
     if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
         raise WidthError("multiple_of must be a positive whole number", seen=repr(multiple_of))
-    if not 0 <= threshold < 1:
+    if not isinstance(threshold, numbers.Real) or not 0 <= float(threshold) < 1:
         raise WidthError(
             "threshold is relative to the largest row norm of a layer",
             seen=repr(threshold),
@@ -391,7 +483,7 @@ def _target(
     return target, None
 
 
-def _cut(site: Site, marks: Marks, target: int) -> Cut:
+def _cut(site: Site, marks: Marks, target: int, cfg: Any) -> Cut:
     keep = ~marks.dead
     # Filling is free of loss if it takes the weak first: a dead channel is missed by nobody.
     filling = np.flatnonzero(marks.weak), np.flatnonzero(marks.dead & ~marks.weak)
@@ -402,6 +494,7 @@ def _cut(site: Site, marks: Marks, target: int) -> Cut:
         keep=tuple(np.flatnonzero(keep).tolist()),
         dead=int(marks.dead.sum()),
         rules={name: count for name, count in marks.rules.items() if count},
+        activation=activation_name(site.pair.activation, cfg, site.pair.config),
         folds=tuple(zip(folded.tolist(), marks.constants[folded].tolist(), strict=True)),
     )
 

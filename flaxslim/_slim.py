@@ -4,9 +4,9 @@ import logging
 import warnings
 from typing import Any
 
-from flaxslim._apply import apply, resized
+from flaxslim._apply import apply, check_fits, resized
 from flaxslim._errors import NothingRemovedWarning, PlanError, WidthError
-from flaxslim._plan import Plan, check_finite, draw
+from flaxslim._plan import Plan, check_dead, check_finite, draw
 from flaxslim._spec import Spec
 from flaxslim._tree import flatten
 
@@ -36,7 +36,8 @@ def slim(
     `NothingRemovedWarning` says so. `flaxslim.verify` proves the two models equal.
 
     Raises: the errors of `flaxslim.plan`; `WidthError` if channels are dead but the config of the
-    stock class can say no smaller width.
+    stock class can say no smaller width; `PlanError` if a stored plan does not fit these
+    parameters, or would cut channels that are alive in them.
 
     >>> import numpy as np
     >>> from flaxslim import Pair, Spec
@@ -53,24 +54,17 @@ def slim(
             "a stored plan already says which channels stay",
             mend="pass plan= alone, or leave it out",
         )
+    else:
+        leaves = flatten(params)
+        check_fits(plan, leaves)
+        check_dead(plan, leaves)
     _log.info("%s", plan)
-    if not plan.removed:
+    if plan.why_nothing:
         check_finite(plan, flatten(params))
         if plan.blocked:
-            raise WidthError("; ".join(plan.blocked), mend="keep the model as it is until then")
-        warnings.warn(_why_nothing(plan), NothingRemovedWarning, stacklevel=2)
+            raise WidthError(plan.why_nothing, mend="keep the model as it is until then")
+        warnings.warn(
+            f"nothing was removed: {plan.why_nothing}", NothingRemovedWarning, stacklevel=2
+        )
         return params, cfg
     return apply(plan, params), resized(plan, cfg)
-
-
-def _why_nothing(plan: Plan) -> str:
-    where = f"{len(plan.cuts)} sites of {plan.spec.name}"
-    if dead := sum(cut.dead for cut in plan.cuts):
-        return (
-            f"{dead} channels at {where} are dead, but nothing was removed: sites that share a "
-            "width keep the largest need among them, rounded up to multiple_of"
-        )
-    return (
-        f"no channel at {where} is dead: nothing was removed. Prune first (make rows of the "
-        "second layers zero), or give threshold="
-    )

@@ -270,7 +270,7 @@ def _count(pair: Pair) -> int:
 
 def _root_regex(at: str) -> str:
     """A regular expression for everything before a layer's own name."""
-    anywhere = r"(?:[^/]+/)*"
+    anywhere = r"(?:[^/]+/)*?"  # as few as will do: a layer's name may have several parts
     regex = "" if at.startswith("/") else anywhere
     for name in filter(None, at.split("/")):
         if name == "**":

@@ -76,4 +76,11 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
     new = treedef.unflatten([leaves.get(path, leaf) for path, leaf in pairs])
     if isinstance(tree, nnx.Module):
         return nnx.merge(nnx.graphdef(tree), new)
-    return new
+    return _in_order_of(tree, new)
+
+
+def _in_order_of(old: Any, new: Any) -> Any:
+    """Dicts come out of `jax.tree_util` sorted; here they keep the order that they had."""
+    if type(old) is not dict:
+        return new
+    return {key: _in_order_of(old[key], new[key]) for key in old}

@@ -17,7 +17,7 @@ from flax.core import FrozenDict, freeze
 from hypothesis import given
 from strategies import ACTS, LAYOUTS, gap, net, nets, quick, run
 
-from flaxslim import Pair, Spec, apply, plan
+from flaxslim import Pair, Plan, Spec, apply, plan
 from flaxslim._apply import resized
 from flaxslim._errors import PlanError
 from flaxslim._tree import flatten
@@ -168,8 +168,12 @@ def test_tensors_stay_on_their_devices():
         small, cfg = slim(tree, {"hidden": 8}, SPEC)
         assert cfg == {"hidden": 4}
         for name in ("up", "down"):
-            assert small[name]["kernel"].devices() == {one, two}
+            assert small[name]["kernel"].sharding == tree[name]["kernel"].sharding
         np.testing.assert_array_equal(small["down"]["kernel"], np.eye(4))
+        # And along the axis that is cut: 8 channels, then 4, on two devices.
+        tree["up"]["kernel"] = place(np.asarray(tree["up"]["kernel"]), None, "x")
+        small, _ = slim(tree, {"hidden": 8}, SPEC)
+        assert small["up"]["kernel"].sharding == tree["up"]["kernel"].sharding
     """
     here = os.path.dirname(__file__)
     env = {
@@ -386,3 +390,76 @@ def test_the_config_is_resized_beside_the_tree():
     kept_aside = copy.deepcopy(cfg)
     assert resized(p, cfg) == FrozenDict({"hidden": 5, "other": "x"})
     assert cfg == kept_aside
+
+
+# --- constants in other trees -----------------------------------------------------------------
+
+
+def constant_mlp() -> dict:
+    """Channel 2 of 4 reads nothing and puts out tanh of its bias."""
+    rng = np.random.default_rng(5)
+    first = rng.normal(size=(3, 4))
+    first[:, 2] = 0
+    return {
+        "up": {"kernel": first, "bias": rng.normal(size=4)},
+        "down": {"kernel": rng.normal(size=(4, 2)), "bias": rng.normal(size=2)},
+    }
+
+
+CONSTANT = Spec(name="MLP", pairs=Pair(first="up", second="down", activation="tanh"))
+
+
+def test_an_average_gets_the_constants_of_its_own_biases():
+    tree = constant_mlp()
+    average = jax.tree.map(lambda x: 0.5 * x, tree)
+    small = apply(plan(tree, spec=CONSTANT), average)
+    x = np.random.default_rng(6).normal(size=(5, 3))
+    before, after = (
+        np.tanh(x @ t["up"]["kernel"] + t["up"]["bias"]) @ t["down"]["kernel"] + t["down"]["bias"]
+        for t in (average, small)
+    )
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-12)
+
+
+def test_gradients_take_no_constants():
+    p = plan(constant_mlp(), spec=CONSTANT)
+    ones = jax.tree.map(np.ones_like, constant_mlp())
+    with pytest.raises(PlanError, match="not constant in this tree") as caught:
+        apply(p, ones)
+    assert "fold=False" in str(caught.value)
+    np.testing.assert_array_equal(apply(p, ones, fold=False)["down"]["bias"], np.ones(2))
+
+
+def test_a_plan_with_folds_goes_through_json():
+    p = plan(constant_mlp(), spec=CONSTANT)
+    assert p.cuts[0].activation == "tanh"
+    again = apply(Plan.from_json(p.to_json()), constant_mlp())
+    np.testing.assert_array_equal(again["down"]["bias"], apply(p, constant_mlp())["down"]["bias"])
+
+
+def test_dicts_keep_their_order():
+    tree = constant_mlp()
+    shuffled = {"up": tree["up"], "norm": {"z": np.ones(1), "a": np.ones(1)}, "down": tree["down"]}
+    small = apply(plan(shuffled, spec=CONSTANT), shuffled)
+    assert list(small) == ["up", "norm", "down"]
+    assert list(small["norm"]) == ["z", "a"]
+
+
+def test_a_stack_of_nnx_layers_says_its_new_sizes():
+    @nnx.vmap
+    def stack(key):
+        return nnx.Linear(3, 4, rngs=nnx.Rngs(key))
+
+    class Block(nnx.Module):
+        def __init__(self):
+            self.up = stack(jax.random.split(jax.random.key(0), 2))
+            self.down = nnx.Param(jnp.ones((2, 4, 3)).at[:, 1].set(0))
+
+    spec = Spec(
+        name="S",
+        pairs=Pair(first="up", second="down", first_axes="l d f", second_axes="l f d"),
+    )
+    block = Block()
+    small = apply(plan(block, spec=spec), block)
+    assert small.up.kernel.shape == (2, 3, 3)
+    assert (small.up.in_features, small.up.out_features) == (3, 3)

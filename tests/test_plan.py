@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import PLAIN, net, nets, quick
 
 from flaxslim import Pair, Plan, Spec, plan
-from flaxslim._errors import FlaxslimError, PlanError, WidthError
+from flaxslim._errors import FlaxslimError, PlanError, UnsupportedDtypeError, WidthError
 
 SPEC = Spec(name="MLP", pairs=Pair(first="up", second="down", width="hidden"))
 
@@ -209,3 +209,24 @@ def test_a_plan_that_keeps_channels_which_are_not_there_is_refused(keep):
 def test_all_errors_are_of_one_family():
     with pytest.raises(FlaxslimError):
         plan(layers([0]), {"hidden": 9}, SPEC)
+
+
+# --- quantised kernels ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "scales", "qzeros", "g_idx", "kernel_scale"])
+def test_a_kernel_with_scales_is_refused(name):
+    tree = {
+        "up": {"kernel": np.ones((3, 4)), name: np.ones((4, 1))},
+        "down": {"kernel": np.zeros((4, 3))},
+    }
+    with pytest.raises(UnsupportedDtypeError, match="quantised") as caught:
+        plan(tree, spec=Spec(name="MLP", pairs=Pair(first="up", second="down")))
+    assert caught.value.path == f"up/{name}"
+
+
+def test_a_config_that_says_quantised_is_refused():
+    tree = {"up": {"kernel": np.ones((3, 4))}, "down": {"kernel": np.zeros((4, 3))}}
+    cfg = {"quantization_config": {"quant_method": "fp8"}}
+    with pytest.raises(UnsupportedDtypeError, match="the weights are quantised"):
+        plan(tree, cfg, Spec(name="MLP", pairs=Pair(first="up", second="down")))

@@ -15,7 +15,7 @@ from strategies import LAYOUTS, gap, net, nets, quick, run
 from transformers import BertConfig, CLIPConfig, GPT2Config
 
 import flaxslim
-from flaxslim import NothingRemovedWarning, Pair, Plan, Spec, plan, slim
+from flaxslim import NothingRemovedWarning, Pair, Plan, Spec, apply, plan, slim
 from flaxslim._errors import NonFiniteError, PlanError, WidthError
 from flaxslim._tree import flatten, replace
 
@@ -207,11 +207,21 @@ def test_a_stored_plan_serves_an_average_of_the_parameters():
     n = net(LAYOUTS["gated"], seed=0, share=0.5)
     pruned(n)
     p = plan(n.tree, n.cfg, n.layout.spec("silu"))
-    average = jax.tree.map(lambda x: 0.9 * x + 0.1, n.tree)  # nothing is zero in it
+    average = jax.tree.map(lambda x: 0.9 * x, n.tree)
     small, cfg = slim(average, n.cfg, plan=p)
     assert cfg == {"hidden": n.need}
     for old, new, cut in zip(n.layout.layers(average), n.layout.layers(small), p.cuts, strict=True):
         np.testing.assert_array_equal(new.second, old.second[list(cut.keep)])
+
+
+def test_a_stored_plan_never_cuts_what_is_alive():
+    n = net(LAYOUTS["plain"], seed=0, share=0.5)
+    pruned(n)
+    p = plan(n.tree, n.cfg, n.layout.spec("relu"))
+    alive = jax.tree.map(lambda x: x + 0.1, n.tree)
+    with pytest.raises(PlanError, match="channels that are alive here"):
+        slim(alive, n.cfg, plan=p)
+    assert n.layout.layers(apply(p, alive))[0].width == n.need  # `apply` does as it is told
 
 
 @pytest.mark.parametrize(

@@ -347,3 +347,9 @@ def test_tracers_are_refused():
     with pytest.raises(TracedError, match=r"outside of jax\.jit") as caught:
         f(bert())
     assert "encoder/layer/0" in str(caught.value)
+
+
+def test_a_layer_whose_name_ends_in_the_other_layers_name():
+    tree = {"mlp": {"dense": {"kernel": np.ones((2, 3))}}, "dense": {"kernel": np.ones((3, 2))}}
+    spec = Spec(name="S", pairs=Pair(first="mlp/dense", second="dense"))
+    assert [site.size for site in spec.sites(tree)] == [3]
