@@ -15,14 +15,16 @@ A *width* is a short expression over config keys, because not every family has a
 
 import copy
 import dataclasses
-import numbers
 import re
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+import numpy as np
+
 from flaxslim._errors import ConfigError, nearest
 
 _MISSING = object()
+_NUMBERS = (int, float, np.integer, np.floating)
 
 
 def _child(cfg: Any, name: str) -> Any:
@@ -158,7 +160,7 @@ class Width:
         value = _number(cfg, p["key"], self.prefix)
         if value is None and p["n"] and p["m"]:
             return _number(cfg, p["n"], self.prefix) * _number(cfg, p["m"], self.prefix)
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        if isinstance(value, bool) or not isinstance(value, _NUMBERS):
             raise ConfigError(
                 "the config's width is not a number",
                 path=self.prefix + p["key"],
