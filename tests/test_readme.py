@@ -59,6 +59,10 @@ def test_one_command_each_from_a_fresh_clone(last):
     assert command.count("\n") == 0
 
 
+def test_nothing_is_left_to_fill_in():
+    assert re.findall(r"@[A-Z]+@", README.read_text(encoding="utf-8")) == []
+
+
 def test_files_and_options_that_it_names_are_there():
     """Relative links, scripts of this repository, and extras that it installs."""
     import tomllib
