@@ -83,7 +83,7 @@ def main(source: str, out: Path) -> None:
     pruned_folder = out.with_name(out.name + "-pruned")
     flaxslim.save(pruned_folder, params, cfg, like=source, overwrite=True)
     flaxslim.save(
-        out, slimmed, small, like=source, overwrite=True, record={"proof": proof.to_json()}
+        out, slimmed, small, like=source, overwrite=True, record={"proof": proof.to_dict()}
     )
     tokenizer = AutoTokenizer.from_pretrained(out)
     batch = dict(tokenizer(SENTENCES, padding=True, return_tensors="np"))

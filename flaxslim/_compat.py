@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flaxslim._errors import ConfigError, UnknownFamilyError, nearest
+from flaxslim._errors import ConfigError, FlaxslimError, UnknownFamilyError, nearest
 
 # The only modules of transformers that call `jnp.clip(x, a_max=...)`. mT5 runs T5's functions.
 _CLIPPING = (
@@ -153,7 +153,7 @@ def shell(cls: type, cfg: Any, dtype: Any = None) -> Any:
     the computation (float32 unless given). T5-like classes are run in `clip_compat`, and OPT
     takes `train` too. Unlike `_do_init=False`, this works for the composite classes, which refuse
     that argument.
-    Raises whatever the class raises for a config that it cannot run.
+    Raises `ConfigError` for a config from which the class cannot be built.
 
     >>> from transformers import BertConfig, FlaxBertModel
     >>> config = BertConfig(vocab_size=9, hidden_size=8, num_attention_heads=2,
@@ -171,7 +171,19 @@ def shell(cls: type, cfg: Any, dtype: Any = None) -> Any:
         instance._is_initialized = False
         made.append(instance)
 
-    jax.eval_shape(build)
+    try:
+        jax.eval_shape(build)
+    except FlaxslimError:
+        raise
+    except Exception as error:  # of any kind: a class looks its values up, divides, adds
+        raise ConfigError(
+            "the stock class cannot be built from this config",
+            seen=f"{type(error).__name__}: {error}",
+            expected=f"a config of {cls.__name__} (this one has model_type "
+            f"{getattr(stock_config(cfg), 'model_type', None)!r})",
+            mend="correct the value in the config (an unknown activation, sizes that do not "
+            "divide, a missing number)",
+        ) from error
     instance = made[0]
     instance.key = jax.random.PRNGKey(0)
     return instance
@@ -180,7 +192,7 @@ def shell(cls: type, cfg: Any, dtype: Any = None) -> Any:
 def parameter_shapes(cls: type, cfg: Any) -> dict[str, Any]:
     """The parameters of a stock Flax class as a nested dict of `jax.ShapeDtypeStruct`.
 
-    Nothing is allocated. Raises whatever the class raises for a config that it cannot run.
+    Nothing is allocated. Raises `ConfigError` for a config from which the class cannot be built.
     """
     from flax.core import unfreeze
 

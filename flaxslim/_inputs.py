@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flaxslim._compat import parameter_shapes, stock_config
-from flaxslim._errors import InputsError, UnknownFamilyError, nearest
+from flaxslim._errors import ConfigError, InputsError, UnknownFamilyError, nearest
 from flaxslim._tree import flatten
 
 Shapes = dict[str, tuple[int, ...]]
@@ -108,7 +108,7 @@ def _family(named: type, base: type, cfg: Any) -> Iterator[tuple[type, Shapes]]:
         if known and config_class and isinstance(cfg, config_class):
             try:
                 yield cls, _shapes(parameter_shapes(cls, cfg))
-            except (TypeError, ValueError, AttributeError, NotImplementedError, AssertionError):
+            except ConfigError:
                 continue  # a head that this config cannot make is not the one
 
 

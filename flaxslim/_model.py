@@ -81,12 +81,20 @@ class Model:
     cls: type | None = None
 
 
+def split(value: Any) -> tuple[Any, Any]:
+    """`(params, cfg)`; a cfg of None for bare parameters, which may be a tuple of two as well."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        return value, None
+    arrays = (isinstance(x, np.ndarray | jax.Array) for x in jax.tree_util.tree_leaves(value[1]))
+    return (value, None) if any(arrays) else value
+
+
 def resolve(value: Any, model: Any, *, dtype: Any = None) -> tuple[Model, Any]:
     """The model and the config (or None) behind one of `verify`'s first two arguments.
 
     Raises `InputsError` when nothing says how to run the parameters.
     """
-    params, cfg = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    params, cfg = split(value)
     if isinstance(params, nnx.Module):
         return _nnx(params), cfg
     if model is None and cfg is not None:
@@ -119,13 +127,33 @@ def resolve(value: Any, model: Any, *, dtype: Any = None) -> tuple[Model, Any]:
 
 
 def outputs(result: Any) -> dict[str, Any]:
-    """The arrays of a pytree of outputs by path; None and PRNG keys are left out."""
+    """The arrays of a pytree of outputs by path; None and PRNG keys are left out.
+
+    Raises `InputsError` if there is something else among them, or if there is no array.
+    """
     pairs, _ = jax.tree_util.tree_flatten_with_path(result)
-    return {
-        jax.tree_util.keystr(keys, simple=True, separator="/") or "output": leaf
-        for keys, leaf in pairs
-        if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
-    }
+    found = {}
+    for keys, leaf in pairs:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/") or "output"
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None and not isinstance(leaf, bool | int | float | complex):
+            raise InputsError(
+                "the model gives something that is no array, so it cannot be compared",
+                path=path,
+                seen=f"a {type(leaf).__name__}",
+                expected="a pytree of arrays",
+                mend="wrap the model in a function that gives its arrays alone",
+            )
+        if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            found[path] = leaf
+    if not found:
+        raise InputsError(
+            "the model gives no array, so there is nothing to compare",
+            seen=f"a {type(result).__name__}",
+            expected="a pytree of arrays",
+            mend="wrap the model in a function that gives the arrays which matter",
+        )
+    return found
 
 
 def _describe(model: Any) -> str:

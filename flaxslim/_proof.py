@@ -5,6 +5,7 @@ measured numbers, so a proof read back from JSON gives the same ones.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,11 @@ from typing import Any
 from flaxslim._errors import ProofError
 
 WIDTH = 100  # columns of the printed table
+
+NO_CONTROL = (
+    "no control: give spec=, which says where a wrong cut can be made; without one nothing shows "
+    "that these inputs would have brought it to light"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,15 +63,16 @@ class ControlRow:
     """One site with living channels taken away: the difference that a wrong cut makes there.
 
     Attributes:
-      site: the path of its second kernel.
-      channels: how many of its `living` channels were zeroed.
+      site: the path of its second kernel; without a spec, of a tensor that was cut.
+      channels: how many of its `living` channels were zeroed; both are None if the whole tensor
+        was, for want of a spec.
       relative: the difference that this made, measured as in `OutputRow`.
       seen: whether it stands out from rounding. If not, all living channels were tried.
     """
 
     site: str
-    channels: int
-    living: int
+    channels: int | None
+    living: int | None
     relative: float
     seen: bool
 
@@ -75,13 +82,19 @@ class Control:
     """The proof put to the test: wrong cuts on purpose, one site at a time.
 
     Attributes:
-      sites: how many sites the model has; `rows` may hold fewer.
+      sites: how many sites the model has (without a spec: tensors that were cut); `rows` may
+        hold fewer.
       bar: a wrong cut is seen if its relative difference is above this.
     """
 
     rows: tuple[ControlRow, ...]
     sites: int
     bar: float
+
+    @property
+    def coarse(self) -> bool:
+        """Whether whole tensors were zeroed, since no spec says what a channel is."""
+        return any(row.channels is None for row in self.rows)
 
     @property
     def smallest(self) -> float | None:
@@ -99,7 +112,7 @@ class Proof:
     """The comparison of two models on the same inputs, and what it cost to run them.
 
     Attributes:
-      control: None if no spec says where the sites are, or if it was of no use (see `notes`).
+      control: None if none could be made, or if it was of no use (see `notes`).
       milliseconds: medians of one call each, after warm-up; parameters, bytes, flops: sizes.
       dtype: of the parameters before.
       exact: False if channels that do contribute were cut on purpose (a threshold); then no
@@ -142,11 +155,16 @@ class Proof:
             unseen, tried = self.control.unseen, len(self.control.rows)
             names = ", ".join(row.site for row in unseen[:4])
             more = f" and {len(unseen) - 4} more" if len(unseen) > 4 else ""
+            what, wrong = ("sites", "taking all their living channels away")
+            if self.control.coarse:
+                what, wrong = ("tensors that were cut", "zeroing each of them")
             reasons.append(
-                f"these inputs do not reach {len(unseen)} of {tried} sites, so the proof says "
-                f"nothing about them (taking all their living channels away changes no output by "
-                f"more than {_short(self.control.bar)}): {names}{more}"
+                f"these inputs do not reach {len(unseen)} of {tried} {what}, so the proof says "
+                f"nothing about them ({wrong} changes no output by more than "
+                f"{_short(self.control.bar)}): {names}{more}"
             )
+        if self.control is None and not reasons:
+            reasons.append(NO_CONTROL)
         return tuple(reasons)
 
     @property
@@ -158,7 +176,10 @@ class Proof:
         if self.ok:
             return
         unseen = self.control is not None and bool(self.control.unseen)
-        if unseen and len(self.reasons) == 1:
+        if self.reasons == (NO_CONTROL,):
+            problem = "the proof cannot tell a right cut from a wrong one"
+            mend = "give the spec by which the model was cut: verify(..., spec=Spec(...))"
+        elif unseen and len(self.reasons) == 1:
             problem = "the proof cannot tell a right cut from a wrong one"
             mend = (
                 "check (a) that the inputs reach every layer (a mask of zeros, an unused "
@@ -183,13 +204,13 @@ class Proof:
             mend=mend,
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data that `json.dumps` takes; infinity and NaN are written as strings."""
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; infinity and NaN are written as strings."""
         return {**_plain(dataclasses.asdict(self)), "ok": self.ok, "reasons": list(self.reasons)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Proof":
-        """The proof that `to_json` wrote; its verdict is derived anew."""
+    def from_dict(cls, data: Mapping[str, Any]) -> "Proof":
+        """The proof that `to_dict` wrote; its verdict is derived anew."""
         data = {k: v for k, v in data.items() if k not in ("ok", "reasons")}
         control = data["control"]
         changes = ("milliseconds", "parameters", "bytes", "flops")
@@ -205,6 +226,15 @@ class Proof:
             **{name: Change(**data[name]) for name in changes},
         }
         return _build(cls, data)
+
+    def to_json(self) -> str:
+        """The proof as a JSON document."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Proof":
+        """The proof that `to_json` wrote; its verdict is derived anew."""
+        return cls.from_dict(json.loads(text))
 
     def __str__(self) -> str:
         return "\n".join(line for part in _PARTS for line in part(self))
@@ -302,29 +332,25 @@ def _outputs(p: Proof) -> list[str]:
 
 
 def _control(p: Proof) -> list[str]:
-    if p.control is None and not p.ok:
-        return []
     if p.control is None:
-        return [
-            "",
-            *_wrapped(
-                "NO CONTROL: nothing shows that a wrong cut would have been noticed. The notes "
-                "say why."
-            ),
-        ]
+        return []
     control = p.control
-    lines = ["", f"{'control: wrong cut at':<67} {'channels':>18} {'relative':>9}"]
+    head = "control: wrong cut at"
+    if control.coarse:
+        head = "control: tensor zeroed"
+    lines = ["", f"{head:<67} {'' if control.coarse else 'channels':>18} {'relative':>9}"]
     shown = sorted(control.rows, key=lambda row: (row.seen, row.relative))[:6]
     for row in shown:
-        count = f"{row.channels} of {row.living}"
+        count = "" if row.channels is None else f"{row.channels} of {row.living}"
         unseen = "" if row.seen else "  !"
         lines.append(f"{_cell(row.site, 67):<67} {count:>18} {_short(row.relative):>9}{unseen}")
+    what = "tensors" if control.coarse else "sites"
     if len(control.rows) > len(shown):
-        lines.append(f"... and {len(control.rows) - len(shown)} more sites, each plainer to see")
+        lines.append(f"... and {len(control.rows) - len(shown)} more {what}, each plainer to see")
     seen = sum(row.seen for row in control.rows)
     lines += _wrapped(
         f"a wrong cut shows (more than {_short(control.bar)}) at {seen} of {len(control.rows)} "
-        f"sites tried, of {control.sites}"
+        f"{what} tried, of {control.sites}"
     )
     return lines
 

@@ -11,18 +11,12 @@ import numpy as np
 
 from flaxslim import _config
 from flaxslim._compare import Reference, compare, reference
+from flaxslim._control import bar, by_site, by_tensor, norms
 from flaxslim._errors import InputsError, UnknownFamilyError
-from flaxslim._model import Inputs, Model, as_inputs, outputs, resolve
-from flaxslim._proof import Change, Control, ControlRow, OutputRow, Proof
-from flaxslim._spec import Site, Spec
-from flaxslim._tree import flatten, replace
-
-MOST_SITES = 64  # as many are cut wrongly on purpose: a run of the model each
-
-NO_SPEC = (
-    "no control: without spec= nothing says where a wrong cut could be made, so nothing shows that "
-    "these inputs would have brought it to light"
-)
+from flaxslim._model import Inputs, Model, as_inputs, outputs, resolve, split
+from flaxslim._proof import Change, OutputRow, Proof
+from flaxslim._spec import Spec
+from flaxslim._tree import flatten
 
 
 def verify(
@@ -43,7 +37,8 @@ def verify(
     Every output array of `after` is compared with that of `before`. Then the proof is put to the
     test: at one site after another the strongest channel of `after` is zeroed, and the
     difference that this makes must stand out. If it does not, these inputs say nothing about that
-    site, and the proof is not `ok`.
+    site, and the proof is not `ok`. Where no spec is known, whole tensors are zeroed instead: each
+    that has another shape than before. Where no control can be made, the proof is not `ok` either.
 
     Args:
       before, after: `(params, cfg)` pairs, parameters, or nnx modules.
@@ -63,7 +58,9 @@ def verify(
 
     Returns: a `Proof`. Ask it for `.ok` and `.reasons`, print it, or `.raise_if_failed()`.
 
-    Raises: `InputsError` if inputs or model are needed and not given; whatever a model raises.
+    Raises: `InputsError` if inputs or model are needed and not given, if the two are of different
+    families or classes, or if the model gives something else than arrays; `ConfigError` if a
+    stock class cannot be built from a config; whatever a model raises.
 
     >>> from flaxslim import Pair, Spec
     >>> mlp = lambda params, x: jax.nn.relu(x @ params["up"]) @ params["down"]
@@ -74,8 +71,12 @@ def verify(
     >>> proof.ok, proof.relative, proof.parameters
     (True, 0.0, Change(before=12, after=8))
     """
+    if model is None:
+        _check_same_family(split(before)[1], split(after)[1])
     m0, cfg = resolve(before, model, dtype=dtype)
     m1, _ = resolve(after, m0.cls if model is None else model, dtype=dtype)
+    if model is None:
+        _check_same_class(m0, m1, split(after)[1])
     given = as_inputs(inputs) if inputs is not None else _made_inputs(m0, cfg, seed)
     spec = spec if spec is not None else _known_spec(cfg)
     sites = spec.sites(m1.params) if spec is not None else ()
@@ -99,14 +100,16 @@ def verify(
             first = {path: reference(path, x) for path, x in result.items()}
         del result
         control = None
-        if spec is None:
-            notes.append(NO_SPEC)
-        elif any(row.fault or not (approximate or row.relative <= tolerance) for row in rows):
+        if any(row.fault or not (approximate or row.relative <= tolerance) for row in rows):
             notes.append("no control: it would show nothing, as the outputs differ already")
         else:
-            measured = 0.0 if approximate else max((row.relative for row in rows), default=0.0)
-            bar = default if approximate else _bar(measured, tolerance, first)
-            control, more = _control(run1, first, sites, bar)
+            measured = 0.0 if approximate else max(row.relative for row in rows)
+            least = default if approximate else bar(measured, tolerance, first)
+            if spec is None:
+                control, more = by_tensor(run1, first, run0.params, least)
+            else:
+                old = () if approximate else spec.sites(m0.params)
+                control, more = by_site(run1, first, sites, (old, run0.params), least, measured)
             notes += more
         milliseconds = _milliseconds(run0, run1, repeats)
         flops = Change(before=run0.flops(), after=run1.flops())
@@ -186,6 +189,32 @@ def _known_spec(cfg: Any) -> Spec | None:
         return spec_for(cfg)
     except UnknownFamilyError:
         return None
+
+
+def _check_same_family(before: Any, after: Any) -> None:
+    names = [None if cfg is None else _config.model_type(cfg) for cfg in (before, after)]
+    if None not in names and names[0] != names[1]:
+        raise InputsError(
+            "the two models are of different families, so they cannot be compared",
+            seen=f"model_type {names[0]!r} before and {names[1]!r} after",
+            mend="give a model and the model that was cut from it",
+        )
+
+
+def _check_same_class(before: Model, after: Model, cfg: Any) -> None:
+    if before.cls is None or flatten(before.params).keys() == flatten(after.params).keys():
+        return
+    from flaxslim._inputs import model_class_for
+
+    other = model_class_for(cfg, after.params)
+    if other is not before.cls:
+        raise InputsError(
+            "the two models are of different classes, so they cannot be compared",
+            path=min(flatten(before.params).keys() ^ flatten(after.params).keys()),
+            seen=f"{before.cls.__name__} before and {other.__name__} after",
+            mend="give a model and the model that was cut from it, or say which class runs both: "
+            "verify(before, after, FlaxClass)",
+        )
 
 
 def _floats(tree: Any) -> tuple[np.dtype, ...]:
@@ -286,96 +315,11 @@ def _folded(spec: Spec | None, before: Model, after: Model) -> set[np.dtype]:
         path = site.second_bias and site.second_bias.path
         if not path or path not in new or new[path].dtype.itemsize > 2:
             continue
-        columns, biases, rows = _norms(site, old)
+        columns, biases, rows = norms(site, old)
         constant = (columns == 0).any(axis=0) & (biases != 0).any(axis=0) & (rows != 0)
         if constant.any() or not np.array_equal(np.asarray(old[path]), np.asarray(new[path])):
             found.add(np.dtype(new[path].dtype))
     return found
-
-
-def _norms(site: Site, leaves: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each channel: its columns (first layer, f), their biases (same), its second row (f,)."""
-    axis = site.pair.axis
-    columns = [t.axes.norm(leaves[t.path], axis) for t in site.first]
-    biases = [
-        np.zeros(site.size) if t is None else t.axes.norm(leaves[t.path], axis)
-        for t in site.first_biases
-    ]
-    rows = site.second.axes.norm(leaves[site.second.path], axis)
-    return np.stack(columns), np.stack(biases), rows
-
-
-# --- control ----------------------------------------------------------------------------------
-
-
-def _bar(measured: float, tolerance: float, first: Mapping[str, Reference]) -> float:
-    """What the difference of a wrong cut must exceed.
-
-    The tolerance, or the cut would have passed for right; and a hundred times what was measured,
-    so that it is no rounding. In 16 bits, where rounding alone makes a percent and no cut can
-    make a hundred times that, twice what was measured.
-    """
-    narrow = any(jnp.finfo(a.dtype).bits < 32 for a in first.values() if a.inexact)
-    return max(tolerance, (2 if narrow else 100) * measured)
-
-
-def _control(
-    run: _Run, first: Mapping[str, Reference], sites: tuple[Site, ...], bar: float
-) -> tuple[Control, list[str]]:
-    """A wrong cut at each site (at most `MOST_SITES`, evenly spread), and notes."""
-    notes = []
-    leaves = flatten(run.params)
-    ranked = [(site, ranks) for site in sites if len(ranks := _living(site, leaves))]
-    if len(ranked) < len(sites):
-        notes.append(
-            f"{len(sites) - len(ranked)} of {len(sites)} sites have no living channel, so no "
-            "wrong cut can be made there"
-        )
-    if len(ranked) > MOST_SITES:
-        chosen = np.linspace(0, len(ranked) - 1, MOST_SITES).round().astype(int)
-        notes.append(f"the control tried {MOST_SITES} of {len(ranked)} sites, evenly spread")
-        ranked = [ranked[i] for i in chosen]
-    rows = tuple(_wrong_cut(run, first, site, ranks, bar) for site, ranks in ranked)
-    return Control(rows=rows, sites=len(sites), bar=bar), notes
-
-
-def _living(site: Site, leaves: Mapping[str, Any]) -> np.ndarray:
-    """The channels whose second row is not zero, those that weigh most first."""
-    columns, biases, second = _norms(site, leaves)
-    strength = second * np.prod(np.hypot(columns, biases), axis=0)
-    order = np.lexsort((-second, -strength))
-    return order[second[order] > 0]
-
-
-def _wrong_cut(
-    run: _Run, first: Mapping[str, Reference], site: Site, ranks: np.ndarray, bar: float
-) -> ControlRow:
-    """One channel taken away, another if it is silent on these inputs (relu), then more.
-
-    In the parameters after, at unchanged shapes: so nothing is compiled again.
-    """
-    path, axis = site.second.path, site.pair.axis
-    kernel = flatten(run.params)[path]
-    best = (-1.0, 0)
-    for channels in _trials(ranks):
-        cut = site.second.axes.zero(kernel, axis, channels)
-        wrong = run(replace(run.params, {path: cut}))
-        relative = max(compare(first[name], x).relative for name, x in wrong.items())
-        best = max(best, (relative, len(channels)), key=lambda found: found[0])
-        if relative > bar:
-            break
-    relative, count = best
-    return ControlRow(
-        site=path, channels=count, living=len(ranks), relative=relative, seen=relative > bar
-    )
-
-
-def _trials(ranks: np.ndarray) -> Iterator[np.ndarray]:
-    """The four strongest, one at a time; then the strongest eighth; then all."""
-    sizes = [(i, i + 1) for i in range(min(4, len(ranks)))]
-    sizes += [(0, n) for n in (len(ranks) // 8, len(ranks)) if n > 1]
-    for start, stop in dict.fromkeys(sizes):
-        yield ranks[start:stop]
 
 
 # --- timing -----------------------------------------------------------------------------------

@@ -196,6 +196,25 @@ def test_a_misspelt_model_type_names_the_nearest():
         stock_config({"model_type": "bertt"})
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_act": "mish"}, "KeyError: 'mish'"),
+        ({"num_attention_heads": 3}, "ValueError: "),
+        ({"hidden_size": None}, "TypeError: "),
+    ],
+)
+def test_a_config_that_builds_nothing_is_a_config_error(change, words):
+    chosen = case("FlaxBertModel")
+    cfg = type(chosen.config())(**{**chosen.config().to_dict(), **change})
+    for build_it in (shell, parameter_shapes):
+        with pytest.raises(ConfigError, match="cannot be built from this config") as error:
+            build_it(chosen.cls, cfg)
+        for part in (words, "FlaxBertModel", "model_type 'bert'", "mend:"):
+            assert part in str(error.value)
+        assert error.value.__cause__ is not None
+
+
 @pytest.mark.parametrize("cfg", [None, {}, {"hidden_size": 3}, object()])
 def test_something_that_is_no_config_is_refused(cfg):
     with pytest.raises(ConfigError, match="no config of a Hugging Face model"):

@@ -305,7 +305,7 @@ def test_control_takes_more_channels_where_one_does_not_show() -> None:
     proof = verify(before, cut(before), mlp, inputs=inputs, spec=MLP, repeats=0)
     assert proof.outputs[0].dtype == "bfloat16"
     assert proof.control is not None
-    assert proof.control.rows[0].channels > 1
+    assert (proof.control.rows[0].channels or 0) > 1
 
 
 def test_site_without_living_channels() -> None:
@@ -336,13 +336,73 @@ def test_many_sites_are_sampled() -> None:
     assert "nothing was cut" in " ".join(proof.notes)
 
 
-def test_no_spec_means_no_control_and_says_so() -> None:
+def test_a_site_that_died_unseen_is_not_reached() -> None:
+    """Nothing is left after the cut for a wrong one, but there was something before."""
+    before = weights()
+    after = cut(before)
+    after["down"]["kernel"][:] = 0
+    proof = verify(before, after, lambda p, x: x + 1, inputs=X, spec=MLP, repeats=0)
+    assert "do not reach 1 of 1 sites" in proof.reasons[0]
+    dead = {**before, "down": {**before["down"], "kernel": 0 * before["down"]["kernel"]}}
+    proof = verify(dead, after, mlp, inputs=X, spec=MLP, repeats=0)
+    assert proof.ok, proof.reasons  # here there was nothing
+
+
+def test_without_a_spec_whole_tensors_are_the_control() -> None:
     before = weights()
     proof = verify(before, cut(before), mlp, inputs=X, repeats=0)
     assert proof.ok
-    assert proof.control is None
-    assert "NO CONTROL" in str(proof)
-    assert "spec=" in str(proof)
+    assert proof.control is not None
+    rows = {row.site: (row.channels, row.living, row.seen) for row in proof.control.rows}
+    # Not down/bias: its shape is as before.
+    assert rows == dict.fromkeys(("up/kernel", "up/bias", "down/kernel"), (None, None, True))
+    assert "control: tensor zeroed" in str(proof)
+    assert "3 of 3 tensors tried, of 3" in str(proof)
+    assert "spec= gives a finer one" in " ".join(str(proof).split())
+    assert Proof.from_json(proof.to_json()) == proof
+    assert not verify(before, wrong(before), mlp, inputs=X, repeats=0).ok
+
+
+def test_without_a_spec_a_tensor_that_does_not_show_is_called_out() -> None:
+    before = weights()
+
+    def no_bias(params: Any, x: Any) -> Any:
+        return x @ params["up"]["kernel"] @ params["down"]["kernel"]
+
+    proof = verify(before, cut(before), no_bias, inputs=X, repeats=0)
+    assert "do not reach 1 of 3 tensors that were cut" in proof.reasons[0]
+    assert proof.reasons[0].endswith("up/bias")
+    with pytest.raises(ProofError, match="cannot tell a right cut from a wrong one"):
+        proof.raise_if_failed()
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_without_any_control_there_is_no_proof(approximate: bool) -> None:
+    before, x = weights(), np.zeros((2, F), np.float32)
+    zeros = jax.tree_util.tree_map(np.zeros_like, before)
+
+    def bare(w: Any, x: Any) -> Any:
+        return x[:, : w.shape[0]] @ w
+
+    w = before["down"]["kernel"]
+    for old, new, fn in (
+        (before, before, mlp),  # no other shapes
+        (zeros, cut(zeros), mlp),  # zero already
+        (w, w[list(KEEP)], bare),  # no path by which to name it
+    ):
+        inputs = x if fn is bare else X
+        proof = verify(old, new, fn, inputs=inputs, repeats=0, approximate=approximate)
+        assert proof.control is None
+        assert not proof.ok
+        (reason,) = proof.reasons
+        assert reason.startswith("no control: give spec=")
+        assert str(proof).startswith("NOT PROVED")
+        with pytest.raises(ProofError, match="give the spec by which the model was cut"):
+            proof.raise_if_failed()
+
+
+def test_a_spec_that_matches_nothing_is_an_error() -> None:
+    before = weights()
     other = Spec(name="OTHER", pairs=Pair(first="fc1", second="fc2"))
     with pytest.raises(NothingMatchedError):
         verify(before, cut(before), mlp, inputs=X, spec=other)
@@ -403,8 +463,23 @@ def test_other_shapes_and_other_outputs() -> None:
     assert "output of_24: only the model before has it" in proof.reasons
     assert "output of_18: only the model after has it" in proof.reasons
     assert not any("none" in row.path for row in proof.outputs)
-    nothing = verify(before, cut(before), lambda p, x: None, inputs=X, repeats=0)
-    assert nothing.reasons == ("the model has no outputs to compare",)
+
+
+@pytest.mark.parametrize("spec", [MLP, None])
+def test_outputs_that_are_no_arrays_are_refused(spec: Spec | None) -> None:
+    before = weights()
+
+    def run(fn: Any) -> Proof:
+        return verify(before, cut(before), fn, inputs=X, spec=spec, repeats=0)
+
+    for nothing in (None, {}, ()):
+        with pytest.raises(InputsError, match="the model gives no array"):
+            run(lambda p, x, nothing=nothing: nothing)
+    with pytest.raises(InputsError, match=r"no array[\s\S]*at: +name\n +found: +a str"):
+        run(lambda p, x: {"y": mlp(p, x), "name": "mlp"})
+    with pytest.raises(InputsError, match=r"at: +output\n +found: +a object"):
+        run(lambda p, x: object())
+    assert run(lambda p, x: (mlp(p, x), 3, True)).ok  # numbers are arrays enough
 
 
 def test_integers_must_be_equal() -> None:
@@ -523,11 +598,46 @@ def test_report_fits_and_survives_json() -> None:
     for after, inputs in ((small, X), (bad, X), (small, X * np.nan), (small, X * 0)):
         proof = verify(tree, after, fn, inputs=inputs, spec=MLP, repeats=1)
         assert max(map(len, str(proof).splitlines())) <= 100
-        text = json.dumps(proof.to_json(), allow_nan=False)
-        again = Proof.from_json(json.loads(text))
+        text = proof.to_json()
+        again = Proof.from_json(text)
         assert again == proof
+        assert Proof.from_dict(proof.to_dict()) == proof
+        assert json.loads(text) == proof.to_dict()
         assert again.reasons == proof.reasons
         assert json.loads(text)["ok"] is proof.ok
+
+
+def test_parameters_that_are_a_tuple_of_two() -> None:
+    def fn(params: Any, x: Any) -> Any:
+        up, down = params
+        return mlp({"up": up, "down": down}, x)
+
+    tree = weights()
+    small = cut(tree)
+    before, after = (tree["up"], tree["down"]), (small["up"], small["down"])
+    spec = Spec(name="PAIR", pairs=Pair(first="0", second="1"))
+    assert verify(before, after, fn, inputs=X, spec=spec, repeats=0).ok
+    # With a config in the second place it is a pair as ever, whatever numbers the config holds.
+    for size in (F, np.int64(F)):
+        pair, to = ((before, {"hidden": size, "rate": None}), (after, {"hidden": len(KEEP)}))
+        assert verify(pair, to, fn, inputs=X, spec=spec, repeats=0).ok
+
+
+def test_two_families_or_two_classes_are_not_compared(bert: Any) -> None:
+    from transformers import BertConfig, FlaxBertForMaskedLM, GPT2Config
+
+    from flaxslim._compat import parameter_shapes
+
+    (params, cfg), _ = bert
+    with pytest.raises(InputsError, match=r"different families[\s\S]*'bert' before and 'gpt2'"):
+        verify((params, cfg), (params, GPT2Config()))
+    head = BertConfig(**{**cfg.to_dict(), "architectures": ["BertForMaskedLM"]})
+    shapes = parameter_shapes(FlaxBertForMaskedLM, head)
+    other = jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    with pytest.raises(
+        InputsError, match=r"different classes[\s\S]*FlaxBertModel before and FlaxBertForMaskedLM"
+    ):
+        verify((params, cfg), (other, head))
 
 
 def test_missing_model_inputs_or_config() -> None:

@@ -9,20 +9,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flaxslim._errors import FlaxslimError, TargetError
-from flaxslim.checkpoint._folder import CONFIG
+from flaxslim.checkpoint import _folder
 
 
 @contextmanager
-def fresh_folder(target: Path, *, need: int, overwrite: bool) -> Iterator[Path]:
+def fresh_folder(
+    target: Path, *, need: int, overwrite: bool, source: Path | None = None
+) -> Iterator[Path]:
     """A new, empty folder beside `target`, which becomes `target` when the block ends well.
 
     `need` is the number of bytes that will be written. Whatever goes wrong, neither a part of the
     new folder nor a temporary one stays behind, and an old target is where it was: it is put
-    aside only when the new folder is complete and flushed. Raises `TargetError`.
+    aside only when the new folder is complete and flushed. Raises what `check_target` raises, and
+    `TargetError` if the disk does not take it.
     """
     # A link to a folder is followed, so that the folder is replaced and not the link.
     target = target.expanduser().resolve()
-    check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite, source=source)
     made = _make_parents(target.parent)
     mark = secrets.token_hex(4)
     new = target.parent / f".{target.name}.{mark}.new"
@@ -54,8 +57,15 @@ def fresh_folder(target: Path, *, need: int, overwrite: bool) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
-    """Raise `TargetError` if a checkpoint may not be written there."""
+def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
+    """Raise `TargetError` if a checkpoint may not be written there.
+
+    Only a checkpoint is replaced, and only if nothing else lies in its folder. `source` is the
+    folder that the new one comes from: it may be replaced itself, but neither may lie inside the
+    other, and files of the names that travel along from it count as parts of a checkpoint.
+    """
+    if source is not None:
+        _check_apart(target, source)
     if not target.exists():
         return
     if not target.is_dir():
@@ -68,13 +78,41 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             path=str(target),
             mend="name another folder, or replace this one with overwrite=True (--overwrite)",
         )
-    if any(target.iterdir()) and not (target / CONFIG).is_file():
+    if not any(target.iterdir()):
+        return
+    if not _folder.is_checkpoint(target):
         raise TargetError(
             "the target holds something else than a checkpoint, and is not replaced",
             path=str(target),
-            seen=", ".join(sorted(entry.name for entry in target.iterdir())[:5]),
-            expected="a folder with a config.json",
+            seen=_folder.listing(target, 5),
+            expected=f"a folder with a {_folder.CONFIG} and weights",
             mend="name another folder",
+        )
+    foreign = _folder.foreign(target, () if source is None else _folder.side_files(source))
+    if foreign:
+        raise TargetError(
+            "the target holds more than a checkpoint, and is not replaced",
+            path=str(target),
+            seen=", ".join(foreign[:4]) + (f" and {len(foreign) - 4} more" if foreign[4:] else ""),
+            mend="name another folder, or move these away",
+        )
+
+
+def _check_apart(target: Path, source: Path) -> None:
+    new, old = target.expanduser().resolve(), source.resolve()
+    if new in old.parents:
+        raise TargetError(
+            "the source lies inside the target, which would be replaced",
+            path=str(target),
+            seen=str(source),
+            mend="name another folder",
+        )
+    if old in new.parents:
+        raise TargetError(
+            "the target lies inside the source",
+            path=str(target),
+            seen=str(source),
+            mend="name a folder beside the source",
         )
 
 

@@ -7,11 +7,12 @@ the file list of a Hub repository.
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from flaxslim._errors import CorruptFileError, MissingFileError, UnsafePathError
+from flaxslim._errors import CorruptFileError, FlaxslimError, MissingFileError, UnsafePathError
 
 CONFIG, CARD, RECORD = "config.json", "README.md", "flaxslim.json"
 
@@ -47,6 +48,19 @@ _STALE_FOLDER = re.compile(r"(onnx|openvino|coreml|runs|logs|checkpoint-\d+|\..*
 # A sentence-transformers module after the encoder ("2_Dense"): its weights are not another format
 # of the encoder's, and the folder does not load without them.
 _MODULE_FOLDER = re.compile(r"\d+_[A-Z]\w*$")
+# What transformers, sentence-transformers and flaxslim name the parts of a checkpoint. `travels`
+# errs towards carrying a file along; this errs towards calling it somebody's own.
+_PART = re.compile(
+    r"(flax_model|model|pytorch_model)-\d+-of-\d+\.(msgpack|safetensors|bin)"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|normalizer|generation_config"
+    r"|((image|video)_)?(pre)?processor_config|chat_template|modules|sentence_\w+_config"
+    r"|config_sentence_transformers)\.json"
+    r"|(vocab|merges|dict|entity_vocab|bpe)\.(json|txt|bpe|codes|spm|model)"
+    r"|(tokenizer|spiece|sentencepiece|sentencepiece\.bpe)\.model|(source|target)\.spm"
+    r"|chat_template\.jinja|additional_chat_templates/\w+\.jinja"
+    r"|(modeling|configuration|tokenization|processing)_\w+\.py"
+    r"|(LICENSE|NOTICE)(\.(txt|md))?"
+)
 
 
 def choose(names: Collection[str]) -> list[Weights]:
@@ -82,6 +96,64 @@ def side_files(folder: Path) -> list[str]:
         folders[:] = [name for name in folders if travels((below / name / "x").as_posix())]
         names += [(below / name).as_posix() for name in files]
     return sorted(name for name in names if travels(name))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a config, and weights or flaxslim's own record."""
+    names = (RECORD, *(weights.name for weights in KNOWN))
+    return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in names)
+
+
+def foreign(folder: Path, carried: Collection[str] = ()) -> list[str]:
+    """What in a checkpoint's folder is no part of a checkpoint, the names of folders with a slash.
+
+    `carried` are names of files that are taken for parts too.
+    """
+    own = {CONFIG, CARD, RECORD, *(weights.name for weights in KNOWN), *carried}
+    found = []
+    for parent, folders, files in os.walk(folder):
+        below = Path(parent).relative_to(folder)
+        for name in list(folders):
+            path = (below / name).as_posix()
+            # Not looked into: a history or a training run has thousands of files.
+            if not travels(f"{path}/x") or (folder / path).is_symlink():
+                folders.remove(name)
+                found.append(f"{path}/")
+        for name in files:
+            path = (below / name).as_posix()
+            part = _PART.fullmatch(path) or _MODULE_FOLDER.match(path.partition("/")[0])
+            if path not in own and not part:
+                found.append(path)
+    return sorted(found)
+
+
+def listing(folder: Path, count: int) -> str:
+    """The first names in a folder, those of folders with a slash, for messages."""
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    return ", ".join(names[:count]) or "nothing"
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """An `OSError` within becomes `MissingFileError` or `CorruptFileError` about that path."""
+    try:
+        yield
+    except FlaxslimError:
+        raise
+    except FileNotFoundError as error:
+        raise MissingFileError(
+            "a file is missing, or is a link to nothing",
+            path=str(error.filename or path),
+            mend="download or copy it into the folder",
+        ) from error
+    except OSError as error:
+        raise CorruptFileError(
+            "a file cannot be read",
+            path=str(error.filename or path),
+            seen=error.strerror or error,
+            expected="a plain file that you may read",
+            mend="correct its permissions, or download or copy it again",
+        ) from error
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -6,7 +6,7 @@ array of distinct sizes, which gives a table that is then used in both direction
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,21 +138,90 @@ def to_flax(params: Any, cfg: Any = None, model_class: type | None = None) -> di
         cfg: the config; may be left out with a `Checkpoint`.
         model_class: the Flax class whose tree is wanted; by default the one the config names.
 
-    Leaves are views (transposed, same dtype). Tensors that the class has no use for (position
-    buffers, tied heads) are left out. A head that the config ties to the embedding, and that the
-    files therefore lack, is the transposed embedding. Any other tensor that the class needs and
-    the files lack is left out, with a warning. Raises `ConfigError` if a shape contradicts the
-    config.
+    Leaves are views (transposed, same dtype). A head that the config ties to the embedding, and
+    that the files therefore lack, is the transposed embedding. Any other tensor that the class
+    needs and the files lack is left out, with a warning; so are tensors that the class has no place
+    for, with a warning about those that are `unused`. Raises `ConfigError` if a shape contradicts
+    the config.
 
     >>> params = to_flax(read(folder))  # doctest: +SKIP
     """
-    if hasattr(params, "weight_files"):  # a Checkpoint
-        params, cfg = params.params, params.config if cfg is None else cfg
-    paths = flatten(params)
-    if naming_of(paths) == "flax":
+    params, cfg = _of_checkpoint(params, cfg)
+    if naming_of(flatten(params)) == "flax":
         return params
+    found = convert(params, cfg, model_class)
+    if found.unused:
+        warnings.warn(
+            f"{len(found.unused)} of {len(flatten(params))} tensors of the files have no place in "
+            f"{found.class_name} and are left out: {some(found.unused)}.",
+            stacklevel=2,
+        )
+    warn_of_missing(found)
+    return found.params
+
+
+def unused(params: Any, cfg: Any = None, model_class: type | None = None) -> tuple[str, ...]:
+    """PyTorch names of the tensors that `to_flax` would leave out although they may matter.
+
+    Takes what `to_flax` takes; Flax-named parameters have none. Not among them are buffers that
+    are computed anew (position ids, causal masks, rotary frequencies, sinusoidal tables), counts of
+    batches, and tensors tied (bitwise equal) to one that has a place.
+
+    >>> unused(read("a/LlamaForSequenceClassification"))  # doctest: +SKIP
+    ('score.weight',)
+    """
+    params, cfg = _of_checkpoint(params, cfg)
+    if naming_of(flatten(params)) == "flax":
+        return ()
+    shapes, base, _ = _shapes(cfg, model_class)
+    return without_place(dotted(params), shapes, base)
+
+
+def without_place(
+    tensors: Mapping[str, Any], flax_paths: Iterable[str], base: str = ""
+) -> tuple[str, ...]:
+    """The same for a flat PyTorch-named tree and the paths of a Flax one."""
+    names = table({name: np.ndim(leaf) for name, leaf in tensors.items()}, flax_paths, base)
+    return _unused(tensors, names)
+
+
+def some(names: Collection[str]) -> str:
+    """Up to four names, for messages."""
+    return ", ".join(list(names)[:4]) + (" ..." if len(names) > 4 else "")
+
+
+def _of_checkpoint(params: Any, cfg: Any) -> tuple[Any, Any]:
+    if hasattr(params, "weight_files"):
+        return params.params, params.config if cfg is None else cfg
+    return params, cfg
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Converted:
+    """A Flax tree, what of its class it lacks, and what of the PyTorch tree it has no place for."""
+
+    params: dict[str, Any]
+    class_name: str
+    needed: int
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def warn_of_missing(found: Converted) -> None:
+    """One warning about what the class needs and the files lack, if there is any."""
+    if found.missing:
+        warnings.warn(
+            f"{len(found.missing)} of {found.needed} tensors of the Flax class are not in the "
+            f"files and are left out: {some(found.missing)}. transformers makes them up at random; "
+            "here a model that needs them refuses to run.",
+            stacklevel=3,
+        )
+
+
+def convert(params: Any, cfg: Any, model_class: type | None = None) -> Converted:
+    """What `to_flax` returns and warns of, for PyTorch-named parameters."""
     tensors = dotted(params)
-    shapes, base = _shapes(cfg, model_class)
+    shapes, base, class_name = _shapes(cfg, model_class)
     names = table({name: np.ndim(leaf) for name, leaf in tensors.items()}, shapes, base)
     flat: dict[str, Any] = {}
     for name, new in names.items():
@@ -167,25 +236,23 @@ def to_flax(params: Any, cfg: Any = None, model_class: type | None = None) -> di
             )
         flat[new.path] = leaf
     _tie(flat, shapes, cfg)
-    missing = sorted(set(shapes) - set(flat))
-    if missing:
-        warnings.warn(
-            f"{len(missing)} of {len(shapes)} tensors of the Flax class are not in the files and "
-            f"are left out: {', '.join(missing[:4])}{' ...' if missing[4:] else ''}. transformers "
-            "makes them up at random; here a model that needs them refuses to run.",
-            stacklevel=2,
-        )
-    return nest(flat, "/")
+    return Converted(
+        params=nest(flat, "/"),
+        class_name=class_name,
+        needed=len(shapes),
+        missing=tuple(sorted(set(shapes) - set(flat))),
+        unused=_unused(tensors, names),
+    )
 
 
-def _shapes(cfg: Any, model_class: type | None) -> tuple[dict[str, tuple[int, ...]], str]:
-    """Shape of each tensor of the Flax class, and its base model prefix; nothing is allocated."""
+def _shapes(cfg: Any, model_class: type | None) -> tuple[dict[str, tuple[int, ...]], str, str]:
+    """Tensor shapes of the Flax class, its base model prefix and name; nothing is allocated."""
     from flaxslim._compat import parameter_shapes
     from flaxslim._inputs import model_class_for
 
     cls: Any = model_class or model_class_for(cfg)
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(parameter_shapes(cls, cfg)).items()}
-    return shapes, getattr(cls, "base_model_prefix", "")
+    return shapes, getattr(cls, "base_model_prefix", ""), cls.__name__
 
 
 def _tie(flat: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], cfg: Any) -> None:
@@ -204,6 +271,47 @@ def _tie(flat: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], cfg: Any) 
         ]
         if len(embeddings) == 1:
             flat[path] = embeddings[0].T
+
+
+# --- what has no place ------------------------------------------------------------------------
+
+# In all T5 files of old, and on the list of what transformers' own T5 classes ignore.
+_DEAD_BIAS = "EncDecAttention.relative_attention_bias.weight"
+
+
+def _unused(tensors: Mapping[str, Any], names: Collection[str]) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name, leaf in tensors.items()
+        if name not in names
+        and not _is_buffer(name, np.asarray(leaf))
+        and not _twin(name, names, tensors)
+    )
+
+
+def _is_buffer(name: str, array: np.ndarray) -> bool:
+    """Whether a tensor is computed anew by every implementation, or adds nothing."""
+    last = name.rsplit(".", 1)[-1]
+    if last in ("num_batches_tracked", "inv_freq", "masked_bias") or name.endswith(_DEAD_BIAS):
+        return True
+    if np.issubdtype(array.dtype, np.integer) and last.endswith(("_ids", "_index")):
+        return True
+    if last == "bias" and array.ndim == 4:  # GPT-2's and its likes' causal mask, (1, 1, n, n)
+        return array.dtype in (np.bool_, np.uint8) or bool(np.all(array == np.tril(array)))
+    if last == "bias" and array.ndim == 1:  # of a tied head; anything else has a weight as well
+        return not np.any(array)
+    return name.endswith("embed_positions.weight") and _is_sinusoidal(array)
+
+
+def _is_sinusoidal(table: np.ndarray) -> bool:
+    """Rows of sines and cosines of the same angles: sin^2 + cos^2 = 1; row 0 is zeros and ones."""
+    if table.ndim != 2 or not len(table) or table.shape[1] % 2:
+        return False
+    values = table.astype(np.float32)
+    squares = np.square(values).sum(axis=1)
+    # Half floats keep three digits.
+    level = np.allclose(squares, table.shape[1] / 2, rtol=1e-2)
+    return level and bool(np.isin(values[0], (0, 1)).all())
 
 
 # --- back -------------------------------------------------------------------------------------
@@ -255,10 +363,18 @@ def _twin(name: str, names: Iterable[str], source: Mapping[str, Any]) -> str | N
     """A tensor of the source that is the same one under another name."""
     array = source[name]
     for other in names:
-        same = source[other].shape == array.shape and source[other].dtype == array.dtype
-        if same and array.ndim > 1 and np.array_equal(source[other], array):
+        twin = source[other]
+        alike = twin.shape == array.shape and twin.dtype == array.dtype
+        # The first row first: most tensors of the same shape differ there already.
+        alike = alike and _is_telling(array) and np.array_equal(twin[:1], array[:1])
+        if alike and np.array_equal(twin, array):
             return other
     return None
+
+
+def _is_telling(array: Any) -> bool:
+    """Whether equality says something: vectors of a constant are often equal by chance."""
+    return array.ndim > 1 or (array.ndim == 1 and bool(np.any(array != array[:1])))
 
 
 def _is_tied(leaf: Leaf, leaves: Mapping[str, Leaf]) -> bool:

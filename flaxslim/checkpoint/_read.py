@@ -56,9 +56,15 @@ def read(
     """
     if isinstance(source, Checkpoint):
         return source
-    folder = _locate(source, revision, token)
+    with _folder.reading(str(source)):
+        folder = _locate(source, revision, token)
+    with _folder.reading(folder):
+        return _read(folder)
+
+
+def _read(folder: Path) -> Checkpoint:
     config = read_config(folder)
-    present = [weights.name for weights in _folder.KNOWN if (folder / weights.name).exists()]
+    present = [weights.name for weights in _folder.KNOWN if (folder / weights.name).is_file()]
     found = _folder.choose(present)
     if not found:
         raise _no_weights(folder)
@@ -72,7 +78,9 @@ def read(
     flat: dict[str, Any] = {}
     formats: set[str] = set()
     for name, promised in by_file.items():
-        tensors, declared = _READERS[taken.format](_folder.inside(folder, name))
+        path = _folder.inside(folder, name)
+        with _folder.reading(path):
+            tensors, declared = _READERS[taken.format](path)
         absent = sorted(set(promised) - set(tensors))
         if absent:
             raise CorruptFileError(
@@ -114,7 +122,8 @@ def load(
 
     The stock Flax class of the config runs them: `model(**inputs, params=params)`. Dtypes are kept.
     Raises as `read` does, and `ConfigError` if the config's sizes contradict the tensors. Warns of
-    tensors that the class needs and the files lack; they are left out, never made up.
+    tensors that the class needs and the files lack (they are left out, never made up), and of those
+    that the files have and the class has no place for.
 
     >>> params, cfg = load("sentence-transformers/all-MiniLM-L6-v2")  # doctest: +SKIP
     """
@@ -138,10 +147,11 @@ def read_config(folder: Path) -> Any:
         raise MissingFileError(
             "the folder has no config.json",
             path=str(folder),
-            seen=", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing",
+            seen=_folder.listing(folder, 6),
             mend="pass the folder that model.save_pretrained(...) wrote",
         )
-    values = _folder.read_json(path)
+    with _folder.reading(path):
+        values = _folder.read_json(path)
     kind = values.get("model_type")
     cls = CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
     try:
@@ -189,7 +199,7 @@ def _no_weights(folder: Path) -> MissingFileError:
     return MissingFileError(
         "the folder has no weights that flaxslim reads",
         path=str(folder),
-        seen=", ".join(sorted(entry.name for entry in folder.iterdir())[:8]),
+        seen=_folder.listing(folder, 8),
         expected=", ".join(weights.name for weights in _folder.KNOWN),
         mend="save the model with model.save_pretrained(folder), which writes one of these",
     )

@@ -9,12 +9,22 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from flaxslim._errors import TargetError, UnsupportedFormatError
+from flaxslim._errors import UnsupportedFormatError
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import _card, _folder, _msgpack, _safetensors
 from flaxslim.checkpoint._atomic import fresh_folder
+from flaxslim.checkpoint._config import config_text
 from flaxslim.checkpoint._leaf import Leaf, is_floating
-from flaxslim.checkpoint._names import dotted, naming_of, to_flax, to_torch, to_torch_like
+from flaxslim.checkpoint._names import (
+    convert,
+    dotted,
+    naming_of,
+    some,
+    to_torch,
+    to_torch_like,
+    warn_of_missing,
+    without_place,
+)
 from flaxslim.checkpoint._read import Checkpoint, read
 
 FORMATS = ("flax", "flax-safetensors", "torch")
@@ -35,10 +45,10 @@ def save(
     """Write a checkpoint that the stock classes load; the folder appears whole or not at all.
 
     Args:
-        folder: the target; it must not exist unless `overwrite`, and then the old one stays until
-            the new one is complete.
+        folder: the target; it must not exist unless `overwrite`. Then it must be a checkpoint with
+            nothing else in its folder, and stays until the new one is complete.
         params: Flax-named parameters, or PyTorch-named ones as `read` gives them.
-        cfg: a `PretrainedConfig` or a dict.
+        cfg: a `PretrainedConfig`, a dict, a dataclass or an `ml_collections.ConfigDict`.
         like: the checkpoint that they came from. Its format is kept, and its tokenizer, processor,
             model card and other side files travel along; so do PyTorch tensors that the Flax class
             has no use for (which would be stale if the cut concerned them).
@@ -49,7 +59,9 @@ def save(
             is the text of the model card's section.
 
     Weights in shards stay in shards, of at most 5 GB or the largest one of `like`, unless one
-    shard is enough. Returns the folder. Raises `TargetError` and what `read(like)` raises.
+    shard is enough. Returns the folder. Raises `TargetError`, what `read(like)` raises,
+    `UnsupportedFormatError` (also if a conversion to Flax would lose tensors; see `to_flax`), and
+    `ConfigError` for a config that is no plain data.
 
     >>> save("smaller", params, cfg, like="bert-base-uncased")  # doctest: +SKIP
     """
@@ -65,50 +77,22 @@ def save(
         leaves = {
             name: Leaf(array=leaf.array, axes=leaf.axes, cast=cast) for name, leaf in leaves.items()
         }
-    shards = _shards(leaves, _cap(kind, source))
-    side = {} if source is None else _side_files(source.folder)
-    need = sum(leaf.nbytes for leaf in leaves.values()) + 2**20
-    need += sum(path.stat().st_size for path in side.values())
-    target = Path(folder)
-    if source is not None and target.resolve() in source.folder.resolve().parents:
-        raise TargetError(
-            "the source lies inside the target, which would be replaced",
-            path=str(target),
-            seen=str(source.folder),
-            mend="name another folder",
-        )
-    with fresh_folder(target, need=need, overwrite=overwrite) as new:
+    text = config_text(cfg, dtype)
+    target, old = Path(folder), None if source is None else source.folder
+    side, need = {}, sum(leaf.nbytes for leaf in leaves.values()) + 2**20
+    with _folder.reading(old or target):
+        shards = _shards(leaves, _cap(kind, source))
+        if old is not None:
+            side = _side_files(old)
+            need += sum(path.stat().st_size for path in side.values())
+    with fresh_folder(target, need=need, overwrite=overwrite, source=old) as new:
         for name, path in side.items():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, new / name)
         _write_weights(new, kind, shards)
-        (new / _folder.CONFIG).write_text(_config_text(cfg, dtype), encoding="utf-8")
+        (new / _folder.CONFIG).write_text(text, encoding="utf-8")
         _write_record(new, source, record)
     return target
-
-
-def write(
-    folder: str | os.PathLike,
-    checkpoint: Checkpoint,
-    *,
-    dtype: Any = None,
-    overwrite: bool = False,
-    record: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write a `Checkpoint` in its own format, `params` and `config` replaced or not; see `save`.
-
-    >>> smaller = dataclasses.replace(checkpoint, params=params, config=cfg)  # doctest: +SKIP
-    >>> write("smaller", smaller)  # doctest: +SKIP
-    """
-    return save(
-        folder,
-        checkpoint.params,
-        checkpoint.config,
-        like=checkpoint,
-        dtype=dtype,
-        overwrite=overwrite,
-        record=record,
-    )
 
 
 def _format(format: str | None, source: Checkpoint | None, params: Any) -> str:
@@ -131,7 +115,12 @@ def _leaves(params: Any, cfg: Any, kind: str, source: Checkpoint | None) -> dict
     torch_named = naming_of(flat) == "torch"
     if kind != "torch":
         if torch_named:
-            flat = flatten(to_flax(params, cfg))
+            found = convert(params, cfg)
+            _refuse_loss(found.unused, kind)
+            warn_of_missing(found)
+            flat = flatten(found.params)
+        elif source is not None and source.naming == "torch":
+            _refuse_loss(without_place(dotted(source.params), flat), kind)
         if kind == "flax-safetensors":
             flat = {_dot(path): leaf for path, leaf in flat.items()}
         return {name: Leaf(array=_array(leaf)) for name, leaf in flat.items()}
@@ -141,6 +130,16 @@ def _leaves(params: Any, cfg: Any, kind: str, source: Checkpoint | None) -> dict
     if source is not None and source.naming == "torch":
         return to_torch_like(flat, dotted(source.params))
     return to_torch(flat)
+
+
+def _refuse_loss(names: tuple[str, ...], kind: str) -> None:
+    if names:
+        raise UnsupportedFormatError(
+            "the Flax tree has no place for tensors of the PyTorch checkpoint, which would be lost",
+            seen=f"{len(names)} of them: {some(names)}",
+            mend=f'keep the PyTorch format in place of format="{kind}"; or name the Flax class of '
+            "the family that has them (cfg.architectures), or drop them from the tree first",
+        )
 
 
 def _array(leaf: Any) -> Any:
@@ -215,20 +214,6 @@ def _write_weights(folder: Path, kind: str, shards: list[dict[str, Leaf]]) -> No
 
 def _side_files(folder: Path) -> dict[str, Path]:
     return {name: _folder.inside(folder, name) for name in _folder.side_files(folder)}
-
-
-def _config_text(cfg: Any, dtype: Any) -> str:
-    if isinstance(cfg, Mapping):
-        values = dict(cfg)
-    else:
-        values = json.loads(cfg.to_json_string())
-        # A plain PretrainedConfig (unknown family) writes its class's model_type, an empty one.
-        values["model_type"] = cfg.model_type
-    if dtype is not None:
-        # "torch_dtype" is the older spelling, which all releases of transformers 4 read.
-        spelled = [key for key in ("dtype", "torch_dtype") if key in values] or ["torch_dtype"]
-        values.update(dict.fromkeys(spelled, np.dtype(dtype).name))
-    return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
 def _write_record(

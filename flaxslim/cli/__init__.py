@@ -16,7 +16,10 @@ EXIT_CODES = """exit codes:
   2    the command line itself is wrong
   3    nothing is dead, so nothing was written
   4    the two models are not proven equal, so nothing was written
-  130  stopped by Ctrl-C; nothing was written"""
+  130  stopped by Ctrl-C; nothing was written
+
+environment:
+  FLAXSLIM_TRACEBACK=1   show the traceback of an unexpected error"""
 
 NOTHING_DEAD, NOT_PROVEN, INTERRUPTED = 3, 4, 130
 
@@ -53,7 +56,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error, 1)
     except KeyboardInterrupt:
         return _complain("stopped; nothing was written", INTERRUPTED)
+    except Exception as error:
+        return _unexpected(error)
     return int(code or 0)
+
+
+def _unexpected(error: Exception) -> int:
+    """What no message was written for: one line, and the traceback for those who ask for it."""
+    import traceback
+
+    from flaxslim.cli._console import messages
+
+    wanted = os.environ.get("FLAXSLIM_TRACEBACK", "0") not in ("", "0")
+    follows = "follows" if wanted else "follows with FLAXSLIM_TRACEBACK=1"
+    messages.print(
+        f"unexpected error: {type(error).__name__}: {error}; please report it; the traceback "
+        f"{follows}",
+        markup=False,
+        soft_wrap=True,
+    )
+    if wanted:
+        text = "".join(traceback.format_exception(error))
+        messages.print(text, markup=False, soft_wrap=True, end="")
+    return 1
 
 
 def _complain(error: object, code: int) -> int:

@@ -95,21 +95,27 @@ def verify(
     before: Annotated[Positional[str], arg(metavar="BEFORE", help="the original checkpoint")],
     after: Annotated[Positional[str], arg(metavar="AFTER", help="the slimmed checkpoint")],
     *,
+    approximate: Annotated[
+        bool, arg(help="only measure the difference, for a cut made with --threshold")
+    ] = False,
     json: Annotated[bool, arg(help="print JSON instead of tables")] = False,
 ) -> int:
     """Run two checkpoints on the same inputs and show whether they compute the same function.
 
-    Exit code 4 if they do not. Example: flaxslim verify path/to/folder smaller
+    Exit code 4 if they do not, whatever the record of the cut says.
+    Example: flaxslim verify path/to/folder smaller
     """
     from flaxslim.cli import NOT_PROVEN, _verify
     from flaxslim.cli._console import console, messages
 
     with messages.status("reading both checkpoints and running them"):
-        proof = _verify.verify(before, after)
+        proof, hint = _verify.verify(before, after, approximate=approximate)
     if json:
-        print(json_module.dumps(proof.to_json(), indent=1))
+        print(proof.to_json())
     else:
         console.print(str(proof), markup=False, soft_wrap=True)
+    if hint:
+        messages.print(hint, markup=False, soft_wrap=True)
     return 0 if proof.ok else NOT_PROVEN
 
 

@@ -128,7 +128,7 @@ def run(folder: pathlib.Path | None = None, *, steps: int = 500, seed: int = 0) 
     proof.raise_if_failed()
     with tempfile.TemporaryDirectory() as scratch:
         target = folder or pathlib.Path(scratch) / "slim-vit"
-        flaxslim.save(target, slimmed, small_cfg, record={"proof": proof.to_json()})
+        flaxslim.save(target, slimmed, small_cfg, record={"proof": proof.to_dict()})
         reloaded: Any = FlaxViTForImageClassification.from_pretrained(target)
         results["slimmed, reloaded"] = accuracy(reloaded, reloaded.params)
 

@@ -1,6 +1,7 @@
 """`flaxslim slim`: read, plan, cut, prove, write."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from flaxslim.checkpoint import Checkpoint, read, save, to_flax
 from flaxslim.checkpoint._atomic import check_target
 from flaxslim.cli import NOT_PROVEN, NOTHING_DEAD, _table
 from flaxslim.cli._console import console, messages
-from flaxslim.cli._verify import prove_checkpoints
+from flaxslim.cli._verify import prove_checkpoints, uncovered
 from flaxslim.specs import spec_for
 
 
@@ -38,13 +39,17 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
 
 def run(source: str, out: Path, options: Options) -> int:
     """Do it; returns the exit code. Nothing is written unless the proof holds."""
-    if not options.dry_run:
-        check_target(out.expanduser().resolve(), overwrite=options.overwrite)
+    local = Path(source) if Path(source).is_dir() else None
+    target = out.expanduser().resolve()
+    if not options.dry_run and (local or not options.overwrite):
+        check_target(target, overwrite=options.overwrite, source=local)
     with messages.status(f"reading {source}") as status:
         before = read(source, revision=options.revision)
+        if not options.dry_run and not local:  # what travels along is known only now
+            check_target(target, overwrite=options.overwrite, source=before.folder)
         if options.format.startswith("flax") and before.naming == "torch":
             # First, so that the recorded plan has the names of what is written.
-            before = dataclasses.replace(before, params=to_flax(before), naming="flax")
+            before = _as_flax(before)
         status.update("looking for dead channels")
         chosen = plan(
             before.params,
@@ -56,11 +61,13 @@ def run(source: str, out: Path, options: Options) -> int:
     for note in before.notes:
         messages.print(f"note: {note}", markup=False, soft_wrap=True)
     console.print(str(chosen), markup=False, soft_wrap=True)
-    if not chosen.removed:
+    if why := chosen.why_nothing:
         if chosen.blocked:
-            raise WidthError("; ".join(chosen.blocked), mend="keep the model as it is until then")
-        messages.print(_why_nothing(chosen), markup=False, soft_wrap=True)
+            raise WidthError(why, mend="keep the model as it is until then")
+        messages.print(f"Nothing was written: {why}.", markup=False, soft_wrap=True)
         return NOTHING_DEAD
+    if note := uncovered(before, written=True):
+        messages.print(f"note: {note}", markup=False, soft_wrap=True)
     if options.dry_run:
         messages.print("Dry run: nothing was written.")
         return 0
@@ -95,15 +102,14 @@ def run(source: str, out: Path, options: Options) -> int:
     return 0
 
 
-def _why_nothing(chosen: Plan) -> str:
-    if dead := sum(cut.dead for cut in chosen.cuts):
-        return (
-            f"{dead} channels are dead, but none can go, so nothing was written: layers that share "
-            "a width keep the largest need among them, rounded up to --multiple-of."
-        )
-    return (
-        "Nothing is dead, so nothing was written. Prune the model first (make rows of the second "
-        "layers zero), or give --threshold."
+def _as_flax(checkpoint: Checkpoint) -> Checkpoint:
+    """The same in Flax names; what `to_flax` warns of becomes a note."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        params = to_flax(checkpoint)
+    notes = (str(warning.message) for warning in caught if warning.category is UserWarning)
+    return dataclasses.replace(
+        checkpoint, params=params, naming="flax", notes=(*checkpoint.notes, *notes)
     )
 
 
@@ -128,6 +134,6 @@ def record(source: str, chosen: Plan, proof: Any) -> dict[str, Any]:
         "flaxslim": flaxslim.__version__,
         "exact": chosen.exact,
         "plan": chosen.to_dict(),
-        "proof": None if proof is None else proof.to_json(),
+        "proof": None if proof is None else proof.to_dict(),
         "card": card,
     }

@@ -1,6 +1,8 @@
 """Every format is read as the stock classes read it, and every broken folder says what is wrong."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -382,3 +384,63 @@ def test_a_dtype_that_is_not_known(torch_folder):
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
     with pytest.raises(_errors.UnsupportedFormatError, match="a dtype that is not read"):
         read(torch_folder)
+
+
+# --- what the system refuses --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["flax_model.msgpack", "model.safetensors"])
+def test_weights_that_are_a_folder_are_no_weights(folder, name):
+    (folder / "flax_model.msgpack").unlink()
+    (folder / name).mkdir()
+    with pytest.raises(_errors.MissingFileError, match="no weights that flaxslim reads") as caught:
+        read(folder)
+    assert f"{name}/" in str(caught.value)
+
+
+def test_a_config_that_is_a_folder_is_no_config(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    with pytest.raises(_errors.MissingFileError, match=r"no config\.json") as caught:
+        read(folder)
+    assert "config.json/" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "flax_model.msgpack"])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOENT])
+def test_what_the_system_does_not_read(folder, monkeypatch, name, code):
+    stock = Path.open
+
+    def refuse(self, *args, **kwargs):
+        if self.name == name:
+            raise OSError(code, os.strerror(code), str(self))
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    kind = _errors.MissingFileError if code == errno.ENOENT else _errors.CorruptFileError
+    with pytest.raises(kind) as caught:
+        read(folder)
+    assert str(folder / name) in str(caught.value)
+    assert "mend:" in str(caught.value)
+
+
+def test_safetensors_that_may_not_be_read(torch_folder, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError("Permission denied (os error 13)")
+
+    monkeypatch.setattr("safetensors.safe_open", refuse)
+    with pytest.raises(_errors.CorruptFileError, match="cannot be read") as caught:
+        read(torch_folder)
+    assert str(torch_folder / "model.safetensors") in str(caught.value)
+
+
+def test_a_source_that_is_no_name_at_all():
+    with pytest.raises(_errors.CheckpointError):
+        read("x" * 5000)
+
+
+def test_a_side_file_that_is_a_link_to_nothing(folder, params, tmp_path):
+    (folder / "vocab.txt").symlink_to(folder / "gone")
+    with pytest.raises(_errors.MissingFileError, match="a link to nothing") as caught:
+        save(tmp_path / "out", params, CONFIG, like=folder)
+    assert "vocab.txt" in str(caught.value)

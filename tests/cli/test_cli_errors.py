@@ -133,6 +133,60 @@ def test_target_is_a_file(run, broken, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_act": "mish"}, "mish"),
+        ({"num_attention_heads": 3}, "cannot be built from this config"),
+        ({"hidden_size": None}, ""),
+    ],
+)
+def test_config_from_which_no_class_is_built(run, broken, tmp_path, change, words):
+    folder = broken()
+    _edit(folder / "config.json", **change)
+    _assert_explained(run("slim", folder, tmp_path / "out"), words, "mend:")
+    assert run("inspect", folder).code in (0, 1)  # no FLOPs then, but the channels are counted
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["flax", "torch"])
+def test_config_says_more_layers_than_there_are(run, broken, tmp_path, format):
+    folder = broken(format)
+    _edit(folder / "config.json", num_hidden_layers=4)
+    result = run("slim", folder, tmp_path / "out")
+    _assert_explained(
+        result,
+        "the config says 32 tensors that the checkpoint lacks, among them FFN layers "
+        "(bert/encoder/layer/2, bert/encoder/layer/3)",
+        "at:       bert/encoder/layer/2/attention/",
+        "config.json",
+    )
+    assert "model=" not in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unexpected_error_is_one_line(run, broken, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError("[red]of[/] mine")
+
+    monkeypatch.setattr(_slim, "prove_checkpoints", fail)
+    monkeypatch.delenv("FLAXSLIM_TRACEBACK", raising=False)
+    folder = broken()
+    result = run("slim", folder, tmp_path / "out")
+    assert result.code == 1
+    assert result.err.splitlines()[-1] == (
+        "unexpected error: ZeroDivisionError: [red]of[/] mine; please report it; the traceback "
+        "follows with FLAXSLIM_TRACEBACK=1"
+    )
+    assert "Traceback" not in result.err
+    monkeypatch.setenv("FLAXSLIM_TRACEBACK", "1")
+    shown = run("slim", folder, tmp_path / "out")
+    assert shown.code == 1
+    assert "Traceback" in shown.err
+    assert "in fail" in shown.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_ctrl_c(run, broken, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

@@ -22,6 +22,7 @@ def test_main_help_lists_commands_and_exit_codes(run):
         assert f"• {command} " in result.out
     for code in (0, 1, 2, 3, 4, 130):
         assert f"\n  {code} " in result.out
+    assert "FLAXSLIM_TRACEBACK=1" in result.out
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -81,7 +81,7 @@ def test_end_to_end(run, checkpoints, tmp_path, kind):
     record = _record(out)
     assert record["flaxslim"] == flaxslim.__version__
     assert record["exact"] is True
-    assert Proof.from_json(record["proof"]).ok
+    assert Proof.from_dict(record["proof"]).ok
     again = flatten(flaxslim.apply(Plan.from_dict(record["plan"]), read(source).params))
     for path, leaf in flatten(read(out).params).items():
         np.testing.assert_array_equal(leaf, again[path], path)
@@ -117,33 +117,33 @@ def test_dry_run_may_name_a_folder_that_exists(run, flax_folder, tmp_path):
 def test_nothing_dead_writes_nothing(run, living_folder, tmp_path):
     result = run("slim", living_folder, tmp_path / "out")
     assert result.code == NOTHING_DEAD
-    assert "Nothing is dead" in result.err
-    assert "--threshold" in result.err
+    assert "Nothing was written: no channel at 2 sites of BERT_FFN is dead" in result.err
+    assert "threshold" in result.err
     assert not list(tmp_path.iterdir())
 
 
 def test_dead_channels_that_the_width_keeps_are_not_called_living(run, flax_folder, tmp_path):
     result = run("slim", flax_folder, tmp_path / "out", "--multiple-of", "72")
     assert result.code == NOTHING_DEAD
-    assert "Nothing is dead" not in result.err
-    assert f"{sum(DEAD)} channels are dead" in result.err
-    assert "--multiple-of" in result.err
+    assert f"Nothing was written: {sum(DEAD)} channels at 2 sites" in result.err
+    assert "none can go" in result.err
+    assert "multiple_of" in result.err
     assert not list(tmp_path.iterdir())
 
 
 def test_existing_target_is_refused_and_then_replaced(run, flax_folder, tmp_path):
     out = tmp_path / "out"
     assert run("slim", flax_folder, out, "--no-verify").code == 0
-    (out / "left.txt").write_text("of the first run")
+    (out / "merges.txt").write_text("of the first run")
     refused = run("slim", flax_folder, out, "--no-verify")
     assert refused.code == 1
     assert "the target exists" in refused.err
     assert "--overwrite" in refused.err
     assert not refused.out  # before anything was read
-    assert (out / "left.txt").exists()
+    assert (out / "merges.txt").exists()
 
     assert run("slim", flax_folder, out, "--no-verify", "--overwrite").code == 0
-    assert not (out / "left.txt").exists()
+    assert not (out / "merges.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -174,10 +174,13 @@ def test_threshold_is_called_approximate_everywhere(run, living_folder, tmp_path
     record = _record(out)
     assert record["exact"] is False
     assert "approximate (threshold 0.7)" in (out / "README.md").read_text()
-    measured = Proof.from_json(record["proof"])
+    measured = Proof.from_dict(record["proof"])
     assert measured.relative > 1e-3
-    # The record says so to `verify` too, which then measures only.
-    again = run("verify", living_folder, out)
+    # `verify` asks for equality unless it is told not to.
+    strict = run("verify", living_folder, out)
+    assert strict.code == NOT_PROVEN
+    assert "--approximate only measures it" in strict.err
+    again = run("verify", living_folder, out, "--approximate")
     assert again.code == 0
     assert "approximate" in again.out
 
@@ -278,3 +281,27 @@ def test_a_plan_has_the_names_of_what_was_written(run, torch_folder, tmp_path):
     run("slim", torch_folder, tmp_path / "out", "--format", "flax")
     plan = Plan.from_dict(_record(tmp_path / "out")["plan"])
     assert plan.cuts[0].site.second.path.endswith("output/dense/kernel")
+
+
+def test_tensors_without_a_place_in_the_flax_class_are_named(run, torch_folder, tmp_path):
+    """They travel along, but nothing runs them."""
+    checkpoint = read(torch_folder)
+    extra = {"adapter": {"weight": np.ones((2, 3), np.float32)}}
+    source = flaxslim.save(
+        tmp_path / "extra", {**checkpoint.params, **extra}, checkpoint.config, format="torch"
+    )
+    out = tmp_path / "out"
+    result = run("slim", source, out)
+    assert result.code == 0, result.err
+    assert (
+        "note: 1 tensor (adapter.weight) has no place in FlaxBertForMaskedLM: it is written "
+        "unchanged, and the proof does not cover it"
+    ) in result.err
+    np.testing.assert_array_equal(read(out).params["adapter"]["weight"], extra["adapter"]["weight"])
+    # Nothing to say where nothing is left over, or where it does not travel along.
+    assert "no place" not in run("slim", torch_folder, tmp_path / "a", "--no-verify").err
+    as_flax = run("slim", source, tmp_path / "b", "--no-verify", "--format", "flax")
+    assert "written unchanged" not in as_flax.err
+    assert "note: 1 of" in as_flax.err
+    assert "left out: adapter.weight" in as_flax.err
+    assert "note: 1 tensor (adapter.weight)" in run("verify", source, out).err

@@ -32,6 +32,34 @@ def test_not_equal(run, living_folder, slimmed):
     assert "Traceback" not in result.err
 
 
+def test_the_record_waives_nothing(run, flax_folder, tmp_path):
+    """All weights at zero, beside a record that says the cut was approximate."""
+    params, cfg = flaxslim.slim(*flaxslim.load(flax_folder))
+    zeros = replace(params, {path: 0 * leaf for path, leaf in flatten(params).items()})
+    out = flaxslim.save(tmp_path / "out", zeros, cfg, record={"exact": False})
+    result = run("verify", flax_folder, out)
+    assert result.code == NOT_PROVEN
+    assert "NOT PROVED" in result.out
+    assert "--approximate only measures it" in result.err
+    (out / "flaxslim.json").write_text("{")
+    broken = run("verify", flax_folder, out)
+    assert broken.code == NOT_PROVEN
+    assert "--approximate" not in broken.err
+
+
+def test_exact_cuts_are_not_pointed_at_the_flag(run, living_folder, slimmed):
+    assert "--approximate" not in run("verify", living_folder, slimmed).err
+
+
+def test_two_families(run, flax_folder, tmp_path):
+    other = flaxslim.save(tmp_path / "gpt2", *tiny("FlaxGPT2LMHeadModel-inner"))
+    result = run("verify", flax_folder, other)
+    assert result.code == 1
+    assert "different families" in result.err
+    assert "'bert' before and 'gpt2' after" in result.err
+    assert "Traceback" not in result.err
+
+
 def test_json(run, flax_folder, tmp_path):
     params, cfg = tiny("FlaxBertForMaskedLM", DEAD)
     path = "bert/encoder/layer/1/output/dense/bias"
@@ -43,4 +71,4 @@ def test_json(run, flax_folder, tmp_path):
     data = json.loads(result.out)
     assert data["ok"] is False
     assert data["reasons"]
-    assert not Proof.from_json(data).ok
+    assert not Proof.from_json(result.out).ok
