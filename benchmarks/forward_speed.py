@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from transformers import BertConfig, FlaxBertModel
 
 import flaxslim
@@ -23,9 +24,15 @@ from flaxslim._tree import flatten, replace
 def pruned(cfg: Any, share: float) -> Any:
     """Random parameters with a share of each FFN's channels dead, another set in each layer."""
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: rng.standard_normal(x.shape, dtype=np.float32) * np.float32(0.02),
-        parameter_shapes(FlaxBertModel, cfg),
+    shapes = flatten(parameter_shapes(FlaxBertModel, cfg))
+    params = unflatten_dict(
+        {
+            path: np.ones(x.shape, np.float32)
+            if path.endswith("scale")  # of a LayerNorm
+            else 0.02 * rng.standard_normal(x.shape, dtype=np.float32)
+            for path, x in shapes.items()
+        },
+        sep="/",
     )
     leaves = flatten(params)
     new = {}
@@ -70,6 +77,7 @@ def main() -> None:
                 f"{cfg.intermediate_size} -> {small_cfg.intermediate_size:<5} {batch} x {length:<4}"
                 f"{ms.before:9.1f} {ms.after:8.1f} {gain(ms):6.2f} "
                 f"{gain(proof.flops):10.2f} {proof.relative:11.1e}  {proof.ok}",
+                *proof.reasons,
                 flush=True,
             )
 
