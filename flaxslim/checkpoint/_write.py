@@ -116,11 +116,11 @@ def _leaves(params: Any, cfg: Any, kind: str, source: Checkpoint | None) -> dict
     if kind != "torch":
         if torch_named:
             found = convert(params, cfg)
-            _refuse_loss(found.unused, kind)
+            refuse_loss(found.unused, kind)
             warn_of_missing(found)
             flat = flatten(found.params)
         elif source is not None and source.naming == "torch":
-            _refuse_loss(without_place(dotted(source.params), flat), kind)
+            refuse_loss(without_place(dotted(source.params), flat), kind)
         if kind == "flax-safetensors":
             flat = {_dot(path): leaf for path, leaf in flat.items()}
         return {name: Leaf(array=_array(leaf)) for name, leaf in flat.items()}
@@ -132,7 +132,8 @@ def _leaves(params: Any, cfg: Any, kind: str, source: Checkpoint | None) -> dict
     return to_torch(flat)
 
 
-def _refuse_loss(names: tuple[str, ...], kind: str) -> None:
+def refuse_loss(names: tuple[str, ...], kind: str) -> None:
+    """Raise `UnsupportedFormatError` if a conversion to Flax would leave tensors behind."""
     if names:
         raise UnsupportedFormatError(
             "the Flax tree has no place for tensors of the PyTorch checkpoint, which would be lost",

@@ -12,6 +12,8 @@ from flaxslim._plan import Plan, plan
 from flaxslim._spec import Spec
 from flaxslim.checkpoint import Checkpoint, read, save, to_flax
 from flaxslim.checkpoint._atomic import check_target
+from flaxslim.checkpoint._names import unused
+from flaxslim.checkpoint._write import refuse_loss
 from flaxslim.cli import NOT_PROVEN, NOTHING_DEAD, _table
 from flaxslim.cli._console import console, messages
 from flaxslim.cli._verify import prove_checkpoints, uncovered
@@ -49,6 +51,7 @@ def run(source: str, out: Path, options: Options) -> int:
             check_target(target, overwrite=options.overwrite, source=before.folder)
         if options.format.startswith("flax") and before.naming == "torch":
             # First, so that the recorded plan has the names of what is written.
+            refuse_loss(unused(before.params, before.config), options.format)
             before = _as_flax(before)
         status.update("looking for dead channels")
         chosen = plan(
