@@ -6,7 +6,7 @@ import json
 import math
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -399,16 +399,27 @@ def _refuse_quantised(sites: Sequence[Site], cfg: Any, leaves: Mapping[str, Any]
             seen=str(_config.read(cfg, "quantization_config"))[:80],
             mend=mend,
         )
-    folders = {t.path.rpartition("/")[0] for site in sites for t in site.cut if len(t.shape) > 1}
-    known = {t.path for site in sites for t in site.tensors}
-    for path in leaves:
-        folder, _, name = path.rpartition("/")
-        if folder in folders and path not in known and _COMPANION.fullmatch(name):
+    for path, _, _ in _beside(sites, leaves):
+        if _COMPANION.fullmatch(path.rpartition("/")[2]):
             raise UnsupportedDtypeError(
                 "a kernel that would be cut is quantised: its scales stand beside it",
                 path=path,
                 mend=mend,
             )
+
+
+def _beside(sites: Sequence[Site], leaves: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Site]]:
+    """The tensors in the folder of a kernel that is cut which no spec names, with that kernel."""
+    known = {t.path for site in sites for t in site.tensors}
+    others: dict[str, list[str]] = {}
+    for path in leaves:
+        if path not in known:
+            others.setdefault(path.rpartition("/")[0], []).append(path)
+    for site in sites:
+        for t in site.cut:
+            if len(t.shape) > 1:
+                for path in others.get(t.path.rpartition("/")[0], ()):
+                    yield path, t, site
 
 
 def _check_arguments(width: str, multiple_of: int, threshold: float) -> None:
@@ -514,17 +525,9 @@ def _notes(sites: Sequence[Site], cfg: Any, leaves: Mapping[str, Any]) -> list[s
 
 def _neighbours(sites: Sequence[Site], leaves: Mapping[str, Any]) -> list[str]:
     """Notes on tensors beside a kernel that is cut that might need the same cut (LoRA matrices)."""
-    known = {t.path for site in sites for t in site.tensors}
-    others: dict[str, list[str]] = {}
-    for path in leaves:
-        if path not in known:
-            others.setdefault(path.rpartition("/")[0], []).append(path)
     return [
         f"{path} stands beside {t.path} and may have an axis of the same {site.size} channels; "
         "the spec does not name it, so it stays as it is"
-        for site in sites
-        for t in site.cut
-        if len(t.shape) > 1
-        for path in others.get(t.path.rpartition("/")[0], ())
+        for path, t, site in _beside(sites, leaves)
         if site.size in getattr(leaves[path], "shape", ())
     ]
