@@ -6,7 +6,10 @@ A pattern names the dimensions of an array, in order, in the manner of einops::
     "f d"        its transpose (GPT-2's Conv1D, every PyTorch linear layer)
     "d (2 f)"    gate and up side by side in one kernel: channel j is columns j and f + j
     "2 f d"      the same, stacked
-    "d l f"      layers scanned on axis 1
+    "d l f"      layers scanned on axis 1; each layer has channels of its own
+    "e d f"      experts, likewise
+    "d (h k)"    heads of k columns each, side by side; k must be known (`Axes.known`)
+    "h k d"      heads on an axis of their own
 
 One rule serves them all: *remove index i along axis f wherever f occurs*.
 """
@@ -15,7 +18,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +31,9 @@ _TOKEN = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 Dimension = tuple[str | int, ...]
+
+# Along these each index has channels of its own: layers that are scanned, experts.
+STACK = ("l", "e")
 
 
 def namespace(x: Any) -> Any:
@@ -68,7 +74,10 @@ def _parse(pattern: str) -> tuple[Dimension, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """A parsed axis pattern.
+    """A parsed axis pattern; `known` are sizes that do not follow from a shape.
+
+    Where a method takes `stack`, a statistic or a choice of channels has one row for each index of
+    these axes, `(s, f)`, with `s` the product of their sizes (1 if there are none).
 
     Raises `AxisPatternError` when the pattern is malformed.
 
@@ -76,9 +85,12 @@ class Axes:
     {'d': 768, 'f': 2048}
     >>> Axes("d (2 f)").take(np.arange(8).reshape(1, 8), "f", np.array([0, 3]))
     array([[0, 3, 4, 7]])
+    >>> Axes("d (h k)", known=(("k", 64),)).sizes((768, 768))
+    {'d': 768, 'h': 12, 'k': 64}
     """
 
     pattern: str
+    known: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         _parse(self.pattern)
@@ -91,33 +103,73 @@ class Axes:
         return _parse(self.pattern)
 
     @property
+    def factors(self) -> Dimension:
+        """The dimensions in order, every composite one split."""
+        return tuple(f for dim in self.dimensions for f in dim)
+
+    @property
     def names(self) -> tuple[str, ...]:
-        return tuple(f for dim in self.dimensions for f in dim if isinstance(f, str))
+        return tuple(f for f in self.factors if isinstance(f, str))
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """The axes along which each index has channels of its own."""
+        return tuple(name for name in STACK if name in self.names)
 
     def reversed(self) -> "Axes":
         """The pattern of the transposed array, which is how PyTorch stores a linear layer."""
-        return Axes(_format(self.dimensions[::-1]))
+        return dataclasses.replace(self, pattern=_format(self.dimensions[::-1]))
 
-    def without(self, axis: str) -> "Axes":
-        """The pattern with one plain axis left out: the bias of a layer whose input is `axis`."""
-        return Axes(_format(tuple(dim for dim in self.dimensions if dim != (axis,))))
+    def only(self, names: Collection[str]) -> "Axes":
+        """The pattern without the dimensions that name none of `names` (literal ones stay).
+
+        >>> str(Axes("d (h k)").only("hk"))
+        '(h k)'
+        """
+        kept = tuple(
+            dim
+            for dim in self.dimensions
+            if not (own := [f for f in dim if isinstance(f, str)]) or {*own} & {*names}
+        )
+        return dataclasses.replace(self, pattern=_format(kept))
+
+    def alone(self, axis: str) -> "Axes":
+        """The pattern of a tensor that shares with this one nothing but the dimension of `axis`."""
+        number = self.dimension(axis)
+        names = [
+            _format([dim]) if i == number else f"x{i}" for i, dim in enumerate(self.dimensions)
+        ]
+        return dataclasses.replace(self, pattern=" ".join(names))
 
     def sizes(self, shape: Sequence[int], *, path: str | None = None) -> dict[str, int]:
         """The size of each named axis; `AxisPatternError` if the shape does not fit."""
-        return dict(_sizes(self.pattern, tuple(shape), path))
+        return dict(_sizes(self.pattern, self.known, tuple(shape), path))
 
     def _expanded(self, shape: Sequence[int]) -> tuple[int, ...]:
         sizes = self.sizes(shape)
-        return tuple(f if isinstance(f, int) else sizes[f] for d in self.dimensions for f in d)
+        return tuple(f if isinstance(f, int) else sizes[f] for f in self.factors)
+
+    def dimension(self, axis: str) -> int:
+        """The number of the dimension that carries `axis`."""
+        for number, factors in enumerate(self.dimensions):
+            if axis in factors:
+                return number
+        raise AxisPatternError(f"axis {axis!r} is not in the pattern", seen=repr(self.pattern))
 
     def position(self, axis: str) -> int:
         """Where `axis` stands once every composite dimension is split into its factors."""
-        return [f for dim in self.dimensions for f in dim].index(axis)
+        return self.factors.index(axis)
 
-    def others(self, axis: str) -> tuple[int, ...]:
-        """The positions of all factors but `axis`: what a statistic per channel reduces over."""
-        count = sum(map(len, self.dimensions))
-        return tuple(i for i in range(count) if i != self.position(axis))
+    def others(self, axis: str, stack: Sequence[str] = ()) -> tuple[int, ...]:
+        """The positions of all factors but `axis` and `stack`: what a statistic reduces over."""
+        return tuple(i for i, f in enumerate(self.factors) if f != axis and f not in stack)
+
+    def rows(self, reduced: Any, axis: str, stack: Sequence[str] = ()) -> Any:
+        """A statistic that was reduced over `others`, as `(s, f)`."""
+        left = [f for f in self.factors if f == axis or f in stack]
+        order = [left.index(name) for name in (*stack, axis)]
+        y = reduced.transpose(order)
+        return y.reshape(math.prod(y.shape[:-1]), y.shape[-1])
 
     def split(self, x: Any) -> Any:
         """`x` with every composite dimension split into its factors."""
@@ -127,46 +179,87 @@ class Axes:
     def flat(self, shape: Sequence[int], axis: str, keep: np.ndarray) -> tuple[int, np.ndarray]:
         """The dimension that carries `axis`, and the indices along it that belong to `keep`."""
         sizes = self.sizes(shape)
-        for number, factors in enumerate(self.dimensions):
-            if axis in factors:
-                grid = np.arange(shape[number]).reshape(
-                    [f if isinstance(f, int) else sizes[f] for f in factors]
-                )
-                return number, np.take(grid, keep, axis=factors.index(axis)).ravel()
-        raise AxisPatternError(f"axis {axis!r} is not in the pattern", seen=repr(self.pattern))
+        number = self.dimension(axis)
+        factors = self.dimensions[number]
+        grid = np.arange(shape[number]).reshape(
+            [f if isinstance(f, int) else sizes[f] for f in factors]
+        )
+        return number, np.take(grid, keep, axis=factors.index(axis)).ravel()
 
-    def take(self, x: Any, axis: str, keep: np.ndarray) -> Any:
+    def take(self, x: Any, axis: str, keep: np.ndarray, stack: Sequence[str] = ()) -> Any:
         """`x` with only the indices `keep` left along `axis`; numpy in, numpy out.
 
+        `keep` is `(w,)`, the same everywhere, or `(s, w)`, one row for each index of `stack`.
         Eager `take` is the fastest gather known on CPU: one jitted call over all kernels loses
         five times, fancy indexing seven.
         """
-        dimension, index = self.flat(x.shape, axis, keep)
-        if namespace(x) is np:
-            return np.take(x, index, axis=dimension)
-        y = jnp.take(x, index, axis=dimension, mode="clip")
-        return y if len(x.devices()) == 1 else _resharded(y, x.sharding)
+        xp = namespace(x)
+        if keep.ndim > 1 and len(keep) > 1:
+            index = self._spread(keep, x.shape, axis, stack)
+            # A copy of its own: take_along_axis gives the axes in another order in memory.
+            y = xp.take_along_axis(self.split(x), index, axis=self.position(axis))
+            y = y.reshape(self.resized(x.shape, axis, keep.shape[-1]))
+        else:
+            dimension, index = self.flat(x.shape, axis, keep.reshape(-1))
+            if xp is np:
+                return np.take(x, index, axis=dimension)
+            y = jnp.take(x, index, axis=dimension, mode="clip")
+        return y if xp is np or len(x.devices()) == 1 else _resharded(y, x.sharding)
 
-    def zero(self, x: Any, axis: str, channels: np.ndarray) -> Any:
-        """A copy of `x` with the given channels along `axis` set to zero."""
-        dimension, index = self.flat(x.shape, axis, channels)
-        at = (slice(None),) * dimension + (index,)
-        if namespace(x) is np:
-            y = x.copy()
-            y[at] = 0
-            return y
-        return x.at[at].set(0)
+    def put(self, x: Any, axis: str, keep: np.ndarray, size: int, stack: Sequence[str] = ()) -> Any:
+        """The inverse of `take`: `size` indices along `axis`, zero where nothing was kept."""
+        y, at = np.asarray(self.split(x)), self.position(axis)
+        full = np.zeros((*y.shape[:at], size, *y.shape[at + 1 :]), y.dtype)
+        np.put_along_axis(full, self._spread(keep, x.shape, axis, stack), y, axis=at)
+        full = full.reshape(self.resized(x.shape, axis, size))
+        return full if namespace(x) is np else jax.device_put(full, x.sharding)
 
-    def norm(self, x: Any, axis: str) -> np.ndarray:
-        """The L2 norm of each channel: float64 of shape (f,), summed in float32 on a device."""
+    def resized(self, shape: Sequence[int], axis: str, size: int) -> tuple[int, ...]:
+        """The shape with another size along `axis`."""
+        number, sizes = self.dimension(axis), {**self.sizes(shape), axis: size}
+        new = math.prod(f if isinstance(f, int) else sizes[f] for f in self.dimensions[number])
+        return (*shape[:number], new, *shape[number + 1 :])
+
+    def zero(self, x: Any, axis: str, channels: np.ndarray, stack: Sequence[str] = ()) -> Any:
+        """A copy of `x` with channels along `axis` set to zero.
+
+        `channels` are indices `(n,)`, the same everywhere, or a mask `(s, f)` of bools.
+        """
+        mask = channels
+        if channels.dtype != bool:
+            mask = np.zeros((1, self.sizes(x.shape)[axis]), bool)
+            mask[:, channels] = True
+        dead = self._spread(mask, x.shape, axis, stack)
+        y = self.split(x)
+        return namespace(x).where(dead, y.dtype.type(0), y).reshape(x.shape)
+
+    def norm(self, x: Any, axis: str, stack: Sequence[str] = ()) -> np.ndarray:
+        """The L2 norm of each channel: float64 `(f,)`, or `(s, f)` where there is a stack.
+
+        Summed in float32 on a device.
+        """
         xp = namespace(x)
         wide = np.float64 if xp is np else np.promote_types(x.dtype, np.float32)
         y = self.split(x).astype(wide)
         # Scaled first, or the squares of large weights overflow and those of small ones vanish.
         largest = xp.max(xp.abs(y), initial=0)
         y = y / xp.where(largest > 0, largest, 1)
-        relative = xp.sqrt(xp.sum(y * y, axis=self.others(axis)))
-        return np.asarray(relative, np.float64) * float(largest)
+        relative = xp.sqrt(xp.sum(y * y, axis=self.others(axis, stack)))
+        rows = self.rows(np.asarray(relative, np.float64), axis, stack) * float(largest)
+        return rows if stack else rows[0]
+
+    def _spread(
+        self, rows: np.ndarray, shape: Sequence[int], axis: str, stack: Sequence[str]
+    ) -> np.ndarray:
+        """Rows `(s, w)` or `(w,)` as an array that broadcasts against the split `x`."""
+        rows = np.atleast_2d(rows)
+        sizes = self.sizes(shape)
+        own = () if len(rows) == 1 else tuple(stack)
+        y = rows.reshape([*(sizes[name] for name in own), rows.shape[-1]])
+        order = [f for f in self.factors if f == axis or f in own]
+        y = y.transpose([(*own, axis).index(name) for name in order])
+        at = [i for i, f in enumerate(self.factors) if f not in order]
+        return np.expand_dims(y, tuple(at))
 
 
 def _resharded(y: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -185,9 +278,17 @@ def _format(dimensions: Sequence[Dimension]) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _sizes(pattern: str, shape: tuple[int, ...], path: str | None) -> dict[str, int]:
+def _sizes(
+    pattern: str,
+    known: tuple[tuple[str, int], ...],
+    shape: tuple[int, ...],
+    path: str | None,
+) -> dict[str, int]:
     dimensions = _parse(pattern)
+    given = dict(known)
     expected = f'an array of pattern "{pattern}"'
+    if known and (named := [f"{name} = {size}" for name, size in known if name in pattern]):
+        expected += f" with {', '.join(named)}"
     if len(shape) != len(dimensions):
         raise AxisPatternError(
             f"an array has {len(shape)} dimensions where its pattern has {len(dimensions)}",
@@ -198,23 +299,25 @@ def _sizes(pattern: str, shape: tuple[int, ...], path: str | None) -> dict[str, 
         )
     sizes: dict[str, int] = {}
     for size, factors in zip(shape, dimensions, strict=True):
-        free = [f for f in factors if isinstance(f, str)]
-        fixed = math.prod(f for f in factors if isinstance(f, int))
+        free = [f for f in factors if isinstance(f, str) and f not in given]
+        fixed = math.prod(given.get(f, 1) if isinstance(f, str) else f for f in factors)
         if len(free) > 1:
             raise AxisPatternError(
                 f"the sizes of {' and '.join(free)} do not follow from the shape",
                 path=path,
                 seen=shape,
                 expected=expected,
-                mend="name at most one unknown axis in a dimension",
+                mend=f"name at most one unknown axis in a dimension, or say where the config "
+                f'holds the others: Pair(sizes={{"{free[-1]}": "a config key"}})',
             )
-        if size % fixed or (not free and size != fixed):
+        if size % max(fixed, 1) or (not free and size != fixed):
             raise AxisPatternError(
                 f"a dimension of {size} is not {_format((factors,))}",
                 path=path,
                 seen=shape,
                 expected=expected,
             )
-        if free:
-            sizes[free[0]] = size // fixed
+        for factor in factors:
+            if isinstance(factor, str):
+                sizes[factor] = given.get(factor, size // max(fixed, 1))
     return sizes

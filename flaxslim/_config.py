@@ -6,11 +6,16 @@ object with attributes such as `ml_collections.ConfigDict`. Keys may be nested
 
 A *width* is a short expression over config keys, because not every family has a plain key::
 
-    intermediate_size              the key itself
-    n_inner or 4*n_embd            a key, and what its None stands for
-    mlp_ratio*hidden_size          a factor; only multiples of hidden_size can be said
-    swiglu(mlp_ratio*hidden_size)  DINOv2: two thirds of it, rounded up to a multiple of 8
-    4*hidden_size                  hard-coded in the model: no config can say another width
+    intermediate_size                a key
+    n_inner or 4*n_embd              a key, and what its None (or absence) stands for
+    mlp_ratio*hidden_size            a factor; only multiples of hidden_size can be said
+    intermediate_dim/2               KerasHub's Gemma, whose key counts gate and up together
+    swiglu(mlp_ratio*hidden_size)    DINOv2: two thirds of it, rounded up to a multiple of 8
+    4*hidden_size                    hard-coded in the model: no config can say another width
+    hidden_size/num_attention_heads  a size that follows from others, such as that of a head
+
+What no stock config can say (layers that differ, fewer heads than hidden_size stands for) is
+recorded under keys of its own: see `flaxslim._layout`.
 """
 
 import copy
@@ -113,10 +118,33 @@ def model_type(cfg: Any) -> str | None:
 
 
 _FACTOR = r"[A-Za-z_][\w.]*|\d+"
-_WIDTH = re.compile(
-    rf"(?P<swiglu>swiglu\()?(?P<key>{_FACTOR})(?:\*(?P<times>{_FACTOR}))?(?(swiglu)\))"
-    rf"(?: or (?P<n>{_FACTOR})\*(?P<m>{_FACTOR}))?"
-)
+_TERM = rf"({_FACTOR})(?:([*/])({_FACTOR}))?"
+_WIDTH = re.compile(rf"(swiglu\()?{_TERM}(?(1)\))(?: or {_TERM})?")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Term:
+    """`key`, `key*other` or `key/other`; each may be a number."""
+
+    key: str
+    operator: str | None
+    other: str | None
+
+    def read(self, cfg: Any, prefix: str, value: Any) -> Any:
+        """What it comes to, given the value of `key`."""
+        if self.other is None:
+            return value
+        other = _number(cfg, self.other, prefix)
+        if self.operator == "*":
+            return value * other
+        if value % other:
+            raise ConfigError(
+                f"{prefix}{self.key} is not a multiple of {prefix}{self.other}",
+                path=f"{prefix}{self.key}",
+                seen=f"{value} / {other}",
+                mend="correct the config",
+            )
+        return value // other
 
 
 def _number(cfg: Any, name: str, prefix: str) -> Any:
@@ -135,57 +163,75 @@ class Width:
             raise ConfigError(
                 "cannot read the width of a pair",
                 seen=repr(self.expression),
-                expected="a config key, 'key or 4*other', 'key*other', or '4*other'",
+                expected="a config key, 'key or 4*other', 'key*other', 'key/other', or '4*other'",
             )
 
     def __str__(self) -> str:
         return self.prefix + self.expression
 
     @property
-    def _parts(self) -> dict[str, str | None]:
+    def _parts(self) -> tuple[bool, _Term, _Term | None]:
         match = _WIDTH.fullmatch(self.expression)
         assert match is not None  # checked above
-        return match.groupdict()
+        swiglu, *parts = match.groups()
+        first, second = (
+            _Term(key=key, operator=operator, other=other) if key else None
+            for key, operator, other in (parts[:3], parts[3:])
+        )
+        assert first is not None
+        return bool(swiglu), first, second
 
     @property
     def key(self) -> str | None:
         """The config key that is written; None if the width is hard-coded in the model."""
-        name = self._parts["key"] or ""
+        name = self._parts[1].key
         return None if name.isdigit() else self.prefix + name
 
-    def read(self, cfg: Any) -> int:
-        """The width that the config says; `ConfigError` if it says none."""
-        p = self._parts
-        assert p["key"] is not None
-        value = _number(cfg, p["key"], self.prefix)
-        if value is None and p["n"] and p["m"]:
-            return _number(cfg, p["n"], self.prefix) * _number(cfg, p["m"], self.prefix)
+    def read(self, cfg: Any, own: Mapping[str, Any] | None = None) -> int:
+        """The width that the config says; `ConfigError` if it says none.
+
+        `own` are values of one layer alone, by key without the prefix, which go before.
+        """
+        swiglu, first, second = self._parts
+        value = self._value(cfg, first, second is not None, own or {})
+        if value is None and second is not None:
+            return int(second.read(cfg, self.prefix, _number(cfg, second.key, self.prefix)))
         if isinstance(value, bool) or not isinstance(value, _NUMBERS):
             raise ConfigError(
                 "the config's width is not a number",
-                path=self.prefix + p["key"],
+                path=self.prefix + first.key,
                 seen=repr(value),
                 mend="set it to the width of the tensors",
             )
-        if p["times"]:
-            value = value * _number(cfg, p["times"], self.prefix)
-        if p["swiglu"]:  # Dinov2SwiGLUFFN of transformers
+        value = first.read(cfg, self.prefix, value)
+        if swiglu:  # Dinov2SwiGLUFFN of transformers
             return (int(int(value) * 2 / 3) + 7) // 8 * 8
         return int(value)
 
+    def _value(self, cfg: Any, term: _Term, optional: bool, own: Mapping[str, Any]) -> Any:
+        if term.key in own:
+            return own[term.key]
+        if optional and not has(cfg, self.prefix + term.key):
+            return None
+        return _number(cfg, term.key, self.prefix)
+
     def step(self, cfg: Any) -> int:
         """The config can only say multiples of this."""
-        p = self._parts
-        if p["swiglu"]:
+        swiglu, first, _ = self._parts
+        if swiglu:
             return 8
-        return int(_number(cfg, p["times"], self.prefix)) if p["times"] else 1
+        if first.operator != "*" or first.other is None:
+            return 1
+        return int(_number(cfg, first.other, self.prefix))
 
     def write(self, cfg: Any, width: int) -> dict[str, Any]:
         """The keys and values by which `cfg` says `width`, a multiple of `step`."""
-        p = self._parts
+        swiglu, first, _ = self._parts
         assert self.key is not None
-        if not p["times"]:
+        if first.other is None:
             return {self.key: width}
-        times = int(_number(cfg, p["times"], self.prefix))
+        other = int(_number(cfg, first.other, self.prefix))
+        if first.operator == "/":
+            return {self.key: width * other}
         # 1.5 * width rounded down or up still gives `width`, a multiple of 8, by `read`.
-        return {self.key: 1.5 * width / times if p["swiglu"] else width // times}
+        return {self.key: 1.5 * width / other if swiglu else width // other}

@@ -171,11 +171,19 @@ def test_an_axis_that_is_not_in_the_pattern_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "axis", "left"),
-    [("d f", "d", "f"), ("d f", "f", "d"), ("d (2 f)", "d", "(2 f)"), ("l d f", "d", "l f")],
+    ("pattern", "names", "left"),
+    [
+        ("d f", "f", "f"),
+        ("f d", "d", "d"),
+        ("d (2 f)", "f", "(2 f)"),
+        ("l d f", "lf", "l f"),
+        ("2 f d", "f", "2 f"),
+        ("d (h k)", "hk", "(h k)"),
+        ("h k d", "d", "d"),
+    ],
 )
-def test_without_leaves_the_pattern_of_the_bias(pattern, axis, left):
-    assert Axes(pattern).without(axis) == Axes(left)
+def test_only_leaves_the_pattern_of_the_bias(pattern, names, left):
+    assert Axes(pattern).only(names) == Axes(left)
 
 
 def test_patterns_are_values():
