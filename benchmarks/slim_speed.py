@@ -96,9 +96,9 @@ def tree(shape: Shape) -> tuple[Any, list[Any]]:
 
 def copies(params: Any, keeps: list[Any], shape: Shape) -> list[tuple[Any, int, Any]]:
     """(kernel, axis, indices) of everything that `slim` has to copy."""
-    from flaxslim.specs import FAMILIES
+    from flaxslim.specs import spec_for
 
-    sites = FAMILIES[shape.model_type].sites(params)
+    sites = spec_for({"model_type": shape.model_type}).sites(params)
     from flaxslim._tree import flatten
 
     leaves = flatten(params)

@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flaxslim._apply import apply as apply
     from flaxslim._compat import clip_compat as clip_compat
+    from flaxslim._compose import expand as expand
+    from flaxslim._draw import plan as plan
     from flaxslim._errors import FlaxslimError as FlaxslimError
     from flaxslim._errors import NothingRemovedWarning as NothingRemovedWarning
+    from flaxslim._intercept import layout as layout
+    from flaxslim._intercept import module as module
     from flaxslim._plan import Plan as Plan
-    from flaxslim._plan import plan as plan
     from flaxslim._prove import Proof as Proof
     from flaxslim._prove import verify as verify
     from flaxslim._slim import slim as slim
     from flaxslim._spec import Pair as Pair
     from flaxslim._spec import Site as Site
     from flaxslim._spec import Spec as Spec
+    from flaxslim.checkpoint import from_pretrained as from_pretrained
     from flaxslim.checkpoint import load as load
     from flaxslim.checkpoint import save as save
     from flaxslim.specs import spec_for as spec_for
@@ -58,6 +62,40 @@ if TYPE_CHECKING:
     from flaxslim.specs._ffn import WHISPER_FFN as WHISPER_FFN
     from flaxslim.specs._ffn import XGLM_FFN as XGLM_FFN
     from flaxslim.specs._ffn import XLM_ROBERTA_FFN as XLM_ROBERTA_FFN
+    from flaxslim.specs._heads import ALBERT_HEADS as ALBERT_HEADS
+    from flaxslim.specs._heads import BART_HEADS as BART_HEADS
+    from flaxslim.specs._heads import BEIT_HEADS as BEIT_HEADS
+    from flaxslim.specs._heads import BERT_HEADS as BERT_HEADS
+    from flaxslim.specs._heads import BIG_BIRD_HEADS as BIG_BIRD_HEADS
+    from flaxslim.specs._heads import BLENDERBOT_HEADS as BLENDERBOT_HEADS
+    from flaxslim.specs._heads import BLENDERBOT_SMALL_HEADS as BLENDERBOT_SMALL_HEADS
+    from flaxslim.specs._heads import BLOOM_HEADS as BLOOM_HEADS
+    from flaxslim.specs._heads import CLIP_TEXT_HEADS as CLIP_TEXT_HEADS
+    from flaxslim.specs._heads import CLIP_VISION_HEADS as CLIP_VISION_HEADS
+    from flaxslim.specs._heads import DINOV2_HEADS as DINOV2_HEADS
+    from flaxslim.specs._heads import DISTILBERT_HEADS as DISTILBERT_HEADS
+    from flaxslim.specs._heads import ELECTRA_HEADS as ELECTRA_HEADS
+    from flaxslim.specs._heads import GEMMA_HEADS as GEMMA_HEADS
+    from flaxslim.specs._heads import GPT2_HEADS as GPT2_HEADS
+    from flaxslim.specs._heads import GPT_NEO_HEADS as GPT_NEO_HEADS
+    from flaxslim.specs._heads import GPTJ_HEADS as GPTJ_HEADS
+    from flaxslim.specs._heads import LLAMA_HEADS as LLAMA_HEADS
+    from flaxslim.specs._heads import LONGT5_HEADS as LONGT5_HEADS
+    from flaxslim.specs._heads import MARIAN_HEADS as MARIAN_HEADS
+    from flaxslim.specs._heads import MBART_HEADS as MBART_HEADS
+    from flaxslim.specs._heads import MISTRAL_HEADS as MISTRAL_HEADS
+    from flaxslim.specs._heads import MT5_HEADS as MT5_HEADS
+    from flaxslim.specs._heads import OPT_HEADS as OPT_HEADS
+    from flaxslim.specs._heads import PEGASUS_HEADS as PEGASUS_HEADS
+    from flaxslim.specs._heads import ROBERTA_HEADS as ROBERTA_HEADS
+    from flaxslim.specs._heads import ROBERTA_PRELAYERNORM_HEADS as ROBERTA_PRELAYERNORM_HEADS
+    from flaxslim.specs._heads import ROFORMER_HEADS as ROFORMER_HEADS
+    from flaxslim.specs._heads import T5_HEADS as T5_HEADS
+    from flaxslim.specs._heads import VIT_HEADS as VIT_HEADS
+    from flaxslim.specs._heads import WAV2VEC2_HEADS as WAV2VEC2_HEADS
+    from flaxslim.specs._heads import WHISPER_HEADS as WHISPER_HEADS
+    from flaxslim.specs._heads import XGLM_HEADS as XGLM_HEADS
+    from flaxslim.specs._heads import XLM_ROBERTA_HEADS as XLM_ROBERTA_HEADS
 
 __version__ = "0.1.0"
 
@@ -66,11 +104,14 @@ _PUBLIC = {
     "_apply": ("apply",),
     "_compat": ("clip_compat",),
     "_errors": ("FlaxslimError", "NothingRemovedWarning"),
-    "_plan": ("Plan", "plan"),
+    "_compose": ("expand",),
+    "_draw": ("plan",),
+    "_intercept": ("layout", "module"),
+    "_plan": ("Plan",),
     "_prove": ("Proof", "verify"),
     "_slim": ("slim",),
     "_spec": ("Pair", "Site", "Spec"),
-    "checkpoint": ("load", "save"),
+    "checkpoint": ("from_pretrained", "load", "save"),
     "specs": ("spec_for",),
     "specs._ffn": (
         "ALBERT_FFN",
@@ -107,6 +148,42 @@ _PUBLIC = {
         "WHISPER_FFN",
         "XGLM_FFN",
         "XLM_ROBERTA_FFN",
+    ),
+    "specs._heads": (
+        "ALBERT_HEADS",
+        "BART_HEADS",
+        "BEIT_HEADS",
+        "BERT_HEADS",
+        "BIG_BIRD_HEADS",
+        "BLENDERBOT_HEADS",
+        "BLENDERBOT_SMALL_HEADS",
+        "BLOOM_HEADS",
+        "CLIP_TEXT_HEADS",
+        "CLIP_VISION_HEADS",
+        "DINOV2_HEADS",
+        "DISTILBERT_HEADS",
+        "ELECTRA_HEADS",
+        "GEMMA_HEADS",
+        "GPT2_HEADS",
+        "GPTJ_HEADS",
+        "GPT_NEO_HEADS",
+        "LLAMA_HEADS",
+        "LONGT5_HEADS",
+        "MARIAN_HEADS",
+        "MBART_HEADS",
+        "MISTRAL_HEADS",
+        "MT5_HEADS",
+        "OPT_HEADS",
+        "PEGASUS_HEADS",
+        "ROBERTA_HEADS",
+        "ROBERTA_PRELAYERNORM_HEADS",
+        "ROFORMER_HEADS",
+        "T5_HEADS",
+        "VIT_HEADS",
+        "WAV2VEC2_HEADS",
+        "WHISPER_HEADS",
+        "XGLM_HEADS",
+        "XLM_ROBERTA_HEADS",
     ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

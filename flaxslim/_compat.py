@@ -91,6 +91,11 @@ def clip_compat() -> Iterator[None]:
                 _stock.clear()
 
 
+def clips(cls: type) -> bool:
+    """Whether a class, of a model or a module, is one of those that need `clip_compat` here."""
+    return not _clip_is_old() and any(base.__module__ in _CLIPPING for base in cls.__mro__)
+
+
 def _with_train(method: Any) -> Any:
     """OPT asks for `deterministic` where all other classes ask for `train`."""
 
@@ -102,19 +107,14 @@ def _with_train(method: Any) -> Any:
 
 
 @functools.cache
-def _repaired(cls: type) -> type:
-    """A subclass of `cls` that runs here, and is called like all others."""
-    clips = any(base.__module__ in _CLIPPING for base in cls.__mro__)
-    names = ("__init__", "__call__", "init_weights", "init_cache", "encode", "decode")
-    body: dict[str, Any] = {}
-    if clips:
-        body = {name: clip_compat()(getattr(cls, name)) for name in names if hasattr(cls, name)}
+def _alike(cls: type) -> type:
+    """A subclass of `cls` that is called like all others."""
     call = inspect.signature(cls.__call__).parameters
-    if "deterministic" in call and "train" not in call:
-        body["__call__"] = _with_train(cls.__call__)
-    if not body:
+    if "deterministic" not in call or "train" in call:
         return cls
-    return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__})
+    return type(
+        cls.__name__, (cls,), {"__call__": _with_train(cls.__call__), "__module__": cls.__module__}
+    )
 
 
 def stock_config(cfg: Any) -> Any:
@@ -150,9 +150,9 @@ def shell(cls: type, cfg: Any, dtype: Any = None) -> Any:
 
     `instance(**inputs, params=params, train=False)` runs, under `jax.jit` as well;
     `instance.params_shape_tree` has the shapes; `instance.params` raises. `dtype` is the one of
-    the computation (float32 unless given). T5-like classes are run in `clip_compat`, and OPT
-    takes `train` too. Unlike `_do_init=False`, this works for the composite classes, which refuse
-    that argument.
+    the computation (float32 unless given). It runs at the layout of its config, T5-like classes in
+    `clip_compat`, and OPT takes `train` too. Unlike `_do_init=False`, this works for the composite
+    classes, which refuse that argument.
     Raises `ConfigError` for a config from which the class cannot be built.
 
     >>> from transformers import BertConfig, FlaxBertModel
@@ -164,8 +164,11 @@ def shell(cls: type, cfg: Any, dtype: Any = None) -> Any:
     """
     made: list[Any] = []
 
+    from flaxslim._intercept import lay_out, layout
+
     def build() -> None:
-        instance = _repaired(cls)(stock_config(cfg), dtype=dtype or jnp.float32)
+        with clip_compat(), layout():
+            instance = _alike(cls)(stock_config(cfg), dtype=dtype or jnp.float32)
         # What was made while tracing must not outlive the trace.
         instance._params = instance.key = None
         instance._is_initialized = False
@@ -184,7 +187,7 @@ def shell(cls: type, cfg: Any, dtype: Any = None) -> Any:
             mend="correct the value in the config (an unknown activation, sizes that do not "
             "divide, a missing number)",
         ) from error
-    instance = made[0]
+    instance = lay_out(made[0])
     instance.key = jax.random.PRNGKey(0)
     return instance
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxslim._compare import Reference, compare
+from flaxslim._dead import first_norms
 from flaxslim._errors import UnsupportedTreeError
 from flaxslim._proof import Control, ControlRow
 from flaxslim._spec import Site
@@ -29,15 +30,11 @@ class Run(Protocol):
 
 
 def norms(site: Site, leaves: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each channel: its columns (first layer, f), their biases (same), its second row (f,)."""
-    axis = site.pair.axis
-    columns = [t.axes.norm(leaves[t.path], axis) for t in site.first]
-    biases = [
-        np.zeros(site.size) if t is None else t.axes.norm(leaves[t.path], axis)
-        for t in site.first_biases
-    ]
-    rows = site.second.axes.norm(leaves[site.second.path], axis)
-    return np.stack(columns), np.stack(biases), rows
+    """Of each channel: its columns and biases (parts, s, f), and its second rows (s, f)."""
+    columns, biases = first_norms(site, leaves)
+    axes = site.second.axes
+    rows = axes.norm(leaves[site.second.path], site.pair.axis, axes.stack)
+    return columns, biases, rows.reshape(site.rows, site.size)
 
 
 def bar(measured: float, tolerance: float, first: Mapping[str, Reference]) -> float:
@@ -84,16 +81,16 @@ def by_site(
         living channel after, while no output differs by more than `measured`, is not reached.
     """
     leaves = flatten(run.params)
-    ranks = {site.root: _living(site, leaves) for site in sites}
+    ranks = {site.second.path: _living(site, leaves) for site in sites}
     notes, rows = [], []
-    if silent := [root for root, living in ranks.items() if not len(living)]:
+    if silent := [path for path, living in ranks.items() if not len(living)]:
         notes.append(
             f"{len(silent)} of {len(sites)} sites have no living channel, so no wrong cut can be "
             "made there"
         )
         old = flatten(before[1])
         for site in before[0]:
-            if site.root in silent and (count := _surely_living(site, old)):
+            if site.second.path in silent and (count := _surely_living(site, old)):
                 rows.append(
                     ControlRow(
                         site=site.second.path,
@@ -103,15 +100,19 @@ def by_site(
                         seen=False,
                     )
                 )
-    tried, more = _spread([site for site in sites if len(ranks[site.root])], "sites")
-    rows += [_wrong_cut(run, first, site, ranks[site.root], bar) for site in tried]
+    tried, more = _spread([site for site in sites if len(ranks[site.second.path])], "sites")
+    rows += [_wrong_cut(run, first, site, ranks[site.second.path], bar) for site in tried]
     return Control(rows=tuple(rows), sites=len(sites), bar=bar), notes + more
 
 
 def _living(site: Site, leaves: Mapping[str, Any]) -> np.ndarray:
-    """The channels whose second row is not zero, those that weigh most first."""
-    columns, biases, second = norms(site, leaves)
-    strength = second * np.prod(np.hypot(columns, biases), axis=0)
+    """The channels whose second row is not zero, those that weigh most first.
+
+    Of a stacked site they are counted through, row after row.
+    """
+    columns, biases, rows = norms(site, leaves)
+    strength = (rows * np.prod(np.hypot(columns, biases), axis=0)).ravel()
+    second = rows.ravel()
     order = np.lexsort((-second, -strength))
     return order[second[order] > 0]
 
@@ -126,11 +127,14 @@ def _wrong_cut(
     run: Run, first: Mapping[str, Reference], site: Site, ranks: np.ndarray, bar: float
 ) -> ControlRow:
     """One channel taken away, another if it is silent on these inputs (relu), then more."""
-    path, axis = site.second.path, site.pair.axis
+    path, axes = site.second.path, site.second.axes
     kernel = flatten(run.params)[path]
     best = (-1.0, 0)
     for channels in _trials(ranks):
-        cut = site.second.axes.zero(kernel, axis, channels)
+        mask = np.zeros(site.rows * site.size, bool)
+        mask[channels] = True
+        mask = mask.reshape(site.rows, site.size)
+        cut = axes.zero(kernel, site.pair.axis, mask, axes.stack)
         relative = _difference(run, first, {path: cut})
         best = max(best, (relative, len(channels)), key=lambda found: found[0])
         if relative > bar:

@@ -1,21 +1,28 @@
 """Which channels of a site contribute nothing: the exactness rules.
 
 A hidden channel j of `y = act(x @ W1 + b1) @ W2 + b2` may be cut when what it adds to y is known
-without x. Each rule maps the evidence of a site to one number per channel: the constant that
-channel puts into the second layer, or NaN where the rule does not know it. A channel is dead if
-any rule knows its constant, and the constant times its second row, where that is not zero, is
-folded into b2.
+without x. Each rule says of which channels it knows that. A channel is dead if any rule does, and
+the constant that it puts into the second layer, times its second row, is folded into b2.
 
   (i)    every second-layer row that it feeds is zero
   (ii)   gated: its up column and bias are zero, or its gate column and bias are and act(0) = 0
   (iii)  plain: its first column and bias are zero, and act(0) = 0
   (iv)   its first column (gated: both columns) is zero and the bias is b: the constant is act(b)
          (gated: act(b_gate) * b_up), which must be zero if there is no second bias to fold into
+
+An attention head is such a channel too, plain and without an activation: W1 and b1 are its value
+projection, W2 its rows of the output projection. Its output is an average of values, by weights
+that sum to one, so values that are zero or constant stay so (what the queries and keys are is of no
+account).
+
+Arrays here are `(s, f)`: one row for each index of the stacked axes (layers that are scanned,
+experts), which have channels of their own; s = 1 for most.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,9 +38,14 @@ from flaxslim._spec import Site, Tensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What the rules may look at; all arrays have shape (f,).
+    """What the rules may look at.
 
-    `first_zero` and `first_bias` have one entry for a plain pair, (gate, up) for a gated one.
+    Attributes:
+      second_zero: nothing reads the channel, `(s, f)`.
+      first_zero: the channel reads nothing, `(s, f)`; one entry for a plain pair, (gate, up) for a
+        gated one.
+      first_bias: as many of `(s, f, m)`: of a head, m = k values.
+      foldable: there is a second bias to fold a constant into, and a constant is one.
     """
 
     second_zero: np.ndarray
@@ -43,49 +55,58 @@ class Evidence:
     activation: Activation | None
     foldable: bool
 
+    @property
+    def none(self) -> np.ndarray:
+        return np.zeros_like(self.second_zero)
+
+    @property
+    def silent(self) -> tuple[np.ndarray, ...]:
+        """Of each first layer, where column and bias are zero."""
+        return tuple(
+            zero & (bias == 0).all(axis=-1)
+            for zero, bias in zip(self.first_zero, self.first_bias, strict=True)
+        )
+
+    @property
+    def constants(self) -> np.ndarray:
+        """What a channel that reads nothing puts out, `(s, f, m)`; of others it means nothing."""
+        assert self.activation is not None
+        # Only where it is asked for: of other channels it may overflow.
+        known = np.logical_and.reduce(self.first_zero)[..., None]
+        value = self.activation(np.where(known, self.first_bias[0], 0.0))
+        return value * self.first_bias[1] if self.gated else value
+
 
 Rule = Callable[[Evidence], np.ndarray]
 
 
-def _constant(known: np.ndarray, value: np.ndarray | float = 0.0) -> np.ndarray:
-    return np.where(known, value, np.nan)
-
-
 def second_is_zero(e: Evidence) -> np.ndarray:
     """Rule (i): nothing reads the channel."""
-    return _constant(e.second_zero)
+    return e.second_zero
 
 
 def gate_or_up_is_zero(e: Evidence) -> np.ndarray:
     """Rule (ii): one factor of act(gate) * up is zero for every input."""
     if not e.gated:
-        return _constant(np.zeros_like(e.second_zero))
-    silent = [zero & (bias == 0) for zero, bias in zip(e.first_zero, e.first_bias, strict=True)]
-    quiet_gate = silent[0] if _quiet(e.activation) else np.zeros_like(silent[0])
-    return _constant(quiet_gate | silent[1])
+        return e.none
+    gate, up = e.silent
+    return (gate & _quiet(e.activation)) | up
 
 
 def first_is_zero(e: Evidence) -> np.ndarray:
     """Rule (iii): the channel is act(0) = 0 for every input."""
     if e.gated or len(e.first_zero) != 1 or not _quiet(e.activation):
-        return _constant(np.zeros_like(e.second_zero))
-    return _constant(e.first_zero[0] & (e.first_bias[0] == 0))
+        return e.none
+    return e.silent[0]
 
 
 def first_is_constant(e: Evidence) -> np.ndarray:
     """Rule (iv): the channel is the same constant for every input."""
-    plain = not e.gated and len(e.first_zero) == 1
-    if e.activation is None or not (plain or e.gated):
-        return _constant(np.zeros_like(e.second_zero))
     known = np.logical_and.reduce(e.first_zero)
-    if not known.any():
-        return _constant(known)
-    value = np.zeros(known.shape)
-    value[known] = e.activation(e.first_bias[0][known])
-    if e.gated:
-        value[known] *= e.first_bias[1][known]
+    if e.activation is None or not (e.gated or len(e.first_zero) == 1) or not known.any():
+        return e.none
     # Without a second bias only a constant of zero may go: a relu of a bias below zero.
-    return _constant(known & (e.foldable | (value == 0)), value)
+    return known & (e.foldable | (e.constants == 0).all(axis=-1))
 
 
 RULES: Mapping[str, Rule] = {
@@ -103,7 +124,7 @@ def _quiet(activation: Activation | None) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Marks:
-    """The verdict on a site: `dead` of shape (f,), who said so, and the constants to fold.
+    """The verdict on a site, all `(s, f)`: what is dead, and which constants are to be folded.
 
     `rules` counts each dead channel once, under the first rule that knows it; "threshold" are
     those that only a threshold above zero gives up, which are marked `weak` too.
@@ -111,11 +132,13 @@ class Marks:
 
     dead: np.ndarray
     weak: np.ndarray
-    constants: np.ndarray
+    folded: np.ndarray
     rules: dict[str, int]
 
 
-def evidence(site: Site, leaves: Mapping[str, Any], activation: Activation | None) -> Evidence:
+def evidence(
+    site: Site, leaves: Mapping[str, Any], activation: Activation | None, *, foldable: bool = True
+) -> Evidence:
     """What a tree says about the channels of a site.
 
     The second kernel is read once, the first ones hardly at all. Raises `TracedError`,
@@ -127,18 +150,31 @@ def evidence(site: Site, leaves: Mapping[str, Any], activation: Activation | Non
         _check_dtype(leaves[tensor.path], tensor)
     if site.second_bias is not None:
         _bits.finite_values(leaves[site.second_bias.path], site.second_bias)
-    axis = site.pair.axis
-    fused = site.pair.gated and len(site.first) == 1
+    lora: dict[str, list[Tensor]] = {}
+    for kernel, tensor in site.lora:
+        lora.setdefault(kernel, []).append(tensor)
     return Evidence(
-        second_zero=_zero_seconds(leaves[site.second.path], site.second, axis),
-        first_zero=tuple(
-            row for t in site.first for row in _zero_firsts(leaves[t.path], t, axis, fused)
+        second_zero=np.logical_and.reduce(
+            [_zero_seconds(leaves[t.path], t, site) for t in with_lora(site.second, lora)]
         ),
-        first_bias=_biases(site, leaves, fused),
+        first_zero=tuple(
+            row
+            for t in site.first
+            for row in np.logical_and.reduce(
+                [_zero_firsts(leaves[m.path], m, site) for m in with_lora(t, lora)]
+            )
+        ),
+        first_bias=_biases(site, leaves),
         gated=site.pair.gated,
         activation=activation,
-        foldable=site.second_bias is not None,
+        # What a low-rank matrix adds to a row depends on a scale that no tensor holds.
+        foldable=foldable and site.second_bias is not None and site.second.path not in lora,
     )
+
+
+def with_lora(kernel: Tensor, lora: Mapping[str, list[Tensor]]) -> list[Tensor]:
+    """A kernel and the low-rank matrices that are added to it."""
+    return [kernel, *lora.get(kernel.path, ())]
 
 
 def mark(
@@ -146,25 +182,29 @@ def mark(
     leaves: Mapping[str, Any],
     activation: Activation | None,
     threshold: float = 0.0,
+    *,
+    foldable: bool = True,
 ) -> Marks:
     """The dead channels of a site; raises as `evidence` does."""
-    seen = evidence(site, leaves, activation)
-    dead = np.zeros(site.size, bool)
-    constants = np.zeros(site.size)
-    rules = dict.fromkeys(RULES, 0)
+    seen = evidence(site, leaves, activation, foldable=foldable)
+    dead, folded = seen.none, seen.none
+    rules: dict[str, int] = {}
     for name, rule in RULES.items():
-        value = rule(seen)
-        new = ~np.isnan(value) & ~dead
-        constants[new] = value[new]
+        new = rule(seen) & ~dead
         rules[name] = int(new.sum())
-        dead |= new
-    weak = np.zeros(site.size, bool)
+        if rule is first_is_constant and new.any():
+            folded = new & (seen.constants != 0).any(axis=-1)
+        dead = dead | new
+    weak = seen.none
     if threshold > 0:
-        norm = site.second.axes.norm(leaves[site.second.path], site.pair.axis)
-        weak = (norm <= threshold * norm.max(initial=0.0)) & ~dead
+        norm = site.second.axes.norm(
+            leaves[site.second.path], site.pair.axis, site.second.axes.stack
+        )
+        norm = norm.reshape(dead.shape)
+        weak = (norm <= threshold * norm.max(axis=-1, keepdims=True, initial=0.0)) & ~dead
         rules["threshold"] = int(weak.sum())
-        dead |= weak
-    return Marks(dead=dead, weak=weak, constants=constants, rules=rules)
+        dead = dead | weak
+    return Marks(dead=dead, weak=weak, folded=folded, rules=rules)
 
 
 def _check_dtype(leaf: Any, tensor: Tensor) -> None:
@@ -197,53 +237,113 @@ def _check_dtype(leaf: Any, tensor: Tensor) -> None:
 _SAMPLE = 16
 
 
-def _zero_seconds(leaf: Any, tensor: Tensor, axis: str) -> np.ndarray:
-    """Which channels nothing reads: bool of shape (f,)."""
-    bits = tensor.axes.split(_bits.unsigned(leaf))
-    found = _bits.any_set(bits, tensor.axes.others(axis))
+def _zero_seconds(leaf: Any, tensor: Tensor, site: Site) -> np.ndarray:
+    """Which channels nothing reads: bool `(s, f)`."""
+    axes, stack = tensor.axes, site.second.axes.stack
+    bits = axes.split(_bits.unsigned(leaf))
+    found = _bits.any_set(bits, axes.others(site.pair.axis, stack))
     _bits.check_finite(leaf, tensor, found)
-    return found == 0
+    return axes.rows(found == 0, site.pair.axis, stack)
 
 
-def _zero_firsts(leaf: Any, tensor: Tensor, axis: str, fused: bool) -> np.ndarray:
-    """Which channels read nothing: bool of shape (1, f), or (2, f) if gate and up are fused."""
+def _parts(site: Site) -> tuple[int, ...] | None:
+    """Which parts of a fused first layer are factors of the hidden value; None: it has none."""
+    if site.pair.parts:
+        return site.pair.parts
+    return (0, 1) if site.pair.gated and len(site.first) == 1 else None
+
+
+def _part_position(axes: Axes) -> int:
+    """Where the literal factor stands that counts the parts of a fused layer."""
+    return next(i for i, factor in enumerate(axes.factors) if isinstance(factor, int))
+
+
+def _by_channel(site: Site, tensor: Tensor, reduced: np.ndarray, left: Sequence[int]) -> np.ndarray:
+    """What is left at some positions of a first tensor as `(parts, s, f, m)`, one row a head."""
+    axes, stack, axis = tensor.axes, site.second.axes.stack, site.axis(tensor)
+    parts = _parts(site)
+    front = [] if parts is None else [_part_position(axes)]
+    front += [axes.position(name) for name in stack]
+    front.append(axes.position(axis))
+    order = [*front, *(i for i in left if i not in front)]
+    y = reduced.transpose([list(left).index(i) for i in order])
+    size = y.shape[len(front) - 1]
+    y = y.reshape(-1 if parts is not None else 1, site.rows, size, math.prod(y.shape[len(front) :]))
+    y = y if parts is None else y[list(parts)]
+    return y[:, :, site.owners] if axis == site.pair.group else y
+
+
+def _zero_firsts(leaf: Any, tensor: Tensor, site: Site) -> np.ndarray:
+    """Which channels read nothing: bool `(parts, s, f)`."""
     axes = tensor.axes
     bits = axes.split(_bits.unsigned(leaf))
-    others = axes.others(axis)
-    if fused:
-        others = tuple(i for i in others if i != _literal_two(axes))
+    left = {axes.position(name) for name in (site.axis(tensor), *site.second.axes.stack)}
+    if _parts(site) is not None:
+        left.add(_part_position(axes))
+    others = tuple(i for i in range(bits.ndim) if i not in left)
     # A channel that reads something nearly always shows it in its first entries; only where one
     # does not is the whole kernel looked at.
     sample = tuple(slice(_SAMPLE) if i in others else slice(None) for i in range(bits.ndim))
     found = _bits.any_set(bits[sample], others)
     if not found.all():
         found = _bits.any_set(bits, others)
-    if fused and _literal_two(axes) > axes.position(axis):
-        found = found.T
-    return (found == 0).reshape(2 if fused else 1, -1)
+    return _by_channel(site, tensor, found == 0, sorted(left))[..., 0]
 
 
-def _literal_two(axes: Axes) -> int:
-    return [factor for dim in axes.dimensions for factor in dim].index(2)
-
-
-def _biases(site: Site, leaves: Mapping[str, Any], fused: bool) -> tuple[np.ndarray, ...]:
-    """The first bias of each channel, one array for each part; zeros where there is none.
-
-    NaN is a bias that is not one number, which no rule takes for zero or for a constant.
-    """
+def _biases(site: Site, leaves: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
+    """The first bias of each channel, `(s, f, m)`, one array for each part; zero without one."""
+    parts = _parts(site)
+    none = np.zeros((site.rows, site.size, 1))
     rows: list[np.ndarray] = []
-    count = 2 if fused else 1
     for tensor in site.first_biases:
         if tensor is None:
-            rows += [np.zeros(site.size)] * count
+            rows += [none] * len(parts or (0,))
             continue
-        axes = tensor.axes
-        values = axes.split(_bits.finite_values(leaves[tensor.path], tensor).astype(np.float64))
-        front = (_literal_two(axes),) if fused else ()
-        front = (*front, axes.position(site.pair.axis))
-        values = np.moveaxis(values, front, range(len(front))).reshape(count, site.size, -1)
-        # In a stack of layers or experts, a channel has a bias in each: NaN if they differ.
-        same = (values == values[..., :1]).all(axis=-1)
-        rows += list(np.where(same, values[..., 0], np.nan))
+        values = _bits.finite_values(leaves[tensor.path], tensor).astype(np.float64)
+        values = tensor.axes.split(values)
+        rows += list(_by_channel(site, tensor, values, range(values.ndim)))
     return tuple(rows)
+
+
+def first_norms(site: Site, leaves: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The L2 norm of what each channel reads, and of its bias: float64 `(parts, s, f)` each."""
+    columns, biases = [], []
+    for tensor, bias in zip(site.first, site.first_biases, strict=True):
+        for found, t in ((columns, tensor), (biases, bias)):
+            if t is None:
+                found += [np.zeros((site.rows, site.size))] * len(_parts(site) or (0,))
+                continue
+            values = t.axes.split(np.asarray(leaves[t.path]).astype(np.float64))
+            rows = _by_channel(site, t, values, range(values.ndim))
+            # Scaled first, or the squares of large weights overflow and those of small ones vanish.
+            largest = np.max(np.abs(rows), initial=0.0) or 1.0
+            found += list(np.sqrt(((rows / largest) ** 2).sum(axis=-1)) * largest)
+    return np.stack(columns), np.stack(biases)
+
+
+def added_by_constants(
+    seen: Evidence, site: Site, second: Any, bias: Any, folded: np.ndarray
+) -> np.ndarray:
+    """What the folded channels, `(s, f)` of bool, add to the second bias: float64, of its shape.
+
+    The sum over folded j of constant_j * row_j, one for each index of the stacked axes.
+    """
+    assert site.second_bias is not None
+    axes, pair, stack = site.second.axes, site.pair, site.second.axes.stack
+    value = site.first_biases[0]
+    inside = [n for n in (value.axes if value else axes).names if n in pair.inner]
+    inside = [n for n in inside if n not in (pair.axis, pair.group)]
+    front = [axes.position(name) for name in (*stack, pair.axis, *inside)]
+    channels = np.flatnonzero(folded.any(axis=0))
+    rows = axes.split(axes.take(second, pair.axis, channels))
+    rows = np.asarray(rows).astype(np.float64)
+    out = [i for i in range(rows.ndim) if i not in front]
+    rows = rows.transpose([*front, *out])
+    sizes = [rows.shape[len(front) + i] for i in range(len(out))]
+    rows = rows.reshape(site.rows, len(channels), -1, math.prod(sizes))
+    constants = np.where(folded[..., None], seen.constants, 0.0)[:, channels]
+    constants = np.broadcast_to(constants, rows.shape[:3])
+    added = np.einsum("sfm,sfmo->so", constants, rows).reshape(*site.stack, *sizes)
+    have = [*stack, *(axes.factors[i] for i in out)]
+    want = list(site.second_bias.axes.factors)
+    return added.transpose([have.index(name) for name in want]).reshape(bias.shape)

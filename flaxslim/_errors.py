@@ -68,6 +68,10 @@ class UnknownFamilyError(FlaxslimError, LookupError):
     """No spec is registered for this `model_type`."""
 
 
+class SpecError(FlaxslimError, TypeError):
+    """What was given for `spec` is none, nor a name of one."""
+
+
 class UnsupportedTreeError(FlaxslimError, TypeError):
     """The parameters are in a container that cannot be walked."""
 
@@ -96,6 +100,10 @@ class ConfigError(FlaxslimError, LookupError):
 
 class WidthError(FlaxslimError, ValueError):
     """The stock class has no config that says the width which is left."""
+
+
+class LayoutError(FlaxslimError, ValueError):
+    """The sizes that a config records cannot be read, or do not fit the tensors or the class."""
 
 
 class PlanError(FlaxslimError, ValueError):

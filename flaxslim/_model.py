@@ -109,7 +109,7 @@ def resolve(value: Any, model: Any, *, dtype: Any = None) -> tuple[Model, Any]:
             seen=f"dtype={dtype} with {_describe(model)}",
         )
     if isinstance(model, type) and issubclass(model, linen.Module):
-        model = model(**_fields(model, cfg))
+        model = model(**fields_of(model, cfg))
     elif cfg is not None and callable(model) and _is_builder(model):
         return resolve((params, cfg), model(cfg))
     if isinstance(model, linen.Module):
@@ -198,7 +198,7 @@ def _precise(params: Any) -> Any:
 
 
 def _linen(module: linen.Module, params: Any, cfg: Any) -> Model:
-    values = _fields(module, cfg)
+    values = fields_of(module, cfg)
     module = module.clone(**values) if values else module
     wrapped = isinstance(params, Mapping) and isinstance(params.get("params"), Mapping)
 
@@ -209,7 +209,7 @@ def _linen(module: linen.Module, params: Any, cfg: Any) -> Model:
     return Model(call=call, params=params, weights=weights)
 
 
-def _fields(module: Any, cfg: Any) -> dict[str, Any]:
+def fields_of(module: Any, cfg: Any) -> dict[str, Any]:
     """What a config says of a Linen module: all of it as `config`, or field by field."""
     if cfg is None:
         return {}

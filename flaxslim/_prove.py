@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,12 @@ import numpy as np
 from flaxslim import _config
 from flaxslim._compare import Reference, compare, reference
 from flaxslim._control import bar, by_site, by_tensor, norms
-from flaxslim._errors import InputsError, UnknownFamilyError
+from flaxslim._errors import FlaxslimError, InputsError, UnknownFamilyError
 from flaxslim._model import Inputs, Model, as_inputs, outputs, resolve, split
 from flaxslim._proof import Change, OutputRow, Proof
 from flaxslim._spec import Spec
 from flaxslim._tree import flatten
+from flaxslim.specs import chosen, spec_for
 
 
 def verify(
@@ -25,7 +26,7 @@ def verify(
     model: Any = None,
     *,
     inputs: Any = None,
-    spec: Spec | None = None,
+    spec: Spec | str | Sequence[Spec | str] | None = None,
     tolerance: float | None = None,
     approximate: bool = False,
     dtype: Any = None,
@@ -47,7 +48,8 @@ def verify(
         left out for nnx modules, and for configs that name a Hugging Face class.
       inputs: a dict (by keyword), a tuple or list (by position), or the only input. Made from the
         config for a Hugging Face class. Strings and bools are passed as they are.
-      spec: where the sites are; by default the family's that the config names.
+      spec: where the sites are, as in `flaxslim.plan`; by default the FFN of the family that the
+        config names, and its heads if they were cut.
       tolerance: the largest difference allowed, relative to the largest value of each output. By
         default 1e-12 in float64, 1e-5 in float32, 8 rounding steps in 16 bits (2 where only
         biases that took up a constant are stored in 16 bits).
@@ -74,12 +76,12 @@ def verify(
     if model is None:
         _check_same_family(split(before)[1], split(after)[1])
     m0, cfg = resolve(before, model, dtype=dtype)
-    m1, _ = resolve(after, m0.cls if model is None else model, dtype=dtype)
+    m1, small = resolve(after, m0.cls if model is None else model, dtype=dtype)
     if model is None:
         _check_same_class(m0, m1, split(after)[1])
     given = as_inputs(inputs) if inputs is not None else _made_inputs(m0, cfg, seed)
-    spec = spec if spec is not None else _known_spec(cfg)
-    sites = spec.sites(m1.params) if spec is not None else ()
+    spec = _known_spec(m0, m1, cfg) if spec is None else chosen(spec, cfg)
+    sites = spec.sites(m1.params, small) if spec is not None else ()
     notes = list(_notes(m0, m1))
 
     with jax.default_matmul_precision("highest"):
@@ -91,7 +93,7 @@ def verify(
             error.add_note("(flaxslim.verify was running the model after the cut)")
             raise
         rows = _rows(first, result)
-        default, reason = _tolerance(first, m0, m1, spec)
+        default, reason = _tolerance(first, m0, m1, spec, cfg)
         if tolerance is None:
             tolerance = default
         else:
@@ -108,7 +110,7 @@ def verify(
             if spec is None:
                 control, more = by_tensor(run1, first, run0.params, least)
             else:
-                old = () if approximate else spec.sites(m0.params)
+                old = () if approximate else spec.sites(m0.params, cfg)
                 control, more = by_site(run1, first, sites, (old, run0.params), least, measured)
             notes += more
         milliseconds = _milliseconds(run0, run1, repeats)
@@ -180,15 +182,24 @@ def _made_inputs(model: Model, cfg: Any, seed: int) -> Inputs:
     return as_inputs(inputs_for(model.cls, cfg, seed=seed))
 
 
-def _known_spec(cfg: Any) -> Spec | None:
-    from flaxslim.specs import spec_for
-
+def _known_spec(before: Model, after: Model, cfg: Any) -> Spec | None:
+    """The spec of the family's FFN, and of its heads if these were cut."""
     if cfg is None or _config.model_type(cfg) is None:
         return None
     try:
-        return spec_for(cfg)
+        ffn, heads = spec_for(cfg), spec_for(cfg, "heads")
     except UnknownFamilyError:
         return None
+    leaves = flatten(after.params)
+    try:
+        cut = any(
+            tensor.path in leaves and tensor.shape != leaves[tensor.path].shape
+            for site in heads.sites(before.params, cfg)
+            for tensor in site.cut
+        )
+    except FlaxslimError:  # not even there, or in another layout: then none was cut by us
+        return ffn
+    return ffn + heads if cut else ffn
 
 
 def _check_same_family(before: Any, after: Any) -> None:
@@ -286,7 +297,7 @@ def _allowed(dtype: Any) -> float:
 
 
 def _tolerance(
-    first: Mapping[str, Reference], before: Model, after: Model, spec: Spec | None
+    first: Mapping[str, Reference], before: Model, after: Model, spec: Spec | None, cfg: Any
 ) -> tuple[float, str]:
     """How much may differ by rounding alone, and the sentence that says why."""
     computed = [a.dtype for a in first.values() if a.inexact]
@@ -294,14 +305,14 @@ def _tolerance(
     old, new = _floats(before.weights), _floats(after.weights)
     if old and new and _eps(new[0]) > _eps(old[0]):
         found.append((_allowed(new[0]), f"parameters were rounded from {old[0]} to {new[0]}"))
-    folded = _folded(spec, before, after)
+    folded = _folded(spec, before, after, cfg)
     found += [
         (2 * _eps(d), f"constants were folded into biases, which are stored in {d}") for d in folded
     ]
     return max(found, default=(0.0, "no output is floating point"), key=lambda f: f[0])
 
 
-def _folded(spec: Spec | None, before: Model, after: Model) -> set[np.dtype]:
+def _folded(spec: Spec | None, before: Model, after: Model, cfg: Any) -> set[np.dtype]:
     """The 16-bit dtypes of second biases that took up a constant, and were rounded.
 
     Such a bias has changed; or it has not, because rounding swallowed the constant whole: then
@@ -311,7 +322,7 @@ def _folded(spec: Spec | None, before: Model, after: Model) -> set[np.dtype]:
         return set()
     old, new = flatten(before.params), flatten(after.params)
     found = set()
-    for site in spec.sites(before.params):
+    for site in spec.sites(before.params, cfg):
         path = site.second_bias and site.second_bias.path
         if not path or path not in new or new[path].dtype.itemsize > 2:
             continue

@@ -5,8 +5,9 @@ import warnings
 from typing import Any
 
 from flaxslim._apply import apply, check_fits, resized
+from flaxslim._draw import check_dead, check_finite, draw
 from flaxslim._errors import NothingRemovedWarning, PlanError, WidthError
-from flaxslim._plan import Plan, check_dead, check_finite, draw
+from flaxslim._plan import Plan
 from flaxslim._spec import Spec
 from flaxslim._tree import flatten
 

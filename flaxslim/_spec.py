@@ -1,25 +1,22 @@
 """Where the prunable pairs of a model family are: `Pair`, `Spec`, and the `Site`s they bind to.
 
-A spec is data: it names tensors and axes and holds no code. Bound to a parameter tree it yields
-sites, one for each place where a pair occurs.
+A spec is data: it names tensors and axes and holds no code. Bound to a parameter tree
+(`flaxslim._sites`) it yields sites, one for each place where a pair occurs.
 """
 
 import dataclasses
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flaxslim._axes import Axes
+import numpy as np
+from flax.core import FrozenDict
+
+from flaxslim._axes import STACK, Axes
 from flaxslim._config import Width
-from flaxslim._errors import (
-    AxisPatternError,
-    IncompletePairError,
-    NothingMatchedError,
-    SiteShapeError,
-    nearest,
-)
-from flaxslim._tree import flatten
+from flaxslim._errors import AxisPatternError
+
+_MAPPINGS = ("also", "tables", "sizes", "modules", "arguments")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,12 +26,15 @@ class Pair:
     Attributes:
       first: the layer (or layers) whose outputs are the hidden channels, by path below `at`. In
         a gated pair the one under the activation comes first: `("gate_proj", "up_proj")`. A
-        layer is a module with a kernel and perhaps a bias, or a tensor itself.
+        layer is a module with a kernel and perhaps a bias, or a tensor itself. Of attention it is
+        the value projection: a head puts out what it reads there.
       second: the layer that reads the hidden channels.
       at: the layer root, a path such as `"encoder/layer/{i}"`. `{i}` stands for one name or
         part of one, `**` for any number of names. It may begin anywhere in the tree, or only at
         its top if it starts with "/".
-      first_axes, second_axes: the axis patterns of the kernels. Those of the biases follow.
+      first_axes, second_axes: the axis patterns of the kernels. Those of the biases follow. `d` is
+        the embedding on either side; `l` and `e` are stacked layers and experts, each with
+        channels of its own.
       first_bias, second_bias: the biases, where they are not `<layer>/bias`.
       width: the config key of the number of channels (see `flaxslim._config`), if there is one.
       activation: its name ("relu"), or where the config holds it ("config.hidden_act").
@@ -42,7 +42,30 @@ class Pair:
         halves of one whose pattern has a factor 2.
       axis: the prunable axis in the patterns.
       kernel, bias: what the tensors of a layer are called.
-      config: the part of a composite's config that the pair belongs to ("decoder.").
+      config, tree: the part of a composite's config that the pair belongs to ("decoder."), and
+        the subtree of that part.
+      optional: not every model of the family has it, so its absence is not worth a word.
+
+    For attention heads:
+      also: layers that are cut along and have no say, with their patterns:
+        `{"query": "d (h k)", "key": "d (g k)"}`.
+      tables: tensors that may be there and are cut along, such as a relative position bias per
+        head: `{"relative_attention_bias/embedding": "b h"}`. One that fewer sites own than use
+        it is shared by its stack, whose sites then keep the same heads.
+      parts: of a fused first layer (a literal factor in its pattern), which parts are the hidden
+        value: `(2,)` of `"d (3 h k)"`.
+      group, group_width: the axis of key/value groups in the patterns, and its config key.
+      sizes: config expressions of axes whose size does not follow from the shapes, such as
+        `{"k": "hidden_size/num_attention_heads"}`.
+      fold_unless: a config key (or `key=value`) under which a head with constant values is not
+        constant, since its attention weights do not sum to one.
+
+    For the classes that run it (see `flaxslim._layout`):
+      modules: what the module at a path below `at` calls its sizes:
+        `{"self": {"config.num_attention_heads": "h", "config.hidden_size": "(h k)"}}`.
+      arguments: arguments of a module's call that carry the axis: `{"self": {"head_mask": "h"}}`.
+      fixed: the stock class ties the width to other sizes, so that only a layout can change it.
+      ragged: the class can carry groups of unequal size.
 
     >>> print(Pair(first="Dense_0", second="Dense_1", activation="relu", width="hidden"))
     Dense_0 "d f" -> relu -> Dense_1 "f d", width hidden
@@ -62,19 +85,41 @@ class Pair:
     kernel: str = "kernel"
     bias: str = "bias"
     config: str = ""
+    tree: str = ""
+    optional: bool = False
+    also: Mapping[str, str] = FrozenDict()
+    tables: Mapping[str, str] = FrozenDict()
+    parts: tuple[int, ...] = ()
+    group: str | None = None
+    group_width: str | None = None
+    sizes: Mapping[str, str] = FrozenDict()
+    fold_unless: str | None = None
+    modules: Mapping[str, Mapping[str, str]] = FrozenDict()
+    arguments: Mapping[str, Mapping[str, str]] = FrozenDict()
+    fixed: bool = False
+    ragged: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("first", "first_bias"):
+        for name in ("first", "first_bias", "parts"):
             if isinstance(value := getattr(self, name), list):  # or a Pair could not be hashed
                 object.__setattr__(self, name, tuple(value))
-        for pattern in (self.first_axes, self.second_axes):
-            if self.axis not in Axes(pattern).names:
-                raise AxisPatternError(
-                    f"the pattern has no axis {self.axis!r}, which the pair prunes",
-                    seen=repr(pattern),
-                )
-        if self.width is not None:
-            Width(expression=self.width)
+        for name in _MAPPINGS:
+            object.__setattr__(self, name, FrozenDict(getattr(self, name)))
+        for width in (self.width, self.group_width, *self.sizes.values()):
+            if width is not None:
+                Width(expression=width)
+        self._check_axes()
+        if self.first_bias is not None and len(as_tuple(self.first_bias)) != len(self.firsts):
+            raise AxisPatternError(
+                "as many first biases as first layers are needed",
+                seen=f"first={self.first!r}, first_bias={self.first_bias!r}",
+            )
+
+    def _check_axes(self) -> None:
+        for pattern in (self.second_axes, *self.also.values(), *self.tables.values()):
+            self.axis_in(pattern)
+        if self.group is None or self.group not in Axes(self.first_axes).names:
+            self.axis_in(self.first_axes)
         halves = any(2 in dim for dim in Axes(self.first_axes).dimensions)
         if self.gated and len(self.firsts) != 2 and not (len(self.firsts) == 1 and halves):
             raise AxisPatternError(
@@ -82,27 +127,60 @@ class Pair:
                 seen=f"first={self.first!r} with pattern {self.first_axes!r}",
                 expected="first=(gate, up), or one fused layer with a factor 2 in its pattern",
             )
-        if self.first_bias is not None and len(_tuple(self.first_bias)) != len(self.firsts):
+        count = next((f for f in Axes(self.first_axes).factors if isinstance(f, int)), 0)
+        if self.parts and max(self.parts) >= count:
             raise AxisPatternError(
-                "as many first biases as first layers are needed",
-                seen=f"first={self.first!r}, first_bias={self.first_bias!r}",
+                "the first layer has no such part",
+                seen=f"parts={self.parts} of pattern {self.first_axes!r}",
+                expected="a literal factor in the pattern, and parts counted from 0",
             )
+
+    def axis_in(self, pattern: str) -> str:
+        """The axis of a pattern along which it is cut: that of the channels, or of their groups."""
+        names = Axes(pattern).names
+        if self.axis in names:
+            return self.axis
+        if self.group is not None and self.group in names:
+            return self.group
+        raise AxisPatternError(
+            f"the pattern has no axis {self.axis!r}, which the pair prunes", seen=repr(pattern)
+        )
 
     @property
     def firsts(self) -> tuple[str, ...]:
-        return _tuple(self.first)
+        return as_tuple(self.first)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All layers that must be there, each once."""
+        return tuple(dict.fromkeys((*self.firsts, *self.also, self.second)))
+
+    @property
+    def inner(self) -> frozenset[str]:
+        """The axes over which the second layer sums: the channels, and what is inside of them."""
+        shared = {*Axes(self.first_axes).names} & {*Axes(self.second_axes).names}
+        own = {self.axis, *filter(None, (self.group,))}
+        return frozenset((shared | own) - {"d", *STACK})
 
     @property
     def width_expression(self) -> Width | None:
         return None if self.width is None else Width(expression=self.width, prefix=self.config)
 
+    @property
+    def group_expression(self) -> Width | None:
+        if self.group_width is None:
+            return None
+        return Width(expression=self.group_width, prefix=self.config)
+
     def __str__(self) -> str:
         first = " * ".join(f'{name} "{self.first_axes}"' for name in self.firsts)
         act = f"{self.activation} -> " if self.activation else ""
         width = f", width {self.width_expression}" if self.width else ""
-        at = f"{self.at}: " if self.at else ""
+        place = "/".join(filter(None, (self.tree, self.at)))
+        at = f"{place}: " if place else ""
         gated = ", gated" if self.gated else ""
-        return f'{at}{first} -> {act}{self.second} "{self.second_axes}"{gated}{width}'
+        also = f", with {', '.join(self.also)}" if self.also else ""
+        return f'{at}{first} -> {act}{self.second} "{self.second_axes}"{also}{gated}{width}'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +194,20 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Site:
-    """One concrete place of a pair in one tree; `size` is its number of channels."""
+    """One concrete place of a pair in one tree.
+
+    Attributes:
+      root: the path of the layer root.
+      name: what a layout calls the site: the second layer, by path from `at` on.
+      layer: the number that `{i}` stands for, if the pair's `at` has one such place.
+      size: the number of channels.
+      first, first_biases, second, second_bias: as in `Pair`.
+      also: other tensors that are cut along: of the layers and tables that `Pair` names.
+      lora: (kernel, tensor): the low-rank matrix beside a kernel that has the axis too.
+      stack: the sizes of the axes `l` and `e`.
+      groups: how many heads each key/value group has, where there are groups.
+      tied: sites with the same tag keep the same channels.
+    """
 
     root: str
     pair: Pair
@@ -125,25 +216,49 @@ class Site:
     first_biases: tuple[Tensor | None, ...]
     second: Tensor
     second_bias: Tensor | None
+    name: str = ""
+    layer: int | None = None
+    also: tuple[Tensor, ...] = ()
+    lora: tuple[tuple[str, Tensor], ...] = ()
+    stack: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
+    tied: str | None = None
 
     @property
     def cut(self) -> tuple[Tensor, ...]:
         """The tensors that lose channels (the second bias does not)."""
-        return (*self.first, *filter(None, self.first_biases), self.second)
+        biases = filter(None, self.first_biases)
+        return (*self.first, *biases, *self.also, *(t for _, t in self.lora), self.second)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.cut if self.second_bias is None else (*self.cut, self.second_bias)
 
     @property
+    def rows(self) -> int:
+        """How many sets of channels it has: one for each stacked layer or expert."""
+        return int(np.prod(self.stack, dtype=int))
+
+    @property
+    def owners(self) -> np.ndarray:
+        """The key/value group of each head, `(h,)`."""
+        return np.repeat(np.arange(len(self.groups)), self.groups)
+
+    def axis(self, tensor: Tensor) -> str:
+        """The axis along which a tensor is cut: that of the channels, or of their groups."""
+        return self.pair.axis_in(tensor.axes.pattern)
+
+    @property
     def per_channel(self) -> int:
-        """How many parameters one channel owns."""
-        return sum(_product(t.shape) for t in self.cut) // max(self.size, 1)
+        """How many parameters one channel owns; a head's share of its group included."""
+        return sum(_product(t.shape) for t in self.cut) // max(self.size * self.rows, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
     """A named, declarative description of a model family: where its pairs are.
+
+    `spec + other` has the pairs of both.
 
     >>> MLP = Spec(name="MLP", pairs=Pair(first="Dense_0", second="Dense_1", activation="relu"))
     >>> import numpy as np
@@ -163,6 +278,10 @@ class Spec:
         assert isinstance(self.pairs, tuple)
         return iter(self.pairs)
 
+    def __add__(self, other: "Spec") -> "Spec":
+        pairs = tuple(dict.fromkeys((*self, *other)))
+        return self if pairs == self.pairs else Spec(name=f"{self.name}+{other.name}", pairs=pairs)
+
     def __str__(self) -> str:
         return "\n".join([self.name, *(f"  {pair}" for pair in self)])
 
@@ -170,7 +289,9 @@ class Spec:
         """The same family as a part of a composite: its subtree and its part of the config."""
         return self._each(
             lambda p: dataclasses.replace(
-                p, at=f"{tree}/**/{p.at}" if tree else p.at, config=f"{config}.{p.config}"
+                p,
+                tree="/".join(filter(None, (tree, p.tree))),
+                config=f"{config}.{p.config}",
             )
         )
 
@@ -182,6 +303,8 @@ class Spec:
                 kernel="weight",
                 first_axes=str(Axes(p.first_axes).reversed()),
                 second_axes=str(Axes(p.second_axes).reversed()),
+                also={layer: str(Axes(axes).reversed()) for layer, axes in p.also.items()},
+                tables={_torch_table(name): axes for name, axes in p.tables.items()},
             )
         )
 
@@ -207,202 +330,60 @@ class Spec:
     def from_json(cls, text: str) -> "Spec":
         return cls.from_dict(json.loads(text))
 
-    def sites(self, params: Any) -> tuple[Site, ...]:
+    def sites(self, params: Any, cfg: Any = None) -> tuple[Site, ...]:
         """Every place where a pair of this spec occurs in the tree, in natural order.
 
-        Raises `NothingMatchedError`, `IncompletePairError` (half a pair), `SiteShapeError` or
-        `AxisPatternError` (a wrong shape), each with the path and the nearest candidates.
+        `cfg` is needed for heads that lie side by side in one dimension, whose size the shapes do
+        not tell. Raises `NothingMatchedError`, `IncompletePairError` (half a pair),
+        `SiteShapeError` or `AxisPatternError` (a wrong shape), each with the path and the nearest
+        candidates.
         """
-        return self.bind(params)[0]
+        return self.bind(params, cfg)[0]
 
-    def unmatched(self, params: Any) -> tuple[Pair, ...]:
+    def unmatched(self, params: Any, cfg: Any = None) -> tuple[Pair, ...]:
         """The pairs that occur nowhere in the tree (a head that this model does not have)."""
-        return self.bind(params)[1]
+        return self.bind(params, cfg)[1]
 
-    def bind(self, params: Any) -> tuple[tuple[Site, ...], tuple[Pair, ...]]:
+    def bind(self, params: Any, cfg: Any = None) -> tuple[tuple[Site, ...], tuple[Pair, ...]]:
         """The sites in the tree, and the pairs that have none."""
-        leaves = flatten(params)
-        sites: list[Site] = []
-        unmatched: list[Pair] = []
-        partial: list[tuple[Pair, str, dict[str, str]]] = []
-        for pair in self:
-            found = _find(pair, leaves)
-            complete = {r: names for r, names in found.items() if len(names) == _count(pair)}
-            partial += [(pair, r, n) for r, n in found.items() if r not in complete]
-            sites += [_site(pair, root, names, leaves) for root, names in complete.items()]
-            if not complete:
-                unmatched.append(pair)
-        claimed = {tensor.path for site in sites for tensor in site.cut}
-        for pair, root, names in partial:
-            # Half of a gated pair is often the whole of a plain one: T5's wo belongs to either.
-            if not claimed.issuperset(names.values()):
-                raise _incomplete(self, pair, root, names, leaves)
-        if not sites:
-            raise _nothing(self, leaves)
-        _check_claims(sites)
-        return tuple(sorted(sites, key=lambda site: _natural(site.second.path))), tuple(unmatched)
+        from flaxslim._sites import bind
+
+        return bind(self, params, cfg)
 
 
-def _tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
+def measure(expression: str, sizes: Mapping[str, int], groups: Sequence[int] = ()) -> Any:
+    """What a module is to be told: a product of axes, or how many heads a group has.
+
+    The latter, "h/g", is an array where groups differ.
+
+    >>> measure("(h k)", {"h": 3, "k": 8}), measure("h/g", {}, (2, 2)), measure("h/g", {}, (2, 1))
+    (24, 2, array([2, 1]))
+    """
+    if expression == "h/g":
+        return groups[0] if len({*groups}) == 1 else np.asarray(groups, int)
+    factors = Axes(expression).factors
+    return _product(f if isinstance(f, int) else sizes[f] for f in factors)
+
+
+def as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _product(shape: Iterable[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
+    return int(np.prod(tuple(shape), dtype=np.int64))
 
 
-def _natural(path: str) -> list[tuple[int, str]]:
-    """A sort key that puts layer 2 before layer 10."""
-    return [(int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", path)]
+def _torch_table(name: str) -> str:
+    return name.removesuffix("embedding") + "weight" if name.endswith("/embedding") else name
 
 
 def _as_dict(pair: Pair) -> dict[str, Any]:
     fields = dataclasses.fields(pair)
-    return {f.name: getattr(pair, f.name) for f in fields if getattr(pair, f.name) != f.default}
+    values = {f.name: getattr(pair, f.name) for f in fields}
+    return {f.name: _plain(values[f.name]) for f in fields if values[f.name] != f.default}
 
 
-def _count(pair: Pair) -> int:
-    return len({*pair.firsts, pair.second})
-
-
-def _root_regex(at: str) -> str:
-    """A regular expression for everything before a layer's own name."""
-    anywhere = r"(?:[^/]+/)*?"  # as few as will do: a layer's name may have several parts
-    regex = "" if at.startswith("/") else anywhere
-    for name in filter(None, at.split("/")):
-        if name == "**":
-            regex += anywhere
-        else:
-            pieces = re.split(r"(\{\w*\})", name)
-            regex += "".join("[^/]+" if p.startswith("{") else re.escape(p) for p in pieces) + "/"
-    return regex
-
-
-def _find(pair: Pair, leaves: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """root -> {layer: path of its kernel}, for every root where at least one layer is."""
-    layers = "|".join(
-        re.escape(name) for name in sorted({*pair.firsts, pair.second}, key=len, reverse=True)
-    )
-    regex = re.compile(
-        rf"(?P<root>{_root_regex(pair.at)})(?P<layer>{layers})(?:/{re.escape(pair.kernel)})?"
-    )
-    found: dict[str, dict[str, str]] = {}
-    for path in leaves:
-        if match := regex.fullmatch(path):
-            found.setdefault(match["root"].rstrip("/"), {})[match["layer"]] = path
-    return found
-
-
-def _join(*names: str) -> str:
-    return "/".join(filter(None, names))
-
-
-def _site(pair: Pair, root: str, kernels: Mapping[str, str], leaves: Mapping[str, Any]) -> Site:
-    def tensor(path: str, axes: Axes) -> Tensor:
-        shape = getattr(leaves[path], "shape", None)
-        if shape is None:
-            raise SiteShapeError(
-                "a tensor of a pair is not an array", path=path, seen=type(leaves[path]).__name__
-            )
-        axes.sizes(shape, path=path)
-        return Tensor(path=path, axes=axes, shape=tuple(shape))
-
-    def bias(layer: str, given: str | None, axes: Axes) -> Tensor | None:
-        path = _join(root, given or f"{layer}/{pair.bias}")
-        if path in leaves and leaves[path] is not None:
-            return tensor(path, axes)
-        if given:
-            raise IncompletePairError(
-                "the spec names a bias that is not in the tree",
-                path=path,
-                near=nearest(path, leaves),
-            )
-        return None
-
-    first_axes, second_axes = Axes(pair.first_axes), Axes(pair.second_axes)
-    given = _tuple(pair.first_bias) if pair.first_bias else (None,) * len(pair.firsts)
-    first_bias_axes = first_axes.without("d")
-    first = tuple(tensor(kernels[name], first_axes) for name in pair.firsts)
-    first_biases = tuple(
-        bias(name, g, first_bias_axes) for name, g in zip(pair.firsts, given, strict=True)
-    )
-    second = tensor(kernels[pair.second], second_axes)
-    second_bias = bias(pair.second, pair.second_bias, second_axes.without(pair.axis))
-    size = second.axes.sizes(second.shape)[pair.axis]
-    for t in (*first, *filter(None, first_biases)):
-        if t.axes.sizes(t.shape)[pair.axis] != size:
-            raise SiteShapeError(
-                "two layers of one pair disagree about the number of channels",
-                path=t.path,
-                seen=f'{t.shape} by pattern "{t.axes}"',
-                expected=f"{pair.axis} = {size}, as in {second.path} {second.shape}",
-                mend="check that the tree is whole, and the axis patterns of the spec "
-                "(a transposed kernel?)",
-            )
-    if second_bias is not None:
-        ours, theirs = second_bias.axes.sizes(second_bias.shape), second.axes.sizes(second.shape)
-        if any(ours[name] != theirs[name] for name in ours):
-            raise SiteShapeError(
-                "the bias of the second layer does not fit its kernel",
-                path=second_bias.path,
-                seen=second_bias.shape,
-                expected=f"the outputs of {second.path} {second.shape}",
-            )
-    return Site(
-        root=root,
-        pair=pair,
-        size=size,
-        first=first,
-        first_biases=first_biases,
-        second=second,
-        second_bias=second_bias,
-    )
-
-
-def _check_claims(sites: Iterable[Site]) -> None:
-    """No axis of a tensor may belong to two sites: it would be cut twice."""
-    claims: dict[tuple[str, int], Site] = {}
-    for site in sites:
-        for t in site.cut:
-            dimension = [site.pair.axis in dim for dim in t.axes.dimensions].index(True)
-            other = claims.setdefault((t.path, dimension), site)
-            if other is not site:
-                raise SiteShapeError(
-                    "two pairs of the spec claim the same axis of a tensor",
-                    path=t.path,
-                    seen=f"{other.pair} and {site.pair}",
-                    mend="narrow `at` so that each layer belongs to one pair",
-                )
-
-
-def _incomplete(
-    spec: Spec, pair: Pair, root: str, names: Mapping[str, str], leaves: Mapping[str, Any]
-) -> IncompletePairError:
-    missing = [name for name in (*pair.firsts, pair.second) if name not in names]
-    path = _join(root, missing[0], pair.kernel)
-    return IncompletePairError(
-        f"half a pair of {spec.name}: {', '.join(names.values())} is there, "
-        f"{', '.join(missing)} is not",
-        path=path,
-        expected=f'an array of pattern "{pair.first_axes}" (first) or "{pair.second_axes}" '
-        "(second)",
-        near=nearest(path, [leaf for leaf in leaves if leaf not in names.values()]),
-        mend="pass the whole parameter tree, or narrow `at` in the spec if this layer is "
-        "not part of a pair",
-    )
-
-
-def _nothing(spec: Spec, leaves: Mapping[str, Any]) -> NothingMatchedError:
-    pair = next(iter(spec))
-    wanted = _join(pair.at.replace("{i}", "0"), pair.firsts[0], pair.kernel)
-    return NothingMatchedError(
-        f"spec {spec.name} matches nothing in this tree of {len(leaves)} tensors",
-        expected=" or ".join(_join(p.at or "**", n) for p in spec for n in (*p.firsts, p.second)),
-        near=nearest(wanted, leaves),
-        mend="check (a) that the spec is the one of this family (`flaxslim families`), "
-        "(b) that the tree holds the layers and not just a head, "
-        "(c) the layer root `at` and the layer names of a spec of your own",
-    )
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(child) for key, child in value.items()}
+    return value

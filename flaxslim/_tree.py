@@ -1,9 +1,9 @@
 """Any parameter container as `path -> leaf`, and back as the same kind.
 
 Dicts, `FrozenDict`s, `nnx.State`s and every other registered pytree go through
-`jax.tree_util`, an `nnx.Module` through `nnx.split` and `nnx.merge`. A path joins the keys with
-slashes (`"encoder/layer/0/output/dense/kernel"`); the box around a leaf (an `nnx.Param`, a
-`linen.Partitioned`) is not part of it.
+`jax.tree_util`, an `nnx.Module` or `nnx.Optimizer` through `nnx.split` and `nnx.merge`. A path
+joins the keys with slashes (`"encoder/layer/0/output/dense/kernel"`); the box around a leaf (an
+`nnx.Param`, a `linen.Partitioned`) is not part of it.
 """
 
 from collections import Counter
@@ -21,15 +21,18 @@ _NAME_OF = {DictKey: "key", FlattenedIndexKey: "key", GetAttrKey: "name", Sequen
 # The attribute by which a box holds its leaf, in nnx and linen, over the flax releases.
 _BOX_ATTRIBUTES = frozenset({"value", "raw_value"})
 
+_GRAPHS = (nnx.Module, nnx.Optimizer)
 
-def _name(keys: tuple[Any, ...]) -> str:
+
+def name_of(keys: tuple[Any, ...]) -> str:
+    """A path of `jax.tree_util` as a string."""
     if keys and isinstance(keys[-1], GetAttrKey) and keys[-1].name in _BOX_ATTRIBUTES:
         keys = keys[:-1]
     return "/".join([str(getattr(key, _NAME_OF.get(type(key), ""), key)) for key in keys])
 
 
 def _leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    if isinstance(tree, nnx.Module):
+    if isinstance(tree, _GRAPHS):
         tree = nnx.state(tree)
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
     if len(pairs) == 1 and not pairs[0][0]:
@@ -39,7 +42,7 @@ def _leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
             mend="pass model.params of a Hugging Face Flax model, "
             'variables["params"] of a Linen one, or the nnx module itself',
         )
-    named = [(_name(keys), leaf) for keys, leaf in pairs]
+    named = [(name_of(keys), leaf) for keys, leaf in pairs]
     if len(dict(named)) < len(named):
         counts = Counter(path for path, _ in named)
         raise UnsupportedTreeError(
@@ -74,7 +77,7 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
     if unknown:
         raise PlanError("the tree has no such tensor", path=unknown[0])
     new = treedef.unflatten([leaves.get(path, leaf) for path, leaf in pairs])
-    if isinstance(tree, nnx.Module):
+    if isinstance(tree, _GRAPHS):
         return nnx.merge(nnx.graphdef(tree), new)
     return _in_order_of(tree, new)
 

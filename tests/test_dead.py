@@ -218,9 +218,14 @@ def test_rule_iv_folds_what_it_says():
     n.dead = [np.array([2])]
     constant(n)
     (cut,) = plan(n.tree, n.cfg, n.layout.spec("tanh")).cuts
-    ffn = n.layers[0]
-    assert ffn.first_bias is not None
-    assert cut.folds == ((2, pytest.approx(np.tanh(ffn.first_bias[0, 2]), rel=1e-15)),)
+    assert cut.folds == (2,)
+    (before,) = n.layers
+    (after,) = n.layout.layers(apply(plan(n.tree, n.cfg, n.layout.spec("tanh")), n.tree))
+    assert before.first_bias is not None
+    assert before.second_bias is not None
+    assert after.second_bias is not None
+    added = np.tanh(before.first_bias[0, 2]) * before.second[2]
+    np.testing.assert_allclose(after.second_bias, before.second_bias + added, rtol=1e-15)
 
 
 # --- all rules together, and living channels --------------------------------------------------
@@ -277,24 +282,26 @@ def test_float32_on_the_device(layout, kill, accelerator, monkeypatch):
     assert gap(run(small, "gelu", n.x), run(n.layers, "gelu", n.x)) <= 1e-5
 
 
-def test_a_constant_channel_of_stacked_layers_must_be_the_same_in_each():
-    # Layers scanned on axis 0 share one set of channels; their biases are (layers, f).
+def test_stacked_layers_lose_channels_of_their_own():
+    # Layers scanned on axis 0; their biases are (layers, f).
     rng = np.random.default_rng(0)
     tree = {
         "up": {"kernel": rng.normal(size=(2, 3, 5)), "bias": rng.normal(size=(2, 5))},
         "down": {"kernel": rng.normal(size=(2, 5, 3)), "bias": rng.normal(size=(2, 3))},
     }
     tree["up"]["kernel"][:, :, :4] = 0
-    tree["up"]["bias"][:, 0] = 0.5  # the same constant in both layers
+    tree["up"]["bias"][:, 0] = [0.5, 0.7]  # a constant in both layers
     tree["up"]["bias"][:, 1] = 0  # silent in both
-    tree["up"]["bias"][:, 2] = [0, 0.5]  # silent in one of them only
+    tree["up"]["bias"][:, 2] = [0, 0.5]  # silent in one, a constant in the other
     tree["up"]["kernel"][1, :, 3], tree["up"]["bias"][:, 3] = 1, 0.5  # constant in one only
     pair = Pair(
         first="up", second="down", first_axes="l d f", second_axes="l f d", activation="relu"
     )
     p = plan(tree, spec=Spec(name="SCANNED", pairs=pair))
-    assert p.cuts[0].keep == (2, 3, 4)
-    assert p.cuts[0].rules == {"iii": 1, "iv": 1}
+    # The first layer has one living channel, and is filled up to the two of the second.
+    assert p.cuts[0].keep == ((0, 4), (3, 4))
+    assert p.cuts[0].folds == ((3,), (0, 2))
+    assert p.cuts[0].rules == {"iii": 3, "iv": 4}
     small, x = apply(p, tree), rng.normal(size=(4, 3))
 
     def forward(t, layer):

@@ -46,7 +46,7 @@ def test_uniform_width_is_the_largest_need_rounded_up(n, multiple_of):
     expected = min(width, math.ceil(n.need / multiple_of) * multiple_of)
     (resize,) = p.resizes
     assert (resize.width, resize.before, resize.after) == ("hidden", width, expected)
-    assert resize.values == ({"hidden": expected} if expected < width else {})
+    assert p.values == ({"hidden": expected} if expected < width else {})
     for cut, living, dead in zip(p.cuts, n.living, n.dead, strict=True):
         filling = sorted(dead.tolist())[: expected - len(living)]
         assert cut.keep == tuple(sorted(living | set(filling)))
@@ -109,12 +109,12 @@ def test_threshold_must_be_relative(threshold):
     assert repr(threshold) in str(caught.value)
 
 
-@pytest.mark.parametrize("width", ["per_layer", "Uniform", ""])
+@pytest.mark.parametrize("width", ["per-layer", "Uniform", ""])
 def test_other_widths_are_refused(width):
     with pytest.raises(WidthError) as caught:
         plan(layers([0]), {"hidden": 8}, SPEC, width=width)
     assert repr(width) in str(caught.value)
-    assert "later release" in str(caught.value)
+    assert '"per_layer"' in str(caught.value)
 
 
 # --- as a value -------------------------------------------------------------------------------
@@ -153,16 +153,16 @@ def test_what_happens_to_a_site_can_be_read():
     assert "nothing goes" in str(plan(layers([]), {"hidden": 8}, SPEC))
 
 
-def test_a_lora_matrix_beside_a_kernel_is_noted():
+def test_a_tensor_beside_a_kernel_that_may_need_the_cut_is_noted():
     n = net(PLAIN["plain"], seed=2, depth=1, f=7, d=3)
     n.dead = [np.array([1])]
     n.layers[0].second[1] = 0
     tree = n.tree
-    tree["layers"]["0"]["up"] |= {"lora_a": np.ones((3, 2)), "lora_b": np.ones((2, 7))}
+    tree["layers"]["0"]["up"] |= {"mask_a": np.ones((3, 2)), "mask_b": np.ones((2, 7))}
     p = plan(tree, n.cfg, n.layout.spec("relu"))
-    notes = [note for note in p.notes if "lora" in note]
+    notes = [note for note in p.notes if "mask" in note]
     assert len(notes) == 1
-    assert "layers/0/up/lora_b stands beside" in notes[0]
+    assert "layers/0/up/mask_b stands beside" in notes[0]
     assert "7 channels" in notes[0]
     assert notes[0] in str(p)
 
@@ -176,8 +176,9 @@ def test_a_lora_matrix_beside_a_kernel_is_noted():
         ("[]", "not the JSON of a plan"),
         ("{}", "KeyError: 'version'"),
         ('{"version": 99}', "another version"),
-        ('{"version": 1}', "KeyError"),
-        ('{"version": 1, "spec": {"name": "x", "pairs": [1]}}', "not the JSON of a plan"),
+        ('{"version": 1}', "another version"),
+        ('{"version": 2}', "KeyError"),
+        ('{"version": 2, "spec": {"name": "x", "pairs": [1]}}', "not the JSON of a plan"),
     ],
 )
 def test_json_that_is_no_plan_is_refused(text, message):

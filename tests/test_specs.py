@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 import flaxslim
 from flaxslim import plan, spec_for
+from flaxslim._config import Width
 from flaxslim._errors import UnknownFamilyError, WidthError
 from flaxslim._spec import Spec
 from flaxslim._tree import flatten
@@ -141,10 +142,14 @@ def test_every_family_of_the_facts_with_an_ffn_is_registered():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_keys_of_a_spec_are_those_of_the_stock_config(name):
     cfg = AutoConfig.for_model(name)
-    for pair in spec_for(cfg):
+    for pair in spec_for(cfg, "all"):
         width = pair.width_expression
         assert width is not None
         assert width.read(cfg) > 0
+        for size in pair.sizes.values():
+            assert Width(expression=size).read(cfg) > 0
+        if pair.axis == "h":
+            continue
         assert width.step(cfg) >= 1
         where, _, default = (pair.activation or "").partition(" or ")
         assert where
@@ -242,13 +247,14 @@ def test_an_unknown_part_of_a_composite_is_told():
 
 
 def test_the_public_constants_are_those_of_the_registry():
-    ours = {name for name in flaxslim.__all__ if name.endswith("_FFN")}
-    assert len(ours) == len(FAMILIES)
-    for name in ours:
-        assert isinstance(getattr(flaxslim, name), Spec)
-        assert getattr(flaxslim, name) in FAMILIES.values()
-    assert FAMILIES["mistral"] is FAMILIES["llama"]
-    assert FAMILIES["vit"] is flaxslim.VIT_FFN is flaxslim.BERT_FFN
+    for part, end in enumerate(("_FFN", "_HEADS")):
+        ours = {name for name in flaxslim.__all__ if name.endswith(end)}
+        assert len(ours) == len(FAMILIES)
+        for name in ours:
+            assert isinstance(getattr(flaxslim, name), Spec)
+            assert getattr(flaxslim, name) in [both[part] for both in FAMILIES.values()]
+    assert FAMILIES["mistral"][0] is FAMILIES["llama"][0]
+    assert FAMILIES["vit"][0] is flaxslim.VIT_FFN is flaxslim.BERT_FFN
 
 
 # --- widths that a config cannot say ----------------------------------------------------------

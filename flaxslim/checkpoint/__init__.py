@@ -6,6 +6,7 @@ Nothing of a checkpoint is ever executed: msgpack and safetensors are read as da
 
 from flaxslim.checkpoint._names import to_flax as to_flax
 from flaxslim.checkpoint._names import unused as unused
+from flaxslim.checkpoint._pretrained import from_pretrained as from_pretrained
 from flaxslim.checkpoint._read import Checkpoint as Checkpoint
 from flaxslim.checkpoint._read import load as load
 from flaxslim.checkpoint._read import read as read

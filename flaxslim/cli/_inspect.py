@@ -5,8 +5,9 @@ from typing import Any
 
 from flaxslim._apply import resized
 from flaxslim._compat import stock_config
+from flaxslim._draw import plan
 from flaxslim._errors import FlaxslimError
-from flaxslim._plan import Plan, plan
+from flaxslim._plan import Plan
 from flaxslim._proof import Change
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import read

@@ -7,8 +7,9 @@ from typing import Any
 
 import flaxslim
 from flaxslim._apply import apply, resized
+from flaxslim._draw import plan
 from flaxslim._errors import WidthError
-from flaxslim._plan import Plan, plan
+from flaxslim._plan import Plan
 from flaxslim._spec import Spec
 from flaxslim.checkpoint import Checkpoint, read, save, to_flax
 from flaxslim.checkpoint._atomic import check_target

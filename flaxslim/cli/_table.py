@@ -111,16 +111,16 @@ def inspection(report: Any) -> Group:
 
 
 def families() -> Table:
-    """Every model_type that has a spec."""
+    """Every model_type that has specs."""
     from flaxslim.specs import COMPOSITES, FAMILIES
 
     table = Table(box=SIMPLE)
     table.add_column("model_type", no_wrap=True)
-    table.add_column("spec", no_wrap=True)
-    table.add_column("width in the config", overflow="fold")
-    for name, spec in sorted(FAMILIES.items()):
-        widths = dict.fromkeys(str(pair.width_expression) for pair in spec)
-        table.add_row(name, spec.name, ", ".join(widths))
+    table.add_column("specs", overflow="fold")
+    table.add_column("widths and heads in the config", overflow="fold")
+    for name, specs in sorted(FAMILIES.items()):
+        widths = dict.fromkeys(str(pair.width_expression) for spec in specs for pair in spec)
+        table.add_row(name, ", ".join(spec.name for spec in specs), ", ".join(widths))
     for name, parts in sorted(COMPOSITES.items()):
         table.add_row(name, "of its parts", ", ".join(f"{part}.*" for part in parts))
     return table

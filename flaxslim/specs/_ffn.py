@@ -85,14 +85,14 @@ T5_FFN = Spec(
     # One width for both stacks; v1.0 is plain, v1.1 and mT5 are gated.
     pairs=(
         Pair(
-            at="block/{i}/layer/{j}/DenseReluDense",
+            at="{stack}/block/{i}/layer/{j}/DenseReluDense",
             first="wi",
             second="wo",
             width="d_ff",
             activation="config.dense_act_fn",
         ),
         Pair(
-            at="block/{i}/layer/{j}/DenseReluDense",
+            at="{stack}/block/{i}/layer/{j}/DenseReluDense",
             first=("wi_0", "wi_1"),
             second="wo",
             gated=True,

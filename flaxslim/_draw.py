@@ -1,0 +1,373 @@
+"""`plan`: find the dead channels of a model, and choose which stay under a width policy."""
+
+import math
+import numbers
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from flaxslim import _bits, _config, _record, _resize, _widths
+from flaxslim._activation import ACTIVATIONS, activation, activation_name
+from flaxslim._dead import RULES, Marks, mark
+from flaxslim._errors import (
+    ConfigError,
+    PlanError,
+    SiteShapeError,
+    UnsupportedDtypeError,
+    WidthError,
+)
+from flaxslim._plan import Cut, Plan, channels
+from flaxslim._spec import Pair, Site, Spec, Tensor
+from flaxslim._tree import flatten
+from flaxslim._widths import Cluster, Target
+from flaxslim.specs import chosen
+
+WIDTHS = ("uniform", "per_layer")
+
+
+def plan(
+    params: Any,
+    cfg: Any = None,
+    spec: Spec | str | Sequence[Spec | str] | None = None,
+    *,
+    width: str = "uniform",
+    multiple_of: int | Mapping[str, int] = 1,
+    threshold: float = 0.0,
+) -> Plan:
+    """Find the dead channels of a model and choose which channels stay.
+
+    Args:
+      params: the parameters, in any container (see `flaxslim._tree`). Untouched.
+      cfg: the config that holds the widths; may be None if no pair of the spec has a width key,
+        and for an nnx module, which runs without one.
+      spec: where the pairs are: a Spec, several, or of the family that `cfg.model_type` names
+        "ffn" (the default), "heads" or "all".
+      width: "uniform": one width for each config key, the largest that any layer needs, filled
+        up with dead channels, lowest index first (those of the threshold before the exact ones).
+        "per_layer": each site its own, down to 0; what plain config keys cannot say is recorded
+        beside them (see `flaxslim._record`), and `flaxslim.from_pretrained` runs it.
+      multiple_of: round each width up to a multiple of this (128 suits most accelerators); by
+        axis or site if a mapping: `{"f": 128, "h": 2, "decoder/*": 64}`. The last that fits holds.
+      threshold: also give up channels whose second row has at most this L2 norm, relative to
+        the largest row norm of the layer. 0.0 is exact; anything above is approximate.
+
+    Raises `FlaxslimError`s: nothing matched, half a pair, a wrong shape, NaN, quantised tensors,
+    tracers, or a config that contradicts the tensors.
+
+    >>> import numpy as np
+    >>> w2 = np.diag([1.0, 0.0, 1.0])
+    >>> tree = {"up": {"kernel": np.ones((2, 3))}, "down": {"kernel": w2}}
+    >>> from flaxslim import Pair, Spec
+    >>> p = plan(tree, spec=Spec(name="MLP", pairs=Pair(first="up", second="down")))
+    >>> p.cuts[0].keep
+    (0, 2)
+    """
+    made = draw(params, cfg, spec, width=width, multiple_of=multiple_of, threshold=threshold)
+    check_finite(made, flatten(params))
+    return made
+
+
+def check_finite(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    """Raise `NonFiniteError` for NaN or infinity in what `draw` did not read: all but the seconds.
+
+    A channel that nothing reads is not dead if it is NaN: zero times NaN is NaN.
+    """
+    for cut in plan.cuts:
+        for tensor in cut.site.cut:
+            if tensor is not cut.site.second:
+                _bits.check_finite(leaves[tensor.path], tensor)
+
+
+def draw(
+    params: Any,
+    cfg: Any,
+    spec: Spec | str | Sequence[Spec | str] | None,
+    *,
+    width: str = "uniform",
+    multiple_of: int | Mapping[str, int] = 1,
+    threshold: float = 0.0,
+) -> Plan:
+    """`plan`, without a search for NaN in the first kernels: `apply` does that while it cuts."""
+    _check_arguments(width, multiple_of, threshold)
+    found = chosen(spec, cfg)
+    sites, unmatched = found.bind(params, cfg)
+    leaves = flatten(params)
+    _refuse_quantised(sites, cfg, leaves)
+    sized = cfg is not None or not isinstance(params, nnx.Module)
+    if sized:
+        _check_config(sites, cfg)
+
+    # By the path of the second kernel, which belongs to one site only; a Site is slow to hash.
+    marks: dict[str, Marks] = {}
+    for site in sites:
+        act = activation(site.pair.activation, cfg, site.pair.config)
+        marks[site.second.path] = mark(
+            site, leaves, act, threshold, foldable=_sums_to_one(site.pair, cfg)
+        )
+
+    cuts: dict[str, Cut] = {}
+    blocked: list[str] = []
+    for members in _groups(_clusters(sites, marks), width, sized):
+        target, why = _target(members, cfg if sized else None, width, multiple_of)
+        blocked += [why] if why else []
+        for cluster in members:
+            mask = _widths.keep(cluster, target)
+            for site in cluster.sites:
+                cuts[site.second.path] = _cut(site, marks[site.second.path], mask, cfg)
+    ordered = tuple(cuts[site.second.path] for site in sites)
+    values, resizes = _resize.values(found, ordered, cfg, width) if sized else ({}, ())
+    return Plan(
+        spec=found,
+        cuts=ordered,
+        resizes=resizes,
+        values=values,
+        threshold=threshold,
+        notes=(
+            *_notes(sites, ordered, cfg, leaves),
+            *(f"no site for {pair}" for pair in unmatched if not pair.optional),
+        ),
+        blocked=tuple(blocked),
+    )
+
+
+def check_dead(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    """Raise `PlanError` if an exact plan, made for other parameters, would cut living channels."""
+    for cut in plan.cuts if plan.exact else ():
+        folded = cut.folded
+        found = mark(
+            cut.site, leaves, ACTIVATIONS.get(cut.activation or ""), foldable=bool(folded.any())
+        )
+        living = ~found.dead | (found.folded & ~folded)
+        living[np.arange(len(living))[:, None], cut.kept] = False
+        if living.any():
+            raise PlanError(
+                f"the plan would cut {int(living.sum())} channels that are alive here",
+                path=cut.site.second.path,
+                seen=f"channel {int(np.argwhere(living)[0][-1])} contributes to the output",
+                mend="make a new plan for these parameters; `apply` cuts by a plan whatever the "
+                "values are",
+            )
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+# Tensors that quantised kernels come with; cutting the kernel alone would leave them behind.
+COMPANION = re.compile(
+    r"(.*_)?(scales?|scale_inv|q?zeros|zero_points?|g_idx|absmax|quant_map|SCB)", re.IGNORECASE
+)
+
+
+def _refuse_quantised(sites: Sequence[Site], cfg: Any, leaves: Mapping[str, Any]) -> None:
+    mend = "slim before quantising, or dequantise first; a plan made then also cuts the scales: "
+    mend += "apply(plan, quantised, like=params)"
+    if _config.has(cfg, "quantization_config") and _config.read(cfg, "quantization_config"):
+        raise UnsupportedDtypeError(
+            "the config says that the weights are quantised",
+            path="quantization_config",
+            seen=str(_config.read(cfg, "quantization_config"))[:80],
+            mend=mend,
+        )
+    for path, _, _ in _beside(sites, leaves):
+        if COMPANION.fullmatch(path.rpartition("/")[2]):
+            raise UnsupportedDtypeError(
+                "a kernel that would be cut is quantised: its scales stand beside it",
+                path=path,
+                mend=mend,
+            )
+
+
+def _beside(sites: Sequence[Site], leaves: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Site]]:
+    """The tensors in the folder of a kernel that is cut which no spec names, with that kernel."""
+    known = {t.path for site in sites for t in site.tensors}
+    others: dict[str, list[str]] = {}
+    for path in leaves:
+        if path not in known:
+            others.setdefault(path.rpartition("/")[0], []).append(path)
+    for site in sites:
+        for t in site.cut:
+            if len(t.shape) > 1:
+                for path in others.get(t.path.rpartition("/")[0], ()):
+                    yield path, t, site
+
+
+def _check_arguments(width: str, multiple_of: Any, threshold: float) -> None:
+    if width not in WIDTHS:
+        raise WidthError(
+            f"there is no width policy {width!r}",
+            expected=" or ".join(f'"{name}"' for name in WIDTHS),
+            mend='"uniform" is what stock classes load by themselves, "per_layer" removes more',
+        )
+    numbers_given = multiple_of.values() if isinstance(multiple_of, Mapping) else [multiple_of]
+    for number in numbers_given:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise WidthError(
+                "multiple_of must be a positive whole number",
+                seen=repr(multiple_of),
+                expected='128, or by axis or site: {"f": 128, "h": 2}',
+            )
+    if not isinstance(threshold, numbers.Real) or not 0 <= float(threshold) < 1:
+        raise WidthError(
+            "threshold is relative to the largest row norm of a layer",
+            seen=repr(threshold),
+            expected="0.0 (exact) up to, but not including, 1.0",
+        )
+
+
+def _check_config(sites: Sequence[Site], cfg: Any) -> None:
+    """Sites that share a width agree with each other and with the config."""
+    first: dict[str, Site] = {}
+    for site in sites:
+        if site.pair.width is None and site.name not in _record.sites(cfg, site.pair.config):
+            continue
+        said = _record.said(cfg, site.pair, site.name, site.layer)
+        other = first.setdefault(str(site.pair.width_expression), site)
+        if said == site.size:
+            continue
+        if other.size != site.size and not _record.is_laid_out(cfg, site.pair.config):
+            raise SiteShapeError(
+                f"two sites that share the width {str(site.pair.width_expression)!r} have "
+                "different sizes",
+                path=site.second.path,
+                seen=f"{site.size} channels",
+                expected=f"{other.size} channels, as at {other.second.path}",
+                mend="pass the config that was saved with these parameters, which says the width "
+                "of each layer; or give the pairs a width key each",
+            )
+        raise ConfigError(
+            "the config contradicts the tensors",
+            path=site.second.path,
+            seen=f"{site.size} channels in a tensor of shape {site.second.shape}",
+            expected=f"{said}, from {site.pair.width_expression or 'the layout'} of the config",
+            mend="pass the config that was saved with these parameters",
+        )
+
+
+def _sums_to_one(pair: Pair, cfg: Any) -> bool:
+    """Whether a head whose values are constant is constant, by `Pair.fold_unless`."""
+    if pair.fold_unless is None:
+        return True
+    key, _, value = pair.fold_unless.partition("=")
+    said = _config.read(cfg, pair.config + key) if _config.has(cfg, pair.config + key) else None
+    return str(said) != value if value else not said
+
+
+# --- widths -----------------------------------------------------------------------------------
+
+
+def _clusters(sites: Sequence[Site], marks: Mapping[str, Marks]) -> list[Cluster]:
+    """Sites that must keep the same channels, together."""
+    tied: dict[Any, list[Site]] = {}
+    for number, site in enumerate(sites):
+        key = number if site.tied is None else (site.tied, site.size)
+        tied.setdefault(key, []).append(site)
+    return [
+        Cluster(
+            sites=tuple(members),
+            living=np.logical_or.reduce([~marks[site.second.path].dead for site in members]),
+            weak=np.logical_or.reduce([marks[site.second.path].weak for site in members]),
+        )
+        for members in tied.values()
+    ]
+
+
+def _groups(clusters: Sequence[Cluster], width: str, sized: bool) -> list[list[Cluster]]:
+    """The clusters that share a width."""
+    if width == "per_layer":
+        return [[cluster] for cluster in clusters]
+    groups: dict[Any, list[Cluster]] = {}
+    for cluster in clusters:
+        site = cluster.sites[0]
+        expression = site.pair.width_expression if sized else None
+        # Without a key nothing says which sites must agree: those of one pair and size do.
+        key = (expression.key or str(expression)) if expression else (site.pair, site.size)
+        groups.setdefault(key, []).append(cluster)
+    return list(groups.values())
+
+
+def _target(
+    members: Sequence[Cluster], cfg: Any, width: str, multiple_of: int | Mapping[str, int]
+) -> tuple[Target, str | None]:
+    """The common width of some clusters, and the reason if no config can say a smaller one."""
+    site = members[0].sites[0]
+    multiple = math.lcm(*(_widths.multiple_for(s, multiple_of) for c in members for s in c.sites))
+    grouped = bool(members[0].groups)
+    if width == "per_layer":
+        even = grouped and not site.pair.ragged
+        return _widths.need(members, even=even, least=0, multiple_of=multiple), None
+    full = Target(width=site.size)
+    # No stock class can be built at width 0, so one dead channel stays in that case.
+    wish = _widths.need(members, even=grouped, least=1, multiple_of=multiple)
+    expression = site.pair.width_expression if cfg is not None else None
+    if expression is None or wish.width == site.size:
+        return wish, None
+    what = "heads" if site.pair.axis == "h" else "channels"
+    laid_out = 'width="per_layer" records it in a layout, which can say any'
+    if len({s.size for cluster in members for s in cluster.sites}) > 1:
+        return full, (
+            f"the layers differ in {expression} already, so that they cannot share one; {laid_out}"
+        )
+    if site.pair.fixed or expression.key is None:
+        how = "ties its heads to its hidden size" if site.pair.fixed else "hard-codes its width"
+        return full, (
+            f"this class {how} ({expression} = {site.size}): its config cannot say the "
+            f"{wish.width} {what} that are needed; {laid_out}"
+        )
+    if grouped:
+        return wish, None
+    step = expression.step(cfg)
+    target = _widths.need(members, even=False, least=1, multiple_of=math.lcm(multiple, step))
+    if target.width == site.size:
+        return full, (
+            f"{wish.width} of {site.size} {what} are needed, but the config ({expression}) can "
+            f"only say multiples of {step}; {laid_out}"
+        )
+    return target, None
+
+
+def _cut(site: Site, marks: Marks, mask: np.ndarray, cfg: Any) -> Cut:
+    gone = ~mask
+    return Cut(
+        site=site,
+        keep=channels(site, mask),
+        dead=int(marks.dead.sum()),
+        rules={name: count for name, count in marks.rules.items() if count},
+        weak=int((gone & marks.weak).sum()),
+        folds=channels(site, gone & marks.folded),
+        activation=activation_name(site.pair.activation, cfg, site.pair.config),
+    )
+
+
+# --- what the reader should know --------------------------------------------------------------
+
+
+def _notes(
+    sites: Sequence[Site], cuts: Sequence[Cut], cfg: Any, leaves: Mapping[str, Any]
+) -> list[str]:
+    notes = []
+    for pair in dict.fromkeys(site.pair for site in sites):
+        if activation(pair.activation, cfg, pair.config) is None:
+            name = activation_name(pair.activation, cfg, pair.config)
+            rules = "(i) and (ii), up only" if pair.gated else "(i)"
+            notes.append(
+                f"the activation of {pair.at or pair.second} is unknown ({name or 'not given'}): "
+                f"of the rules {', '.join(f'({r})' for r in RULES)} only {rules} were used"
+            )
+    if any(cut.folded.any() and cut.site.pair.axis == "h" for cut in cuts):
+        notes.append(
+            "heads with constant values were folded into a bias: that is exact while attention "
+            "dropout is off and no head_mask names them"
+        )
+    return notes + _neighbours(sites, leaves)
+
+
+def _neighbours(sites: Sequence[Site], leaves: Mapping[str, Any]) -> list[str]:
+    """Notes on tensors beside a kernel that is cut that might need the same cut."""
+    return [
+        f"{path} stands beside {t.path} and may have an axis of the same {site.size} channels; "
+        "the spec does not name it, so it stays as it is"
+        for path, t, site in _beside(sites, leaves)
+        if site.size in getattr(leaves[path], "shape", ())
+    ]

@@ -1,0 +1,334 @@
+"""Stock Linen modules at the sizes of a layout: while they are traced, nothing is patched.
+
+`flax.linen.intercept_methods` sees each call of a module's method, `setup` included. Modules that
+a layout names are told their sizes there; the arrays and the compiled code are those of a class
+that was written for them. Interceptors act in one thread, and only on the trees of modules that
+are run inside: a dense model beside is not touched.
+"""
+
+import copy
+import dataclasses
+import functools
+import inspect
+import threading
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen
+
+from flaxslim import _config
+from flaxslim._compat import clip_compat, clips
+from flaxslim._errors import LayoutError
+from flaxslim._layout import Argument, Layout, Told
+from flaxslim._spec import Spec
+
+
+class _Running(threading.local):
+    """The innermost context of this thread; it alone acts."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Context] = []
+
+
+_running = _Running()
+
+
+@dataclasses.dataclass(eq=False)
+class _Context:
+    """One `with`: a layout that is given, or the one that the root module's config says.
+
+    While a tree of modules runs, `now` is its layout. Inside of a lifted transformation
+    (`nn.remat`) a module has no way up to its root any more.
+    """
+
+    layout: Layout | None
+    by_root: bool
+    now: Layout | None = None
+    inside: bool = False
+
+    def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module, method = context.module, context.method_name
+        if _running.stack[-1] is not self or module.scope is None:  # not ours, or unbound
+            return next_fun(*args, **kwargs)
+        if not self.by_root:
+            return _tell(self.layout, module, next_fun, args, kwargs, method)
+        if self.inside and not (module.path == () and _says(module)):
+            return _tell(self.now, module, next_fun, args, kwargs, method)
+        before = self.now, self.inside
+        root = _root_of(module)
+        self.now = Layout.of(root.config) if _says(root) else self.layout
+        self.inside = True
+        try:
+            return _tell(self.now, module, next_fun, args, kwargs, method)
+        finally:
+            self.now, self.inside = before
+
+
+def _says(module: Any) -> bool:
+    """Whether a module has a config of its own, which then says its sizes."""
+    return getattr(module, "config", None) is not None
+
+
+def _root_of(module: Any) -> Any:
+    while isinstance(module.parent, linen.Module):
+        module = module.parent
+    return module
+
+
+@contextmanager
+def _running_at(context: _Context) -> Iterator[None]:
+    _running.stack.append(context)
+    try:
+        with linen.intercept_methods(context):
+            yield
+    finally:
+        _running.stack.pop()
+
+
+@contextmanager
+def layout(cfg: Any = None, spec: Spec | None = None) -> Iterator[None]:
+    """Stock Linen classes run at the sizes of their slimmed configs inside.
+
+    For code that builds the stock class itself: a training script as it is, or
+    `FlaxAutoModel.from_pretrained(folder)`. A model whose config has a layout runs at it, any
+    other (a dense teacher) as ever. Modules without a config of their own run at the layout of
+    `cfg`; `spec` is only needed for a model of one's own whose config does not keep it.
+
+    What is compiled inside stays usable outside; what is traced anew must be inside again, and in
+    the same thread. `flaxslim.from_pretrained` gives an instance that needs no such context.
+    Raises `LayoutError` for a layout that cannot be read.
+
+    >>> import flaxslim
+    >>> with flaxslim.layout():
+    ...     pass  # model = FlaxAutoModel.from_pretrained("slim"); model(**inputs)
+    """
+    found = None if cfg is None and spec is None else Layout.of(cfg, spec)
+    with _running_at(_Context(layout=found, by_root=True)):
+        yield
+
+
+# --- what happens to one module ---------------------------------------------------------------
+
+
+def _tell(
+    found: Layout | None, module: Any, next_fun: Any, args: Any, kwargs: Any, method: str
+) -> Any:
+    told = None if found is None else found.at(module.path)
+    if told is None:
+        return next_fun(*args, **kwargs)
+    if told.early or method != "setup":
+        _set(module, told)
+    if method == "setup":
+        result = next_fun(*args, **kwargs)
+        _set(module, told)
+        return result
+    if method == "__call__":
+        for argument in told.arguments:
+            args, kwargs = _cut_out(module, argument, args, kwargs)
+        if told.inputs is not None:
+            ahead = (slice(None),) * (-told.inputs - 1)
+            args = (args[0][(..., slice(0, 0), *ahead)], *args[1:])
+    result = next_fun(*args, **kwargs)
+    if method == "__call__" and told.outputs is not None:
+        shape = result.shape[: result.ndim - len(told.outputs)]
+        return jnp.zeros((*shape, *told.outputs), result.dtype)
+    return result
+
+
+def _set(module: Any, told: Told) -> None:
+    if told.dims:
+        _set_features(module, told.dims)
+    for name, value in told.attributes:
+        head, _, key = name.partition(".")
+        if not hasattr(module, head) or (key and not _config.has(getattr(module, head), key)):
+            raise LayoutError(
+                "a module has no such attribute to say its sizes by",
+                path=f"{'/'.join(module.path)}.{name}",
+                seen=f"a {type(module).__name__}",
+                mend="run the layout with a class of the family that it was made for",
+            )
+        old = getattr(module, head)
+        if key:
+            if _config.read(old, key) == value:
+                continue
+            value = _with(old, key, value)
+        # A Linen module is frozen but for setup; each trace makes its submodules anew.
+        object.__setattr__(module, head, value)
+
+
+def _with(cfg: Any, key: str, value: Any) -> Any:
+    """A shallow copy of a config with one key set: `_config.replace` copies all of it."""
+    if isinstance(cfg, Mapping) or dataclasses.is_dataclass(cfg):
+        return _config.replace(cfg, {key: value})
+    new = copy.copy(cfg)
+    setattr(new, key, value)
+    return new
+
+
+def _set_features(module: Any, dims: tuple[int | None, ...]) -> None:
+    """`features` (or the `shape` of an einsum layer) by the sizes of the kernel that change."""
+    name = "features" if hasattr(module, "features") else "shape"
+    old = getattr(module, name, None)
+    if isinstance(old, int):
+        new = next((dim for dim in dims if dim is not None), old)
+    elif isinstance(old, tuple | list) and old:
+        tail = dims[-len(old) :]
+        new = tuple(a if b is None else b for a, b in zip(old, tail, strict=True))
+    else:
+        raise LayoutError(
+            "a layer has neither features nor a shape to say its sizes by",
+            path="/".join(module.path),
+            seen=f"a {type(module).__name__}",
+            mend="say in the spec what its class calls them: "
+            'Pair(modules={"layer": {"hidden": "f"}})',
+        )
+    object.__setattr__(module, name, new)
+
+
+def _cut_out(module: Any, argument: Argument, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments with the heads that are left of one of them."""
+    names = _parameters(type(module))
+    if argument.name in kwargs:
+        kwargs = {**kwargs, argument.name: _heads_of(kwargs[argument.name], argument, module)}
+    elif argument.name in names and (at := names.index(argument.name)) < len(args):
+        args = (*args[:at], _heads_of(args[at], argument, module), *args[at + 1 :])
+    return args, kwargs
+
+
+@functools.cache
+def _parameters(cls: type) -> list[str]:
+    return list(inspect.signature(cls.__call__).parameters)[1:]  # without self
+
+
+def _heads_of(x: Any, argument: Argument, module: Any) -> Any:
+    if x is None:
+        return None
+    if x.shape[argument.axis] != argument.dense:
+        raise LayoutError(
+            f"the argument {argument.name} has an entry for another number of heads",
+            path="/".join(module.path),
+            seen=f"shape {tuple(x.shape)}",
+            expected=f"{argument.dense} along axis {argument.axis}: all heads of the dense model, "
+            "of which those that are left are taken",
+            mend="pass a mask for the heads as the config counts them",
+        )
+    return jnp.take(x, argument.heads, axis=argument.axis, mode="clip")
+
+
+# --- modules that run at a layout by themselves -----------------------------------------------
+
+_ENTRIES = ("apply", "init", "init_with_output", "lazy_init")
+
+
+def module(cls: type, cfg: Any, *, spec: Spec | None = None, **fields: Any) -> Any:
+    """A Linen module of a stock class at the sizes of a slimmed config.
+
+    Its `apply` and `init` run at the layout by themselves, under any transformation; where it is
+    bound, or made a part of another module, `flaxslim.layout(cfg)` does it.
+
+    Args:
+      cls: the Linen class, such as `FlaxBertModule`.
+      cfg: the slimmed config, which becomes its field `config`; of a class without one, the
+        fields that the config has.
+      spec: only for a model of one's own whose config does not keep it.
+      fields: further fields (`dtype=`).
+
+    Raises `LayoutError` for a layout that cannot be read.
+
+    >>> import flax.linen as nn
+    >>> from flaxslim import Pair, Spec
+    >>> import jax, numpy as np
+    >>> class MLP(nn.Module):
+    ...     hidden: int
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         h = nn.relu(nn.Dense(self.hidden)(x))
+    ...         return nn.Dense(2)(h)
+    >>> cfg = {"hidden": 8, "flaxslim_layout": {"version": 1, "sites": {"/Dense_1": 5}}}
+    >>> spec = Spec(name="MLP", pairs=Pair(first="Dense_0", second="Dense_1", width="hidden"))
+    >>> mlp = module(MLP, cfg, spec=spec)
+    >>> variables = mlp.init(jax.random.key(0), np.ones((1, 3)))
+    >>> jax.tree.map(np.shape, variables["params"]["Dense_0"])
+    {'bias': (5,), 'kernel': (3, 5)}
+    """
+    from flaxslim._model import fields_of
+
+    found = Layout.of(cfg, spec)
+    return module_at(cls, found, **{**fields_of(cls, cfg), **fields})
+
+
+def module_at(cls: type, found: Layout | None, **fields: Any) -> Any:
+    """An instance of a Linen class whose entry points run at a layout."""
+    return _class_at(cls, found)(**fields)
+
+
+def _class_at(cls: type, found: Layout | None) -> type:
+    def entering(name: str) -> Any:
+        method = getattr(cls, name)
+
+        @functools.wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with ExitStack() as stack:
+                if clips(cls):
+                    stack.enter_context(clip_compat())
+                if found is not None:
+                    stack.enter_context(_running_at(_Context(layout=found, by_root=False)))
+                return method(self, *args, **kwargs)
+
+        return linen.nowrap(call)
+
+    def body(namespace: dict[str, Any]) -> None:
+        namespace |= {name: entering(name) for name in _ENTRIES}
+        namespace |= {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__reduce__": linen.nowrap(lambda self: (_restored, (cls, found, _fields(self)))),
+        }
+
+    return types.new_class(cls.__name__, (cls,), exec_body=body)
+
+
+def _fields(module: Any) -> dict[str, Any]:
+    names = (f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name"))
+    return {name: getattr(module, name) for name in names}
+
+
+def _restored(cls: type, found: Layout | None, fields: Mapping[str, Any]) -> Any:
+    return module_at(cls, found, **fields)
+
+
+class ModuleClass:
+    """A Linen class at a layout: called like the class, and equal to it.
+
+    transformers makes modules anew from `model.module_class` (to enable gradient checkpointing),
+    and asks which class that is.
+    """
+
+    def __init__(self, cls: type, found: Layout | None):
+        self.cls, self.found = cls, found
+
+    def __call__(self, *args: Any, **fields: Any) -> Any:
+        return _class_at(self.cls, self.found)(*args, **fields)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self.cls or (isinstance(other, ModuleClass) and other.cls is self.cls)
+
+    def __hash__(self) -> int:
+        return hash(self.cls)
+
+
+def lay_out(model: Any) -> Any:
+    """Let an instance of a transformers class run at the layout of its config from now on.
+
+    Returns the same instance; one whose config has no layout stays as it is (but T5-like ones get
+    the `jnp.clip` that they need).
+    """
+    found = Layout.of(model.config)
+    cls = type(model.module)
+    if found is not None or clips(cls):
+        model._module = module_at(cls, found, **_fields(model.module))
+        model.module_class = ModuleClass(cls, found)
+    return model

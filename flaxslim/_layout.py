@@ -1,0 +1,288 @@
+"""The sizes that a config records, as what each Linen module has to be told.
+
+A stock class asks its config for one width and one number of heads. Where a layer has others
+(`flaxslim._record`), its modules are told so while they are traced (`flaxslim._intercept`): a
+`Dense` its features, an attention module its heads. `Layout.of(config)` says which module is told
+what, by its path.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from flaxslim import _record
+from flaxslim._axes import Axes
+from flaxslim._config import Width
+from flaxslim._errors import LayoutError, UnknownFamilyError, nearest
+from flaxslim._sites import beside, root_regex
+from flaxslim._spec import Pair, Spec, measure
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Argument:
+    """An argument of a module's call that has an entry for each head of the dense model."""
+
+    name: str
+    axis: int
+    heads: np.ndarray
+    dense: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Told:
+    """What one module is told.
+
+    Attributes:
+      dims: of its kernel, the sizes that change; None for the others. Its features follow.
+      attributes: names (or "config.key") and values to be set.
+      early: set them before the module's setup, which makes tensors by them; else after it, so
+        that what it makes for others keeps its size.
+      arguments: what is to be cut out of the arguments of its call.
+      outputs, inputs: of a site of width 0, which runs with one channel of zeros: the sizes of the
+        last dimensions that a layer puts out, and which of the last dimensions that the second
+        layer reads is emptied again.
+    """
+
+    dims: tuple[int | None, ...] = ()
+    attributes: tuple[tuple[str, Any], ...] = ()
+    early: bool = False
+    arguments: tuple[Argument, ...] = ()
+    outputs: tuple[int, ...] | None = None
+    inputs: int | None = None
+
+
+class Layout:
+    """What the modules of a model are told, by their paths."""
+
+    def __init__(self, told: Mapping[tuple[str, str], Told]):
+        """`told` by subtree of a composite ("" for all) and path below some prefix of it.
+
+        A path with "/" in front has no prefix.
+        """
+        self._told: dict[str, list[tuple[str, Told]]] = {}
+        for (tree, path), what in told.items():
+            self._told.setdefault(path, []).append((tree, what))
+        self._found: dict[tuple[str, ...], Told | None] = {}
+
+    @classmethod
+    def of(cls, cfg: Any, spec: Spec | None = None) -> "Layout | None":
+        """The layout of a config; None if its plain keys say all.
+
+        `spec` is only needed for a model of one's own whose config does not keep it.
+        Raises `LayoutError` if it cannot be read, or says what the spec does not know.
+        """
+        spec = spec or _spec_of(cfg)
+        if spec is None:
+            return None
+        told: dict[tuple[str, str], Told] = {}
+        known: set[tuple[str, str]] = set()
+        for pair in spec:
+            for name, place, size in _sites(pair, cfg):
+                known.add((pair.config, name))
+                told |= {(pair.tree, path): t for path, t in _told(pair, cfg, place, size)}
+        _check_all_known(spec, cfg, known)
+        return cls(told) if told else None
+
+    def at(self, path: tuple[str, ...]) -> Told | None:
+        """What the module at a path is told, if anything."""
+        if path not in self._found:
+            self._found[path] = self._find(path)
+        return self._found[path]
+
+    def _find(self, path: tuple[str, ...]) -> Told | None:
+        for i in range(len(path)):
+            name = "/".join(path[i:])
+            for tree, told in self._told.get(name, ()):
+                if path[: len(parts := _parts(tree))] == parts:
+                    return told
+            for tree, told in self._told.get(f"/{name}", ()):
+                if path[:i] == _parts(tree):
+                    return told
+        return None
+
+
+def _parts(tree: str) -> tuple[str, ...]:
+    return tuple(filter(None, tree.split("/")))
+
+
+def _spec_of(cfg: Any) -> Spec | None:
+    """All pairs of the family that a config names, or the spec that its layout keeps."""
+    from flaxslim.specs import spec_for
+
+    kept = _record.entry(cfg).get("spec")
+    if kept is not None:
+        try:
+            return Spec.from_dict(kept)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise LayoutError(
+                "the layout's spec cannot be read",
+                path=f"{_record.LAYOUT}.spec",
+                seen=f"{type(error).__name__}: {error}",
+                mend="use the config.json that was saved with these parameters",
+            ) from error
+    try:
+        return spec_for(cfg, "all")
+    except UnknownFamilyError:
+        if _record.is_laid_out(cfg):
+            raise
+        return None
+
+
+def _name_regex(pair: Pair) -> re.Pattern[str]:
+    """What the name of a site of this pair looks like: `front` if it is a whole path, `place`."""
+    unprefixed = dataclasses.replace(pair, tree="", at="/" + pair.at.lstrip("/"))
+    whole = "" if not pair.at or pair.at.startswith("/") else "?"
+    front = f"(?:/(?P<front>(?:[^/]+/)*?)){whole}"
+    return re.compile(front + root_regex(unprefixed) + re.escape(pair.second))
+
+
+def _sites(pair: Pair, cfg: Any) -> Iterator[tuple[str, str, _record.Recorded]]:
+    """The sites of a pair that a config has a size of its own for: name, place, size."""
+    regex = _name_regex(pair)
+    recorded = _record.sites(cfg, pair.config)
+    for name, size in recorded.items():
+        if match := regex.fullmatch(name):
+            front = match["front"]
+            yield name, match["place"] if front is None else f"/{front}{match['place']}", size
+    expression = pair.width_expression
+    if expression is None or expression.key is None or pair.at.count("{") != 1:
+        return
+    key = expression.key.removeprefix(pair.config)
+    for layer, own in _record.per_layer(cfg, pair.config).items():
+        if key in own:
+            place = re.sub(r"\{\w*\}", str(layer), pair.at) + "/"
+            if place + pair.second not in recorded:
+                yield place + pair.second, place, expression.read(cfg, own)
+
+
+def _check_all_known(spec: Spec, cfg: Any, known: set[tuple[str, str]]) -> None:
+    prefixes = {pair.config for pair in spec}
+    for prefix in prefixes:
+        for name in _record.sites(cfg, prefix):
+            if (prefix, name) not in known:
+                raise LayoutError(
+                    f"the layout has a site that {spec.name} does not know",
+                    path=f"{prefix}{_record.LAYOUT}.sites.{name}",
+                    expected=" or ".join(
+                        f"{pair.at}/{pair.second}" for pair in spec if pair.config == prefix
+                    ),
+                    near=nearest(name, [other for _, other in known]),
+                    mend="use the config.json that was saved with these parameters; for a model "
+                    "of your own give its spec",
+                )
+        keys = {
+            expression.key.removeprefix(prefix)
+            for pair in spec
+            if pair.config == prefix
+            and (expression := pair.width_expression) is not None
+            and expression.key is not None
+            and pair.axis == "f"
+        }
+        for layer, own in _record.per_layer(cfg, prefix).items():
+            if unknown := sorted(own.keys() - keys):
+                raise LayoutError(
+                    "per_layer_config says something that flaxslim cannot run in a stock class",
+                    path=f"{prefix}{_record.PER_LAYER}.{layer}.{unknown[0]}",
+                    seen=own[unknown[0]],
+                    expected="only " + ", ".join(sorted(keys)),
+                    mend="run this model with a class that knows the key",
+                )
+
+
+# --- what is told at one site -----------------------------------------------------------------
+
+
+def _told(pair: Pair, cfg: Any, place: str, size: _record.Recorded) -> Iterator[tuple[str, Told]]:
+    """The modules of one site by path, and what each is told."""
+    heads = np.asarray(size, int) if isinstance(size, tuple) else None
+    width = size if isinstance(size, int) else len(size)
+    groups = _groups(pair, cfg, heads, width)
+    sizes = {
+        name: Width(expression=expression, prefix=pair.config).read(cfg)
+        for name, expression in pair.sizes.items()
+    }
+    real = {**sizes, pair.axis: width, **({pair.group: len(groups)} if pair.group else {})}
+    # Attention that is dead as a whole is traced with one head of zeros, which no layer owns.
+    ghost = width == 0 and bool(pair.modules)
+    run = real if not ghost else {**real, pair.axis: 1, **({pair.group: 1} if pair.group else {})}
+    run_groups = (1,) if ghost and pair.group else groups
+    root = place.rstrip("/")
+    parents = {name.rpartition("/")[0] for name in pair.tables}
+
+    def at(path: str) -> str:
+        found = beside(root.lstrip("/"), path) if path else root.lstrip("/")
+        return f"/{found}" if place.startswith("/") else found
+
+    carried = {pair.axis, *pair.inner}
+    owners = {
+        **dict.fromkeys(pair.firsts, pair.first_axes),
+        **pair.also,
+        **{name.rpartition("/")[0]: axes for name, axes in pair.tables.items()},
+    }
+    for path, pattern in owners.items():
+        if path in pair.modules:
+            continue
+        outputs = None
+        if ghost:
+            outputs = tuple(d for d in _dims(pattern, pair, run, carried) if d is not None)
+        yield (
+            at(path),
+            Told(dims=_dims(pattern, pair, real, {pair.axis_in(pattern)}), outputs=outputs),
+        )
+    if ghost:
+        read = [dim for dim in Axes(pair.second_axes).dimensions if {*dim} & carried]
+        inputs = next(i for i, dim in enumerate(read) if pair.axis in dim) - len(read)
+        yield at(pair.second), Told(inputs=inputs)
+    for path in {*pair.modules, *pair.arguments}:
+        attributes = pair.modules.get(path, {})
+        yield (
+            at(path),
+            Told(
+                attributes=tuple(
+                    (name, measure(expression, run, run_groups))
+                    for name, expression in attributes.items()
+                ),
+                early=path in parents or path in owners,
+                arguments=tuple(_arguments(pair, cfg, path, heads)),
+            ),
+        )
+
+
+def _groups(pair: Pair, cfg: Any, heads: np.ndarray | None, width: int) -> tuple[int, ...]:
+    if pair.group is None or heads is None:
+        return ()
+    all_heads, all_groups = pair.width_expression, pair.group_expression
+    assert all_heads is not None
+    assert all_groups is not None
+    each = all_heads.read(cfg) // all_groups.read(cfg)
+    _, counts = np.unique(heads // each, return_counts=True)
+    return tuple(counts.tolist())
+
+
+def _dims(
+    pattern: str, pair: Pair, sizes: Mapping[str, int], carried: set[str]
+) -> tuple[int | None, ...]:
+    """The dimensions of a kernel that carry some axes, as sizes; None for the others."""
+    dims: list[int | None] = []
+    for factors in Axes(pattern).dimensions:
+        if {*factors} & carried and all(isinstance(f, int) or f in sizes for f in factors):
+            dims.append(int(np.prod([f if isinstance(f, int) else sizes[f] for f in factors])))
+        else:
+            dims.append(None)
+    return tuple(dims)
+
+
+def _arguments(pair: Pair, cfg: Any, path: str, heads: np.ndarray | None) -> Iterator[Argument]:
+    expression = pair.width_expression
+    if heads is None or expression is None:
+        return
+    for name, pattern in pair.arguments.get(path, {}).items():
+        yield Argument(
+            name=name,
+            axis=Axes(pattern).dimension(pair.axis),
+            heads=heads if len(heads) else np.zeros(1, int),
+            dense=expression.read(cfg),
+        )

@@ -1,0 +1,164 @@
+"""A plan as plain data for JSON, and back."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flaxslim._axes import Axes
+from flaxslim._errors import PlanError
+from flaxslim._plan import Channels, Cut, Plan, Resize
+from flaxslim._spec import Site, Spec, Tensor
+
+VERSION = 2
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    """Plain data: dicts, lists, strings, numbers."""
+    pairs = list(plan.spec)
+    return {
+        "version": VERSION,
+        "spec": plan.spec.to_dict(),
+        "threshold": plan.threshold,
+        "notes": list(plan.notes),
+        "blocked": list(plan.blocked),
+        "values": dict(plan.values),
+        "resizes": [vars(resize) for resize in plan.resizes],
+        "cuts": [
+            {
+                **_site_to_dict(cut.site, pairs.index(cut.site.pair)),
+                "keep": _lists(cut.keep),
+                "dead": cut.dead,
+                "rules": dict(cut.rules),
+                "weak": cut.weak,
+                "folds": _lists(cut.folds),
+                "activation": cut.activation,
+            }
+            for cut in plan.cuts
+        ],
+    }
+
+
+def from_dict(data: Mapping[str, Any]) -> Plan:
+    """The plan that `to_dict` wrote; `PlanError` for anything else."""
+    try:
+        if data["version"] != VERSION:
+            raise PlanError(
+                "the plan was written by another version of flaxslim",
+                seen=f"version {data['version']}",
+                expected=f"version {VERSION}",
+                mend="make the plan anew, or use that version",
+            )
+        spec = Spec.from_dict(data["spec"])
+        return Plan(
+            spec=spec,
+            threshold=data["threshold"],
+            notes=tuple(data["notes"]),
+            blocked=tuple(data["blocked"]),
+            values=dict(data["values"]),
+            resizes=tuple(Resize(**resize) for resize in data["resizes"]),
+            cuts=tuple(_cut(cut, list(spec)) for cut in data["cuts"]),
+        )
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, PlanError):
+            raise
+        raise PlanError(
+            "this is not the JSON of a plan",
+            seen=f"{type(error).__name__}: {error}",
+            expected="what Plan.to_json() writes",
+        ) from error
+
+
+def _lists(channels: Channels) -> list[Any]:
+    return [list(row) if isinstance(row, tuple) else row for row in channels]
+
+
+def _tensor_to_list(tensor: Tensor | None) -> list[Any] | None:
+    return tensor and [
+        tensor.path,
+        str(tensor.axes),
+        list(tensor.shape),
+        dict(tensor.axes.known),
+    ]
+
+
+def _tensor(data: Sequence[Any]) -> Tensor:
+    path, axes, shape, known = data
+    tensor = Tensor(path=path, axes=Axes(axes, tuple(known.items())), shape=tuple(shape))
+    tensor.axes.sizes(tensor.shape, path=path)
+    return tensor
+
+
+def _site_to_dict(site: Site, pair: int) -> dict[str, Any]:
+    return {
+        "root": site.root,
+        "name": site.name,
+        "layer": site.layer,
+        "pair": pair,
+        "size": site.size,
+        "first": [_tensor_to_list(t) for t in site.first],
+        "first_biases": [_tensor_to_list(t) for t in site.first_biases],
+        "second": _tensor_to_list(site.second),
+        "second_bias": _tensor_to_list(site.second_bias),
+        "also": [_tensor_to_list(t) for t in site.also],
+        "lora": [[kernel, _tensor_to_list(t)] for kernel, t in site.lora],
+        "stack": list(site.stack),
+        "groups": list(site.groups),
+        "tied": site.tied,
+    }
+
+
+def _cut(data: Mapping[str, Any], pairs: Sequence[Any]) -> Cut:
+    site = Site(
+        root=data["root"],
+        name=data["name"],
+        layer=data["layer"],
+        pair=pairs[data["pair"]],
+        size=data["size"],
+        first=tuple(_tensor(t) for t in data["first"]),
+        first_biases=tuple(t and _tensor(t) for t in data["first_biases"]),
+        second=_tensor(data["second"]),
+        second_bias=data["second_bias"] and _tensor(data["second_bias"]),
+        also=tuple(_tensor(t) for t in data["also"]),
+        lora=tuple((kernel, _tensor(t)) for kernel, t in data["lora"]),
+        stack=tuple(data["stack"]),
+        groups=tuple(data["groups"]),
+        tied=data["tied"],
+    )
+    keep = _channels(site, data["keep"])
+    rows = keep if site.stack else (keep,)
+    if len({len(row) for row in rows}) != 1 or len(rows) != site.rows:
+        raise PlanError(
+            "the rows of a stacked site do not keep equally many channels", path=site.root
+        )
+    folds = _channels(site, data["folds"])
+    gone = zip(folds if site.stack else (folds,), rows, strict=False)
+    if any(set(some) & set(row) for some, row in gone):
+        raise PlanError(
+            "a constant is to be folded for a channel that does not go",
+            path=site.root,
+            seen=str(folds)[:80],
+        )
+    return Cut(
+        site=site,
+        keep=keep,
+        dead=data["dead"],
+        rules=data["rules"],
+        weak=data["weak"],
+        folds=folds,
+        activation=data["activation"],
+    )
+
+
+def _channels(site: Site, data: Sequence[Any]) -> Channels:
+    """Channels; a device gather would clip one that is out of range, silently."""
+    rows = [tuple(row) for row in (data if site.stack else [data])]
+    for row in rows:
+        whole = all(type(channel) is int for channel in row)
+        if not whole or any(b <= a for a, b in itertools.pairwise((-1, *row, site.size))):
+            raise PlanError(
+                "the channels that stay, or are folded, are not ascending indices of a site",
+                path=site.root,
+                seen=str(row) if len(row) <= 16 else f"{len(row)} of them",
+                expected=f"indices from 0 to {site.size - 1}, each once",
+            )
+    return tuple(rows) if site.stack else rows[0]

@@ -1,0 +1,379 @@
+"""A spec bound to a tree: which tensors each pair means there."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flaxslim import _record
+from flaxslim._axes import Axes
+from flaxslim._config import Width
+from flaxslim._errors import (
+    ConfigError,
+    IncompletePairError,
+    NothingMatchedError,
+    SiteShapeError,
+    nearest,
+)
+from flaxslim._lora import low_rank, matrices
+from flaxslim._spec import Pair, Site, Spec, Tensor, as_tuple
+from flaxslim._tree import flatten
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Found:
+    """A root at which layers of a pair are: their kernels, and what its placeholders stand for."""
+
+    prefix: str
+    place: str
+    names: tuple[str, ...]
+    kernels: dict[str, str]
+
+    @property
+    def root(self) -> str:
+        return (self.prefix + self.place).rstrip("/")
+
+    @property
+    def stack(self) -> str:
+        """What all layers of one stack have in common."""
+        return "/".join([self.prefix, *(name for name in self.names if not name.isdigit())])
+
+
+def bind(spec: Spec, params: Any, cfg: Any) -> tuple[tuple[Site, ...], tuple[Pair, ...]]:
+    """The sites of a spec in a tree, and the pairs that have none; raises as `Spec.sites` does."""
+    leaves = flatten(params)
+    loras = matrices(leaves)
+    sites: list[Site] = []
+    unmatched: list[Pair] = []
+    partial: list[tuple[Pair, _Found]] = []
+    for pair in spec:
+        found = _find(pair, leaves)
+        complete = [f for f in found if len(f.kernels) == len(pair.layers)]
+        partial += [(pair, f) for f in found if len(f.kernels) < len(pair.layers)]
+        sites += _tie([(_site(pair, f, leaves, loras, cfg), f) for f in complete], leaves)
+        if not complete:
+            unmatched.append(pair)
+    claimed = {tensor.path for site in sites for tensor in site.cut}
+    for pair, found in partial:
+        # Half of a gated pair is often the whole of a plain one: T5's wo belongs to either.
+        if not claimed.issuperset(found.kernels.values()):
+            raise _incomplete(spec, pair, found, leaves)
+    if not sites:
+        raise _nothing(spec, leaves)
+    _check_claims(sites)
+    sites = _named(sites)
+    return tuple(sorted(sites, key=lambda site: _natural(site.second.path))), tuple(unmatched)
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    return [(int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", path)]
+
+
+# --- which layers -----------------------------------------------------------------------------
+
+_ANYWHERE = r"(?:[^/]+/)*?"  # as few as will do: a layer's name may have several parts
+
+
+def root_regex(pair: Pair) -> str:
+    """A regular expression for everything before a layer's own name: groups `prefix`, `place`.
+
+    Of a place in `at`, the name that it stands for is a group too.
+    """
+    prefix = "" if pair.at.startswith("/") else _ANYWHERE
+    if pair.tree:
+        prefix = re.escape(pair.tree) + "/" + prefix
+    place = ""
+    for name in filter(None, pair.at.split("/")):
+        if name == "**":
+            place += _ANYWHERE
+        else:
+            pieces = re.split(r"(\{\w*\})", name)
+            place += "".join("([^/]+)" if p.startswith("{") else re.escape(p) for p in pieces)
+            place += "/"
+    return rf"(?P<prefix>{prefix})(?P<place>{place})"
+
+
+def site_name(pair: Pair, prefix: str, place: str) -> str:
+    """What a layout calls a site; see `flaxslim._record`."""
+    if place and not pair.at.startswith("/"):
+        return place + pair.second
+    return whole_name(pair, prefix + place)
+
+
+def whole_name(pair: Pair, root: str) -> str:
+    """The same by the whole path in the part of the tree that is the pair's."""
+    inside = root.lstrip("/").removeprefix(f"{pair.tree}/" if pair.tree else "")
+    # A Linen module does not know in which collection its parameters lie.
+    return "/" + inside.removeprefix("params/") + pair.second
+
+
+def _find(pair: Pair, leaves: Mapping[str, Any]) -> list[_Found]:
+    """Every root where at least one layer of the pair is."""
+    layers = "|".join(re.escape(name) for name in sorted(pair.layers, key=len, reverse=True))
+    regex = re.compile(rf"{root_regex(pair)}(?P<layer>{layers})(?:/{re.escape(pair.kernel)})?")
+    found: dict[str, _Found] = {}
+    for path in leaves:
+        if match := regex.fullmatch(path):
+            names = match.groups()[2:-1]  # between the prefix and place, and the layer
+            new = _Found(prefix=match["prefix"], place=match["place"], names=names, kernels={})
+            found.setdefault(new.root, new).kernels[match["layer"]] = path
+    return list(found.values())
+
+
+# --- one site ---------------------------------------------------------------------------------
+
+
+def _join(*names: str) -> str:
+    return "/".join(filter(None, names))
+
+
+def _site(
+    pair: Pair,
+    found: _Found,
+    leaves: Mapping[str, Any],
+    loras: Mapping[str, tuple[int, ...]],
+    cfg: Any,
+) -> Site:
+    known = _known(pair, cfg)
+
+    def tensor(path: str, axes: Axes) -> Tensor:
+        shape = getattr(leaves[path], "shape", None)
+        if shape is None:
+            raise SiteShapeError(
+                "a tensor of a pair is not an array", path=path, seen=type(leaves[path]).__name__
+            )
+        axes.sizes(shape, path=path)
+        return Tensor(path=path, axes=axes, shape=tuple(shape))
+
+    def bias(layer: str, given: str | None, axes: Axes) -> Tensor | None:
+        path = _join(found.root, given or f"{layer}/{pair.bias}")
+        if path in leaves and leaves[path] is not None:
+            return tensor(path, axes)
+        if given:
+            raise IncompletePairError(
+                "the spec names a bias that is not in the tree",
+                path=path,
+                near=nearest(path, leaves),
+            )
+        return None
+
+    first_axes, second_axes = Axes(pair.first_axes, known), Axes(pair.second_axes, known)
+    carried = {pair.axis, *pair.inner, *second_axes.stack}
+    given = as_tuple(pair.first_bias) if pair.first_bias else (None,) * len(pair.firsts)
+    first = tuple(tensor(found.kernels[name], first_axes) for name in pair.firsts)
+    first_biases = tuple(
+        bias(name, g, first_axes.only(carried)) for name, g in zip(pair.firsts, given, strict=True)
+    )
+    second = tensor(found.kernels[pair.second], second_axes)
+    outside = {*second_axes.names} - {pair.axis, *pair.inner}
+    second_bias = bias(pair.second, pair.second_bias, second_axes.only(outside))
+    also: list[Tensor] = []
+    for layer, pattern in pair.also.items():
+        axes = Axes(pattern, known)
+        also += [tensor(found.kernels[layer], axes)]
+        also += filter(None, [bias(layer, None, axes.only(carried))])
+    for name, pattern in pair.tables.items():
+        if leaves.get(path := beside(found.root, name)) is not None:
+            also.append(tensor(path, Axes(pattern, known)))
+
+    sizes = second.axes.sizes(second.shape)
+    number = re.fullmatch(r"\d+", found.names[0]) if len(found.names) == 1 else None
+    site = Site(
+        root=found.root,
+        pair=pair,
+        name=site_name(pair, found.prefix, found.place),
+        layer=int(found.names[0]) if number else None,
+        size=sizes[pair.axis],
+        first=first,
+        first_biases=first_biases,
+        second=second,
+        second_bias=second_bias,
+        also=tuple(also),
+        lora=tuple(
+            (t.path, matrix)
+            for t in (*first, *also, second)
+            if len(t.shape) > 1
+            for matrix in low_rank(t, pair, loras, reads=t is second)
+        ),
+        stack=tuple(sizes[name] for name in second_axes.stack),
+    )
+    return _checked(dataclasses.replace(site, groups=_groups(site, cfg)), sizes)
+
+
+def beside(root: str, name: str) -> str:
+    """The path of a tensor that is named from a root, perhaps by way of ".."."""
+    parts = root.split("/") if root else []
+    for part in name.split("/"):
+        parts = parts[:-1] if part == ".." else [*parts, part]
+    return "/".join(parts)
+
+
+def _known(pair: Pair, cfg: Any) -> tuple[tuple[str, int], ...]:
+    if not pair.sizes:
+        return ()
+    if cfg is None:
+        raise ConfigError(
+            f"the config is needed to tell the sizes of {', '.join(pair.sizes)}",
+            path=pair.at or None,
+            expected="a config with " + ", ".join(pair.sizes.values()),
+            mend="pass it: slim(params, cfg, ...), spec.sites(params, cfg)",
+        )
+    return tuple(
+        (name, Width(expression=expression, prefix=pair.config).read(cfg))
+        for name, expression in pair.sizes.items()
+    )
+
+
+def _groups(site: Site, cfg: Any) -> tuple[int, ...]:
+    """How many heads each key/value group has; empty if there are no groups."""
+    pair = site.pair
+    grouped = [t for t in site.cut if pair.group is not None and site.axis(t) == pair.group]
+    if not grouped or pair.group is None:
+        return ()
+    count = grouped[0].axes.sizes(grouped[0].shape)[pair.group]
+    left = _record.groups_left(cfg, pair, site.name)
+    if left is not None and len(left) == count and sum(left) == site.size:
+        return left
+    if left is not None or site.size % max(count, 1) or (site.size and not count):
+        raise SiteShapeError(
+            "the heads do not divide into the key/value groups",
+            path=grouped[0].path,
+            seen=f"{count} groups for the {site.size} heads of {site.second.path}",
+            expected="as many heads in each group, or the groups that the config's layout says"
+            + (f": {left}" if left is not None else ""),
+            mend="pass the config that was saved with these parameters",
+        )
+    return (site.size // count,) * count if count else ()
+
+
+def _checked(site: Site, sizes: Mapping[str, int]) -> Site:
+    """The site, if all its tensors agree about the axes that they share."""
+    pair = site.pair
+    expected = {name: size for name, size in sizes.items() if name in (pair.axis, *pair.inner)}
+    expected |= dict(zip(site.second.axes.stack, site.stack, strict=True))
+    if pair.group is not None:
+        expected[pair.group] = len(site.groups)
+    for t in site.cut:
+        own = t.axes.sizes(t.shape)
+        wrong = [name for name in own if name in expected and own[name] != expected[name]]
+        lacking = [name for name in site.second.axes.stack if name not in own]
+        if wrong:
+            raise SiteShapeError(
+                "two layers of one pair disagree about the number of channels",
+                path=t.path,
+                seen=f'{t.shape} by pattern "{t.axes}"',
+                expected=f"{wrong[0]} = {expected[wrong[0]]}, as in {site.second.path} "
+                f"{site.second.shape}",
+                mend="check that the tree is whole, and the axis patterns of the spec "
+                "(a transposed kernel?)",
+            )
+        if lacking:
+            raise SiteShapeError(
+                f"a tensor of a stacked pair has no axis {lacking[0]!r}",
+                path=t.path,
+                seen=f'{t.shape} by pattern "{t.axes}"',
+                expected=f'the stack of {site.second.path}, "{site.second.axes}"',
+                mend="name the axis in the pattern of every tensor, or in none",
+            )
+    if (bias := site.second_bias) is not None:
+        ours, theirs = bias.axes.sizes(bias.shape), site.second.axes.sizes(site.second.shape)
+        if any(ours[name] != theirs[name] for name in ours):
+            raise SiteShapeError(
+                "the bias of the second layer does not fit its kernel",
+                path=bias.path,
+                seen=bias.shape,
+                expected=f"the outputs of {site.second.path} {site.second.shape}",
+            )
+    return site
+
+
+# --- all sites --------------------------------------------------------------------------------
+
+
+def _tie(found: Sequence[tuple[Site, _Found]], leaves: Mapping[str, Any]) -> list[Site]:
+    """The sites of one pair; those of a stack that shares a table are tied to each other.
+
+    Such a table is cut once, with the first site that has it.
+    """
+    stacks: dict[str, list[Site]] = {}
+    for site, place in found:
+        stacks.setdefault(place.stack, []).append(site)
+    tied: list[Site] = []
+    for stack, members in stacks.items():
+        tables = [_tables(site, leaves) for site in members]
+        shared = set().union(*tables)
+        if not shared or (all(tables) and sum(map(len, tables)) == len(shared)):
+            tied += members
+            continue
+        tag = f"{members[0].pair.at} of {stack.strip('/') or 'the stack'}"
+        for site in members:
+            also = tuple(t for t in site.also if t.path not in shared or not _taken(t, tied))
+            tied.append(dataclasses.replace(site, also=also, tied=tag))
+    return tied
+
+
+def _tables(site: Site, leaves: Mapping[str, Any]) -> set[str]:
+    """The tables that a site uses."""
+    return {beside(site.root, name) for name in site.pair.tables} & leaves.keys()
+
+
+def _taken(tensor: Tensor, sites: Iterable[Site]) -> bool:
+    return any(t.path == tensor.path for site in sites for t in site.also)
+
+
+def _check_claims(sites: Iterable[Site]) -> None:
+    """No axis of a tensor may belong to two sites: it would be cut twice."""
+    claims: dict[tuple[str, int], Site] = {}
+    for site in sites:
+        for t in site.cut:
+            other = claims.setdefault((t.path, t.axes.dimension(site.axis(t))), site)
+            if other is not site:
+                raise SiteShapeError(
+                    "two pairs of the spec claim the same axis of a tensor",
+                    path=t.path,
+                    seen=f"{other.pair} and {site.pair}",
+                    mend="narrow `at` so that each layer belongs to one pair",
+                )
+
+
+def _named(sites: Sequence[Site]) -> list[Site]:
+    """The sites, by their whole paths where a name would not tell two of them apart."""
+    counts = Counter((site.pair.config, site.name) for site in sites)
+    return [
+        site
+        if counts[site.pair.config, site.name] == 1
+        else dataclasses.replace(site, name=whole_name(site.pair, site.root + "/"))
+        for site in sites
+    ]
+
+
+def _incomplete(
+    spec: Spec, pair: Pair, found: _Found, leaves: Mapping[str, Any]
+) -> IncompletePairError:
+    missing = [name for name in pair.layers if name not in found.kernels]
+    path = _join(found.root, missing[0], pair.kernel)
+    there = found.kernels.values()
+    return IncompletePairError(
+        f"half a pair of {spec.name}: {', '.join(there)} is there, {', '.join(missing)} is not",
+        path=path,
+        expected=f'an array of pattern "{pair.first_axes}" (first) or "{pair.second_axes}" '
+        "(second)",
+        near=nearest(path, [leaf for leaf in leaves if leaf not in there]),
+        mend="pass the whole parameter tree, or narrow `at` in the spec if this layer is "
+        "not part of a pair",
+    )
+
+
+def _nothing(spec: Spec, leaves: Mapping[str, Any]) -> NothingMatchedError:
+    pair = next(iter(spec))
+    wanted = _join(pair.at.replace("{i}", "0"), pair.firsts[0], pair.kernel)
+    return NothingMatchedError(
+        f"spec {spec.name} matches nothing in this tree of {len(leaves)} tensors",
+        expected=" or ".join(_join(p.at or "**", n) for p in spec for n in (*p.firsts, p.second)),
+        near=nearest(wanted, leaves),
+        mend="check (a) that the spec is the one of this family (`flaxslim families`), "
+        "(b) that the tree holds the layers and not just a head, "
+        "(c) the layer root `at` and the layer names of a spec of your own",
+    )
