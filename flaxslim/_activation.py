@@ -58,19 +58,32 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+# The names in `jax.nn` that mean another function than they do in transformers.
+_OF_JAX = {"gelu": "gelu_pytorch_tanh"}
+
+
 def activation_name(where: str | None, cfg: Any, prefix: str = "") -> str | None:
     """The name of a pair's activation: given as it is, or as where the config holds it.
 
     `where` is a name ("relu"), a key ("config.hidden_act"), or a key and what its None stands
-    for ("config.hidden_activation or gelu_pytorch_tanh"). None if it cannot be told.
+    for ("config.hidden_activation or gelu_pytorch_tanh"). With "jax." in front the config holds
+    a name in `jax.nn`, whose gelu is the approximate one. Of several (MaxText's
+    `["silu", "linear"]`) the first is meant. None if it cannot be told.
 
     >>> activation_name("config.hidden_act", {"hidden_act": "gelu"})
     'gelu'
+    >>> activation_name("jax.config.mlp_activations", {"mlp_activations": ["gelu", "linear"]})
+    'gelu_pytorch_tanh'
     """
+    if where is not None and where.startswith("jax."):
+        name = activation_name(where.removeprefix("jax."), cfg, prefix)
+        return _OF_JAX.get(name or "", name)
     if where is None or not where.startswith("config."):
         return where
     key, _, default = where.removeprefix("config.").partition(" or ")
     value = _config.read(cfg, prefix + key) if _config.has(cfg, prefix + key) else None
+    if isinstance(value, list | tuple) and value:
+        value = value[0]
     return value if isinstance(value, str) else default or None
 
 

@@ -33,7 +33,8 @@ def apply(plan: Plan, tree: Any, *, fold: bool = True, like: Any = None) -> Any:
     an optimizer state, a `TrainState`, an `nnx.Optimizer`, averages, gradients, low-rank adapters,
     quantised weights with their scales. Every copy of the parameters in it is found by its paths
     and cut; constants are folded wherever that is not inside of an optimizer state. A leaf that
-    has the shape of a parameter which is cut, and is none, is refused.
+    has the shape of a parameter which is cut, and is none, is refused; so is an adapter that adds
+    something to a channel that goes.
 
     Raises `PlanError` if a tensor is absent or has another shape, or if a channel that should be
     constant is not so in this tree; `NonFiniteError` if a tensor that is cut holds NaN or

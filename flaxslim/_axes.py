@@ -133,13 +133,19 @@ class Axes:
         )
         return dataclasses.replace(self, pattern=_format(kept))
 
-    def alone(self, axis: str) -> "Axes":
-        """The pattern of a tensor that shares with this one nothing but the dimension of `axis`."""
-        number = self.dimension(axis)
-        names = [
-            _format([dim]) if i == number else f"x{i}" for i, dim in enumerate(self.dimensions)
-        ]
-        return dataclasses.replace(self, pattern=" ".join(names))
+    def bias(self, names: Collection[str]) -> "Axes":
+        """The pattern of a bias that has the axes `names` of this kernel.
+
+        A stack has its axis at the same place in every tensor, as `nn.scan` does it.
+
+        >>> str(Axes("l d f").bias("lf")), str(Axes("d l f").bias("lf"))
+        ('l f', 'f l')
+        """
+        dimensions = list(self.only({*names} - {*self.stack}).dimensions)
+        for number, dim in enumerate(self.dimensions):
+            if {*dim} & {*self.stack} & {*names}:
+                dimensions.insert(number, dim)
+        return dataclasses.replace(self, pattern=_format(dimensions))
 
     def sizes(self, shape: Sequence[int], *, path: str | None = None) -> dict[str, int]:
         """The size of each named axis; `AxisPatternError` if the shape does not fit."""
@@ -212,7 +218,7 @@ class Axes:
         full = np.zeros((*y.shape[:at], size, *y.shape[at + 1 :]), y.dtype)
         np.put_along_axis(full, self._spread(keep, x.shape, axis, stack), y, axis=at)
         full = full.reshape(self.resized(x.shape, axis, size))
-        return full if namespace(x) is np else jax.device_put(full, x.sharding)
+        return full if namespace(x) is np else _resharded(jnp.asarray(full), x.sharding)
 
     def resized(self, shape: Sequence[int], axis: str, size: int) -> tuple[int, ...]:
         """The shape with another size along `axis`."""

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from flaxslim._errors import NonFiniteError
+from flaxslim._errors import NonFiniteError, TracedError
 from flaxslim._spec import Tensor
 
 # The unsigned integer of each width.
@@ -59,11 +60,31 @@ def _largest(dtype: Any) -> int:
     return int(np.array(jnp.finfo(dtype).max, dtype).view(_UNSIGNED[dtype.itemsize]))
 
 
+def check_concrete(leaf: Any, tensor: Tensor) -> None:
+    """Raise `TracedError` for a tracer, or for a shape without values."""
+    if isinstance(leaf, Tracer):
+        raise TracedError(
+            "the parameters are tracers: which channels are dead depends on their values",
+            path=tensor.path,
+            seen=str(leaf),
+            mend="call this outside of jax.jit, jax.grad and jax.vmap; under jit, masks keep "
+            "shapes as they are",
+        )
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TracedError(
+            "the parameters are shapes without values",
+            path=tensor.path,
+            seen=str(leaf),
+            mend="pass the arrays themselves, not what jax.eval_shape gives",
+        )
+
+
 def check_finite(leaf: Any, tensor: Tensor, found: np.ndarray | None = None) -> None:
     """Raise `NonFiniteError` if there is NaN or infinity; `found` is `any_set` if known already.
 
     Types that are not in `FLOATS` (a tree of masks) have none.
     """
+    check_concrete(leaf, tensor)
     if leaf.dtype not in FLOATS:
         return
     found = any_set(unsigned(leaf)) if found is None else found

@@ -1,13 +1,16 @@
 """Two plans as one, and a plan undone."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from flaxslim import _tree
 from flaxslim._errors import PlanError
+from flaxslim._nnx import mended
 from flaxslim._plan import Channels, Cut, Plan, Resize, channels
 from flaxslim._spec import Site, Tensor
 
@@ -15,33 +18,89 @@ from flaxslim._spec import Site, Tensor
 def composed(second: Plan, first: Plan) -> Plan:
     """The plan that does what `first` and then `second` do.
 
+    In a chain of layers the second may find channels dead or constant only because the first cut
+    what they read. Such constants cannot be folded in one go, and `apply` refuses; nor does
+    `slim(plan=...)` see that such channels are dead. There the plans go one after the other.
     Raises `PlanError` if `second` was not made for what `first` leaves.
     """
     before = {cut.site.second.path: cut for cut in first.cuts}
     after = {cut.site.second.path: cut for cut in second.cuts}
+    left = _shapes_left(first)
     shapes = {t.path: t.shape for cut in first.cuts for t in cut.site.tensors}
+    for path, cut in after.items():
+        _check_follows(cut, before.get(path), left)
     cuts = [_both(after[path], cut) if path in after else cut for path, cut in before.items()]
     cuts += [_as_before(cut, shapes) for path, cut in after.items() if path not in before]
+    _check_claims(cuts)
+    whole = before.keys() <= after.keys()
     return Plan(
         spec=first.spec + second.spec,
         cuts=tuple(cuts),
-        resizes=_resizes(first.resizes, second.resizes),
+        resizes=_resizes(cuts, (*first.resizes, *second.resizes)),
         values={**first.values, **second.values},
         threshold=max(first.threshold, second.threshold),
         notes=tuple(dict.fromkeys((*first.notes, *second.notes))),
-        blocked=second.blocked,
+        # Where the second has looked again, only what it says holds.
+        blocked=second.blocked if whole else (*first.blocked, *second.blocked),
     )
 
 
-def _both(second: Cut, first: Cut) -> Cut:
-    if second.site.size != first.width or second.site.stack != first.site.stack:
+def _shapes_left(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The shapes of a plan's tensors after it, by path; a tensor may lose two axes."""
+    left: dict[str, tuple[int, ...]] = {}
+    for cut in plan.cuts:
+        for t in cut.site.tensors:
+            shape = left.get(t.path, t.shape)
+            if t is not cut.site.second_bias:
+                count = cut.indices(t).shape[-1]
+                shape = t.axes.resized(shape, cut.site.axis(t), count)
+            left[t.path] = shape
+    return left
+
+
+def _check_follows(second: Cut, first: Cut | None, left: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `PlanError` unless a cut of the second plan finds what the first one leaves."""
+    for t in second.site.tensors:
+        if t.shape != left.get(t.path, t.shape):
+            raise _does_not_follow(t.path, t.shape, left[t.path])
+    if first is None:
+        return
+    path = first.site.second.path
+    ours, theirs = ({t.path: str(t.axes) for t in cut.site.tensors} for cut in (second, first))
+    if ours != theirs:
+        raise _does_not_follow(path, _told(ours), _told(theirs))
+    if second.site.groups != first.groups:
+        raise _does_not_follow(path, f"groups {second.site.groups}", f"groups {first.groups}")
+    both_fold = second.folded.any() and first.folded.any()
+    if both_fold and second.activation != first.activation:
+        raise _does_not_follow(path, second.activation, first.activation)
+
+
+def _told(tensors: Mapping[str, str]) -> str:
+    return ", ".join(f'{path} "{axes}"' for path, axes in tensors.items())
+
+
+def _does_not_follow(path: str, seen: Any, expected: Any) -> PlanError:
+    return PlanError(
+        "the second plan was not made for what the first one leaves",
+        path=path,
+        seen=seen,
+        expected=expected,
+        mend="make it for that: params = apply(first, params); second = plan(params, ...)",
+    )
+
+
+def _check_claims(cuts: Sequence[Cut]) -> None:
+    claims = Counter((t.path, t.axes.dimension(c.site.axis(t))) for c in cuts for t in c.site.cut)
+    if twice := [path for (path, _), count in claims.items() if count > 1]:
         raise PlanError(
-            "the second plan was not made for what the first one leaves",
-            path=first.site.second.path,
-            seen=f"a plan for {second.site.size} channels",
-            expected=f"a plan for {first.width} of {first.site.size}",
-            mend="make the second plan for apply(first, params): plan(apply(first, params), ...)",
+            "the two plans cut the same axis of a tensor for different sites",
+            path=twice[0],
+            mend="make both by one spec, or apply them one after the other",
         )
+
+
+def _both(second: Cut, first: Cut) -> Cut:
     kept = np.take_along_axis(first.kept, second.kept, axis=1)
     folded = first.folded
     np.put_along_axis(folded, first.kept, second.folded, axis=1)
@@ -50,10 +109,10 @@ def _both(second: Cut, first: Cut) -> Cut:
         keep=_rows(first.site, kept),
         folds=channels(first.site, folded),
         dead=first.removed + second.dead,
-        # What the first found and left is found again by the second.
-        rules=second.rules if not first.removed else _sum(first, second),
+        # A dead channel that the first left is found again, and nothing says by which rule it was.
+        rules={} if first.removed else second.rules,
         weak=first.weak + second.weak,
-        activation=first.activation or second.activation,
+        activation=second.activation if second.folded.any() else first.activation,
     )
 
 
@@ -62,21 +121,13 @@ def _rows(site: Site, kept: np.ndarray) -> Channels:
     return rows if site.stack else rows[0]
 
 
-def _sum(first: Cut, second: Cut) -> Mapping[str, int]:
-    """How many each rule found, where that is known: the first must have cut all that it found."""
-    if first.removed < first.dead:
-        return {}
-    names = dict.fromkeys((*first.rules, *second.rules))
-    return {name: first.rules.get(name, 0) + second.rules.get(name, 0) for name in names}
-
-
 def _as_before(cut: Cut, shapes: Mapping[str, tuple[int, ...]]) -> Cut:
     """A cut that the second plan alone has, with the shapes that its tensors had before."""
 
-    def old(tensor: Tensor | None) -> Any:
-        if tensor is None or tensor.path not in shapes:
-            return tensor
-        return dataclasses.replace(tensor, shape=shapes[tensor.path])
+    def old(tensor: Any) -> Any:
+        if tensor is None:
+            return None
+        return dataclasses.replace(tensor, shape=shapes.get(tensor.path, tensor.shape))
 
     site = cut.site
     site = dataclasses.replace(
@@ -90,21 +141,29 @@ def _as_before(cut: Cut, shapes: Mapping[str, tuple[int, ...]]) -> Cut:
     return dataclasses.replace(cut, site=site)
 
 
-def _resizes(first: tuple[Resize, ...], second: tuple[Resize, ...]) -> tuple[Resize, ...]:
-    by_width = {resize.width: resize for resize in first}
-    for resize in second:
-        known = by_width.get(resize.width)
-        by_width[resize.width] = (
-            resize if known is None else dataclasses.replace(resize, before=known.before)
+def _resizes(cuts: Sequence[Cut], known: Sequence[Resize]) -> tuple[Resize, ...]:
+    """What becomes of each width that either plan speaks of."""
+    by_width: dict[str, list[Cut]] = {resize.width: [] for resize in known}
+    for cut in cuts:
+        if (expression := cut.site.pair.width_expression) is not None:
+            by_width.get(expression.key or str(expression), []).append(cut)
+    return tuple(
+        Resize(
+            width=width,
+            before=max(cut.site.size for cut in own),
+            after=max(cut.width for cut in own),
+            least=min(cut.width for cut in own),
         )
-    return tuple(by_width.values())
+        for width, own in by_width.items()
+        if own
+    )
 
 
 def expand(plan: Plan, tree: Any) -> Any:
     """A slimmed tree at its full size again: zero where channels were cut.
 
-    The inverse of `apply(plan, ...)` but for what was cut, which is zero now: so the function is
-    the same. Constants stay folded in the second biases.
+    The inverse of `apply(plan, ...)` but for what was cut, which is zero now: the function is the
+    same. Constants stay folded in the second biases.
     Raises `PlanError` if the tree is not one that the plan leaves.
 
     >>> from flaxslim import Pair, Spec, apply, plan
@@ -114,36 +173,25 @@ def expand(plan: Plan, tree: Any) -> Any:
     array([[1., 0., 1.],
            [1., 0., 1.]])
     """
-    from flax import nnx
-
-    from flaxslim._nnx import mended
-
     leaves = _tree.flatten(tree)
+    for path, shape in _shapes_left(plan).items():
+        if (seen := getattr(leaves.get(path), "shape", None)) != shape:
+            raise PlanError(
+                "the tree is not what the plan leaves",
+                path=path,
+                seen="no such tensor" if seen is None else seen,
+                expected=shape,
+                mend="give what apply(plan, ...) returned",
+            )
     new: dict[str, Any] = {}
-    for cut in reversed(plan.cuts):
-        for tensor in cut.site.cut:
-            axis, kept = cut.site.axis(tensor), cut.indices(tensor)
-            leaf = new.get(tensor.path, leaves.get(tensor.path))
-            shape = None if leaf is None else tuple(leaf.shape)
-            whole = tensor.axes.sizes(tensor.shape)[axis]
-            if shape is None or _size(tensor, shape, axis) != kept.shape[-1]:
-                raise PlanError(
-                    "the tree is not what the plan leaves",
-                    path=tensor.path,
-                    seen=shape,
-                    expected=f"{kept.shape[-1]} of {whole} along {axis!r} of "
-                    f'{tensor.shape} by pattern "{tensor.axes}"',
-                    mend="give what apply(plan, ...) returned",
-                )
-            if cut.removed:
-                new[tensor.path] = tensor.axes.put(
-                    leaf, axis, kept, whole, cut.site.second.axes.stack
-                )
+    for cut in plan.cuts:
+        for tensor in cut.site.cut if cut.removed else ():
+            new[tensor.path] = _put(new.get(tensor.path, leaves[tensor.path]), tensor, cut)
     full = _tree.replace(tree, new)
     return mended(full, plan, expanded=True) if isinstance(full, nnx.Module) else full
 
 
-def _size(tensor: Tensor, shape: tuple[int, ...], axis: str) -> int | None:
-    if len(shape) != len(tensor.shape):
-        return None
-    return tensor.axes.sizes(shape).get(axis)
+def _put(array: Any, tensor: Tensor, cut: Cut) -> Any:
+    axis = cut.site.axis(tensor)
+    whole = tensor.axes.sizes(tensor.shape)[axis]
+    return tensor.axes.put(array, axis, cut.indices(tensor), whole, cut.site.second.axes.stack)

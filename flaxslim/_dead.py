@@ -25,14 +25,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jax.core import Tracer
 
 from flaxslim import _bits
 from flaxslim._activation import Activation
 from flaxslim._axes import Axes
-from flaxslim._errors import TracedError, UnsupportedDtypeError
+from flaxslim._errors import UnsupportedDtypeError
+from flaxslim._lora import idle
 from flaxslim._spec import Site, Tensor
 
 
@@ -44,11 +43,13 @@ class Evidence:
       second_zero: nothing reads the channel, `(s, f)`.
       first_zero: the channel reads nothing, `(s, f)`; one entry for a plain pair, (gate, up) for a
         gated one.
+      bare: no low-rank matrix adds to the row that reads the channel, `(s, f)`.
       first_bias: as many of `(s, f, m)`: of a head, m = k values.
       foldable: there is a second bias to fold a constant into, and a constant is one.
     """
 
     second_zero: np.ndarray
+    bare: np.ndarray
     first_zero: tuple[np.ndarray, ...]
     first_bias: tuple[np.ndarray, ...]
     gated: bool
@@ -106,7 +107,8 @@ def first_is_constant(e: Evidence) -> np.ndarray:
     if e.activation is None or not (e.gated or len(e.first_zero) == 1) or not known.any():
         return e.none
     # Without a second bias only a constant of zero may go: a relu of a bias below zero.
-    return known & (e.foldable | (e.constants == 0).all(axis=-1))
+    # What a low-rank matrix adds to a row depends on a scale that no tensor holds.
+    return known & ((e.foldable & e.bare) | (e.constants == 0).all(axis=-1))
 
 
 RULES: Mapping[str, Rule] = {
@@ -152,11 +154,13 @@ def evidence(
         _bits.finite_values(leaves[site.second_bias.path], site.second_bias)
     lora: dict[str, list[Tensor]] = {}
     for kernel, tensor in site.lora:
-        lora.setdefault(kernel, []).append(tensor)
+        if not idle(tensor.path, leaves):
+            lora.setdefault(kernel, []).append(tensor)
+    zero, *added = (_zero_seconds(leaves[t.path], t, site) for t in with_lora(site.second, lora))
+    bare = np.logical_and.reduce([np.ones_like(zero), *added])
     return Evidence(
-        second_zero=np.logical_and.reduce(
-            [_zero_seconds(leaves[t.path], t, site) for t in with_lora(site.second, lora)]
-        ),
+        second_zero=zero & bare,
+        bare=bare,
         first_zero=tuple(
             row
             for t in site.first
@@ -167,8 +171,7 @@ def evidence(
         first_bias=_biases(site, leaves),
         gated=site.pair.gated,
         activation=activation,
-        # What a low-rank matrix adds to a row depends on a scale that no tensor holds.
-        foldable=foldable and site.second_bias is not None and site.second.path not in lora,
+        foldable=foldable and site.second_bias is not None,
     )
 
 
@@ -201,28 +204,15 @@ def mark(
             leaves[site.second.path], site.pair.axis, site.second.axes.stack
         )
         norm = norm.reshape(dead.shape)
-        weak = (norm <= threshold * norm.max(axis=-1, keepdims=True, initial=0.0)) & ~dead
+        small = norm <= threshold * norm.max(axis=-1, keepdims=True, initial=0.0)
+        weak = small & seen.bare & ~dead
         rules["threshold"] = int(weak.sum())
         dead = dead | weak
     return Marks(dead=dead, weak=weak, folded=folded, rules=rules)
 
 
 def _check_dtype(leaf: Any, tensor: Tensor) -> None:
-    if isinstance(leaf, Tracer):
-        raise TracedError(
-            "the parameters are tracers: which channels are dead depends on their values",
-            path=tensor.path,
-            seen=str(leaf),
-            mend="call this outside of jax.jit, jax.grad and jax.vmap; under jit, masks keep "
-            "shapes as they are",
-        )
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        raise TracedError(
-            "the parameters are shapes without values",
-            path=tensor.path,
-            seen=str(leaf),
-            mend="pass the arrays themselves, not what jax.eval_shape gives",
-        )
+    _bits.check_concrete(leaf, tensor)
     if leaf.dtype not in _bits.FLOATS:
         raise UnsupportedDtypeError(
             "the tensor is not of a floating point type that can be judged (quantised weights?)",
@@ -268,7 +258,8 @@ def _by_channel(site: Site, tensor: Tensor, reduced: np.ndarray, left: Sequence[
     order = [*front, *(i for i in left if i not in front)]
     y = reduced.transpose([list(left).index(i) for i in order])
     size = y.shape[len(front) - 1]
-    y = y.reshape(-1 if parts is not None else 1, site.rows, size, math.prod(y.shape[len(front) :]))
+    count = 1 if parts is None else len(y)
+    y = y.reshape(count, site.rows, size, math.prod(y.shape[len(front) :]))
     y = y if parts is None else y[list(parts)]
     return y[:, :, site.owners] if axis == site.pair.group else y
 

@@ -2,7 +2,6 @@
 
 import math
 import numbers
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from flaxslim._errors import (
     WidthError,
 )
 from flaxslim._plan import Cut, Plan, channels
+from flaxslim._scales import COMPANION
 from flaxslim._spec import Pair, Site, Spec, Tensor
 from flaxslim._tree import flatten
 from flaxslim._widths import Cluster, Target
@@ -153,11 +153,6 @@ def check_dead(plan: Plan, leaves: Mapping[str, Any]) -> None:
 
 
 # --- what is refused --------------------------------------------------------------------------
-
-# Tensors that quantised kernels come with; cutting the kernel alone would leave them behind.
-COMPANION = re.compile(
-    r"(.*_)?(scales?|scale_inv|q?zeros|zero_points?|g_idx|absmax|quant_map|SCB)", re.IGNORECASE
-)
 
 
 def _refuse_quantised(sites: Sequence[Site], cfg: Any, leaves: Mapping[str, Any]) -> None:
@@ -295,20 +290,24 @@ def _target(
     multiple = math.lcm(*(_widths.multiple_for(s, multiple_of) for c in members for s in c.sites))
     grouped = bool(members[0].groups)
     if width == "per_layer":
-        even = grouped and not site.pair.ragged
+        # Groups of unequal size need a class that carries them, and a config to say them in.
+        even = grouped and (not site.pair.ragged or bool(site.stack) or cfg is None)
         return _widths.need(members, even=even, least=0, multiple_of=multiple), None
-    full = Target(width=site.size)
-    # No stock class can be built at width 0, so one dead channel stays in that case.
-    wish = _widths.need(members, even=grouped, least=1, multiple_of=multiple)
+    sizes = {s.size for cluster in members for s in cluster.sites}
+    full = Target(width=max(sizes))
     expression = site.pair.width_expression if cfg is not None else None
-    if expression is None or wish.width == site.size:
-        return wish, None
-    what = "heads" if site.pair.axis == "h" else "channels"
     laid_out = 'width="per_layer" records it in a layout, which can say any'
-    if len({s.size for cluster in members for s in cluster.sites}) > 1:
+    if expression is not None and len(sizes) > 1:
+        if all(cluster.living.all() for cluster in members):
+            return full, None
         return full, (
             f"the layers differ in {expression} already, so that they cannot share one; {laid_out}"
         )
+    # No stock class can be built at width 0, so one dead channel stays in that case.
+    wish = _widths.need(members, even=grouped, least=1, multiple_of=multiple)
+    if expression is None or wish.width == site.size:
+        return wish, None
+    what = "heads" if site.pair.axis == "h" else "channels"
     if site.pair.fixed or expression.key is None:
         how = "ties its heads to its hidden size" if site.pair.fixed else "hard-codes its width"
         return full, (

@@ -142,8 +142,11 @@ def _set(module: Any, told: Told) -> None:
     if told.dims:
         _set_features(module, told.dims)
     for name, value in told.attributes:
+        optional, name = name.endswith("?"), name.removesuffix("?")
         head, _, key = name.partition(".")
         if not hasattr(module, head) or (key and not _config.has(getattr(module, head), key)):
+            if optional:
+                continue
             raise LayoutError(
                 "a module has no such attribute to say its sizes by",
                 path=f"{'/'.join(module.path)}.{name}",
@@ -204,9 +207,9 @@ def _parameters(cls: type) -> list[str]:
 
 
 def _heads_of(x: Any, argument: Argument, module: Any) -> Any:
-    if x is None:
-        return None
-    if x.shape[argument.axis] != argument.dense:
+    if x is None or (argument.dense is None and x.shape[argument.axis] == 1):
+        return x
+    if argument.dense is not None and x.shape[argument.axis] != argument.dense:
         raise LayoutError(
             f"the argument {argument.name} has an entry for another number of heads",
             path="/".join(module.path),

@@ -8,7 +8,7 @@ what, by its path.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,16 @@ from flaxslim._spec import Pair, Spec, measure
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Argument:
-    """An argument of a module's call that has an entry for each head of the dense model."""
+    """An argument of a module's call with an entry for each head, of which some are taken.
+
+    It has as many as the dense model has heads; or, where `dense` is None, as many as the layer
+    that it comes from, and all alike, so that one is taken for all.
+    """
 
     name: str
     axis: int
     heads: np.ndarray
-    dense: int
+    dense: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,11 +61,17 @@ class Told:
 class Layout:
     """What the modules of a model are told, by their paths."""
 
-    def __init__(self, told: Mapping[tuple[str, str], Told]):
+    def __init__(
+        self,
+        told: Mapping[tuple[str, str], Told],
+        everywhere: Sequence[tuple[re.Pattern[str], Told]] = (),
+    ):
         """`told` by subtree of a composite ("" for all) and path below some prefix of it.
 
-        A path with "/" in front has no prefix.
+        A path with "/" in front has no prefix. `everywhere`: what all sites of a pair are told if
+        any of them is told something, by what the whole path of the module looks like.
         """
+        self._everywhere = tuple(everywhere)
         self._told: dict[str, list[tuple[str, Told]]] = {}
         for (tree, path), what in told.items():
             self._told.setdefault(path, []).append((tree, what))
@@ -79,12 +89,14 @@ class Layout:
             return None
         told: dict[tuple[str, str], Told] = {}
         known: set[tuple[str, str]] = set()
+        everywhere: list[tuple[re.Pattern[str], Told]] = []
         for pair in spec:
-            for name, place, size in _sites(pair, cfg):
+            for name, place, size in (found := list(_sites(pair, cfg))):
                 known.add((pair.config, name))
                 told |= {(pair.tree, path): t for path, t in _told(pair, cfg, place, size)}
+            everywhere += _passed_on(pair) if found else ()
         _check_all_known(spec, cfg, known)
-        return cls(told) if told else None
+        return cls(told, everywhere) if told else None
 
     def at(self, path: tuple[str, ...]) -> Told | None:
         """What the module at a path is told, if anything."""
@@ -101,7 +113,8 @@ class Layout:
             for tree, told in self._told.get(f"/{name}", ()):
                 if path[:i] == _parts(tree):
                     return told
-        return None
+        whole = "/".join(path)
+        return next((told for regex, told in self._everywhere if regex.fullmatch(whole)), None)
 
 
 def _parts(tree: str) -> tuple[str, ...]:
@@ -225,12 +238,12 @@ def _told(pair: Pair, cfg: Any, place: str, size: _record.Recorded) -> Iterator[
     for path, pattern in owners.items():
         if path in pair.modules:
             continue
-        outputs = None
+        cut, outputs = pair.axis_in(pattern), None
         if ghost:
             outputs = tuple(d for d in _dims(pattern, pair, run, carried) if d is not None)
         yield (
             at(path),
-            Told(dims=_dims(pattern, pair, real, {pair.axis_in(pattern)}), outputs=outputs),
+            Told(dims=_dims(pattern, pair, real, {cut}), early=True, outputs=outputs),
         )
     if ghost:
         read = [dim for dim in Axes(pair.second_axes).dimensions if {*dim} & carried]
@@ -252,8 +265,15 @@ def _told(pair: Pair, cfg: Any, place: str, size: _record.Recorded) -> Iterator[
 
 
 def _groups(pair: Pair, cfg: Any, heads: np.ndarray | None, width: int) -> tuple[int, ...]:
-    if pair.group is None or heads is None:
+    if pair.group is None:
         return ()
+    if heads is None:
+        raise LayoutError(
+            "a layout cannot say how the heads of stacked layers are grouped",
+            path=f"{pair.at}/{pair.second}",
+            seen=f"{width} heads for all layers of a stack, in groups of key/value heads",
+            mend="build the class with a config that says both numbers in its plain keys",
+        )
     all_heads, all_groups = pair.width_expression, pair.group_expression
     assert all_heads is not None
     assert all_groups is not None
@@ -280,9 +300,30 @@ def _arguments(pair: Pair, cfg: Any, path: str, heads: np.ndarray | None) -> Ite
     if heads is None or expression is None:
         return
     for name, pattern in pair.arguments.get(path, {}).items():
-        yield Argument(
-            name=name,
-            axis=Axes(pattern).dimension(pair.axis),
-            heads=heads if len(heads) else np.zeros(1, int),
-            dense=expression.read(cfg),
+        if pair.axis in Axes(pattern).names:
+            yield Argument(
+                name=name,
+                axis=Axes(pattern).dimension(pair.axis),
+                heads=heads if len(heads) else np.zeros(1, int),
+                dense=expression.read(cfg),
+            )
+        else:
+            yield _one_for_all(name, pattern)
+
+
+def _one_for_all(name: str, pattern: str) -> Argument:
+    axis = Axes(pattern).factors.index(1)
+    return Argument(name=name, axis=axis, heads=np.zeros(1, int), dense=None)
+
+
+def _passed_on(pair: Pair) -> Iterator[tuple[re.Pattern[str], Told]]:
+    """Arguments that one layer gets from another, which may have another number of heads."""
+    for path, patterns in pair.arguments.items():
+        shared = tuple(
+            _one_for_all(name, pattern)
+            for name, pattern in patterns.items()
+            if pair.axis not in Axes(pattern).names
         )
+        if shared:
+            regex = root_regex(pair).removesuffix("/)") + ")" + (f"/{path}" if path else "")
+            yield re.compile(regex), Told(arguments=shared)

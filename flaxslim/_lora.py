@@ -1,67 +1,164 @@
 """Low-rank matrices beside a kernel: `W + A B`, of which the side that carries the axis is cut.
 
-Of a first layer, whose outputs are the channels, that is B; of a second layer it is A. The names
-are those of flax's `nnx.LoRA`, of qwix and tunix (`kernel_lora_a`) and of PEFT (`lora_A/weight`).
+Of a first layer, whose outputs are the channels, that is B; of a second layer it is A. They are
+known by their names, which are those of flax (`lora_a`, `lora/lora_a`), of qwix and tunix
+(`kernel_lora_a`, beside the kernel of that name) and of PEFT (`lora_A/weight`).
 """
 
+import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flaxslim._axes import Axes
-from flaxslim._errors import AxisPatternError
+import numpy as np
+
+from flaxslim._axes import Axes, _format
+from flaxslim._errors import AxisPatternError, SiteShapeError
 from flaxslim._spec import Pair, Tensor
 
-_NAME = re.compile(r"(?:lora/)?(?:\w+_)?lora_?(?P<side>[abAB])(?:/(?:kernel|weight))?")
+_NAME = re.compile(
+    r"(?:(?P<folder>.+?)/)??(?:lora/)?(?:(?P<kernel>\w+)_)?"
+    r"lora_?(?P<side>[abAB])(?:/(?!kernel|weight)\w+)?(?:/(?P<inner>kernel|weight))?"
+)
+
+# A layer that is wrapped whole stands below its adapter: `nnx.LoRA(base_module=...)`, PEFT.
+_WRAPPED = ("base_module", "base_layer")
 
 
-def side(name: str) -> str | None:
-    """ "a" or "b" for the name of a low-rank matrix, by path from the folder of its kernel.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A low-rank matrix, by its path alone.
 
-    >>> side("kernel_lora_a"), side("lora_B/weight"), side("bias")
-    ('a', 'b', None)
+    Attributes:
+      folder: the path at which its kernel is, too.
+      kernel: the name of the kernel, where its own says it ("" if not).
+      side: "a" has the inputs of the kernel, "b" its outputs.
+      torch: it is stored as PyTorch does it, outputs first.
+      partner: the path of the other one.
     """
-    match = _NAME.fullmatch(name)
-    return match["side"].lower() if match else None
+
+    path: str
+    folder: str
+    kernel: str
+    side: str
+    torch: bool
+    partner: str
 
 
-def matrices(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors that may be low-rank matrices, by path; most trees have none."""
-    return {p: tuple(x.shape) for p, x in leaves.items() if "lora" in p.lower()}
+def matrix(path: str) -> Matrix | None:
+    """A path read as that of a low-rank matrix; None if it is none.
+
+    >>> matrix("mlp/up/kernel_lora_a").folder, matrix("mlp/up/lora_B/weight").side
+    ('mlp/up', 'b')
+    """
+    if "lora" not in path.lower() or (match := _NAME.fullmatch(path)) is None:
+        return None
+    at, side = match.start("side"), match["side"]
+    other = dict(zip("abAB", "baBA", strict=True))[side]
+    return Matrix(
+        path=path,
+        folder=match["folder"] or "",
+        kernel=match["kernel"] or "",
+        side=side.lower(),
+        torch=match["inner"] == "weight" or (side.isupper() and match["inner"] is None),
+        partner=path[:at] + other + path[at + 1 :],
+    )
 
 
-def low_rank(
-    kernel: Tensor, pair: Pair, shapes: Mapping[str, tuple[int, ...]], *, reads: bool
-) -> Iterator[Tensor]:
+def kernels(leaves: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The kernels (arrays of two dimensions or more) in each folder, or wrapped in it, by path."""
+    found: dict[str, list[str]] = {}
+    for path, leaf in leaves.items():
+        if len(getattr(leaf, "shape", None) or ()) > 1 and matrix(path) is None:
+            folder = path.rpartition("/")[0]
+            found.setdefault(folder, []).append(path)
+            outer, _, last = folder.rpartition("/")
+            if last in _WRAPPED:
+                found.setdefault(outer, []).append(path)
+    return found
+
+
+def owner(name: str, candidates: Iterable[str]) -> str | None:
+    """The kernel in a folder that something beside it belongs to; `name` is the kernel's, or "".
+
+    >>> owner("w2", ["mlp/w1", "mlp/w2"]), owner("", ["up/kernel", "up/table"])
+    ('mlp/w2', 'up/kernel')
+    """
+    by_name = {path.rpartition("/")[2]: path for path in candidates}
+    if name in by_name:
+        return by_name[name]
+    if len(by_name) == 1:
+        return next(iter(by_name.values()))
+    return next((by_name[n] for n in ("kernel", "weight") if n in by_name and not name), None)
+
+
+Loras = Mapping[str, Sequence[tuple[Matrix, tuple[int, ...]]]]
+
+
+def matrices(leaves: Mapping[str, Any]) -> Loras:
+    """The low-rank matrices of a tree with their shapes, by the kernel that they are added to."""
+    named = [m for m in map(matrix, leaves) if m is not None]
+    found: dict[str, list[tuple[Matrix, tuple[int, ...]]]] = {}
+    beside = kernels(leaves) if named else {}  # most trees have none
+    for m in named:
+        shape = getattr(leaves[m.path], "shape", None)
+        kernel = owner(m.kernel, beside.get(m.folder, ()))
+        if kernel is not None and shape is not None:
+            found.setdefault(kernel, []).append((m, tuple(shape)))
+    return found
+
+
+def low_rank(kernel: Tensor, pair: Pair, loras: Loras, *, reads: bool) -> Iterator[Tensor]:
     """The matrices beside a kernel that have the axis of the pair.
 
     `reads`: the channels are what the kernel reads (a second layer), not what it writes.
     """
-    if kernel.axes.stack:  # adapters of stacked layers have no settled shape
-        return
-    folder = kernel.path.rpartition("/")[0] + "/"
-    for path, shape in shapes.items():
-        if not path.startswith(folder) or side(path.removeprefix(folder)) != "ba"[reads]:
-            continue
-        if (axes := axes_of(kernel, pair, shape, reads=reads)) is not None:
-            yield Tensor(path=path, axes=axes, shape=shape)
+    for m, shape in loras.get(kernel.path, ()):
+        if m.side == ("a" if reads else "b"):
+            yield tensor_of(m, shape, kernel, pair)
 
 
-def axes_of(kernel: Tensor, pair: Pair, shape: tuple[int, ...], *, reads: bool) -> Axes | None:
-    """The pattern of such a matrix: its rank `r` beside the dimensions of the axis.
+def tensor_of(m: Matrix, shape: tuple[int, ...], kernel: Tensor, pair: Pair) -> Tensor:
+    """A matrix with its pattern: a rank, and those dimensions of the kernel that have the axis.
 
-    These may be one dimension. None if the shape does not fit.
+    These may be joined into one. A stack comes first, or where the kernel has it.
+    Raises `SiteShapeError` if the shape is no such pattern.
     """
     axis = pair.axis_in(kernel.axes.pattern)
-    own, sizes = kernel.axes.only({axis, *pair.inner}), kernel.axes.sizes(kernel.shape)
-    known = tuple((name, sizes[name]) for name in own.names if name != axis)
-    joined = f"({' '.join(map(str, own.factors))})" if len(own.factors) > 1 else own.pattern
-    for order in ("{} r", "r {}") if reads else ("r {}", "{} r"):  # Flax's, then PyTorch's
-        for inside in (own.pattern, joined):
-            axes = Axes(order.format(inside), known)
-            try:
-                if axes.sizes(shape)[axis] == sizes[axis]:
-                    return axes
-            except AxisPatternError:
-                continue
-    return None
+    sizes = kernel.axes.sizes(kernel.shape)
+    for pattern in _patterns(kernel.axes, {axis, *pair.inner}, first=(m.side == "b") != m.torch):
+        try:
+            names = {*Axes(pattern).names} - {axis, "rank"}
+            axes = Axes(pattern, tuple((n, size) for n, size in sizes.items() if n in names))
+            if axes.sizes(shape)[axis] == sizes[axis]:
+                return Tensor(path=m.path, axes=axes, shape=shape)
+        except AxisPatternError:
+            continue
+    raise SiteShapeError(
+        "a low-rank matrix does not fit the kernel that it is added to",
+        path=m.path,
+        seen=shape,
+        expected=f"a rank, and the {'inputs' if m.side == 'a' else 'outputs'} of {kernel.path} "
+        f'{kernel.shape}, "{kernel.axes}"',
+        mend="merge the adapter into the kernel first",
+    )
+
+
+def _patterns(kernel: Axes, names: set[str], *, first: bool) -> list[str]:
+    """What the pattern of a matrix may be, likeliest first; `first`: its rank is likely to be."""
+    own = kernel.only(names)
+    joined = f"({' '.join(map(str, own.factors))})" if len(own.dimensions) > 1 else own.pattern
+    orders = ("rank {}", "{} rank") if first else ("{} rank", "rank {}")
+    flat = [order.format(inside) for order in orders for inside in (own.pattern, joined)]
+    kept = {*own.dimensions, *((name,) for name in kernel.stack)}
+    in_place = _format([dim if dim in kept else ("rank",) for dim in kernel.dimensions])
+    if not kernel.stack:
+        return [*flat, in_place]
+    return [in_place, *(" ".join((*kernel.stack, pattern)) for pattern in flat)]
+
+
+def idle(path: str, leaves: Mapping[str, Any]) -> bool:
+    """Whether the partner of a matrix is all zero, as B is before training: nothing is added."""
+    m = matrix(path)
+    partner = leaves.get(m.partner) if m else None
+    return partner is not None and not np.any(np.asarray(partner) != 0)

@@ -3,6 +3,9 @@
 A layer that owns a tensor says its sizes in `in_features`, `out_features`, `kernel_shape` and the
 like; a module around it says how many heads there are, by the names that the spec gives
 (`Pair.modules`).
+
+What is not in the graph is the caller's: a cache that was made by the old config
+(`init_cache(cfg)`) is made anew by the new one.
 """
 
 from collections.abc import Iterator
@@ -11,7 +14,8 @@ from typing import Any
 from flax import nnx
 
 from flaxslim import _config
-from flaxslim._errors import LayoutError
+from flaxslim._axes import Axes
+from flaxslim._errors import LayoutError, PlanError
 from flaxslim._plan import Cut, Plan
 from flaxslim._sites import beside
 from flaxslim._spec import measure
@@ -25,29 +29,76 @@ def mended(module: nnx.Module, plan: Plan, *, expanded: bool = False) -> nnx.Mod
         for path, node in nnx.iter_graph(module)
         if isinstance(node, nnx.Module)
     }
-    leaves = flatten(module)
+    shapes = _shapes(plan)
     for cut in plan.cuts:
         tables = {beside(cut.site.root, name) for name in cut.site.pair.tables}
         for tensor in cut.site.cut:
             node = nodes.get(tensor.path.rpartition("/")[0])
             # What owns a cache is no layer; what owns an embedding is.
             if node is not None and (tensor.path not in tables or isinstance(node, nnx.Embed)):
-                new = tuple(leaves[tensor.path].shape)
-                old = tensor.shape if not expanded else None
-                _mend_layer(node, old or _cut_shape(cut, tensor), new)
+                before_after = tensor.shape, shapes[tensor.path]
+                _mend_layer(node, tensor.axes, *(before_after[::-1] if expanded else before_after))
         for path, attributes in cut.site.pair.modules.items():
-            at = "/".join(filter(None, (cut.site.root, path)))
+            at = beside(cut.site.root, path) if path else cut.site.root
             if (node := nodes.get(at)) is not None:
                 _mend_module(node, at, attributes, cut, expanded)
     return module
 
 
-def _cut_shape(cut: Cut, tensor: Any) -> tuple[int, ...]:
-    axis = cut.site.axis(tensor)
-    return tensor.axes.resized(tensor.shape, axis, cut.indices(tensor).shape[-1])
+def check_shapes(module: nnx.Module, plan: Plan, cfg: Any) -> None:
+    """Raise `PlanError` or `SiteShapeError` unless a module has the sizes that the plan says.
+
+    nnx takes arrays of any shape, so nothing else would tell before the module runs. `cfg` is the
+    config after the cut, by which whoever comes next reads the module.
+    """
+    leaves = flatten(module)
+    for path, expected in _shapes(plan).items():
+        if (seen := tuple(leaves[path].shape)) != expected:
+            raise PlanError(
+                "a tensor of the module has another shape than the plan says",
+                path=path,
+                seen=seen,
+                expected=expected,
+                mend="make a new plan for this module",
+            )
+    if cfg is None and any(pair.sizes for pair in plan.spec):
+        return  # a stored plan may come without the config that the spec needs
+    found = {site.second.path: site for site in plan.spec.bind(module, cfg)[0]}
+    for cut in plan.cuts:
+        site = found.get(cut.site.second.path)
+        if site is None or (site.size, site.groups) != (cut.width, cut.groups):
+            raise PlanError(
+                "the spec reads other sizes from the module than the plan says",
+                path=cut.site.second.path,
+                seen=None if site is None else f"{site.size} channels, groups {site.groups}",
+                expected=f"{cut.width} channels, groups {cut.groups}",
+                mend="correct the sizes that the spec takes from the config: Pair(sizes=...)",
+            )
 
 
-def _mend_layer(node: Any, old: tuple[int, ...], new: tuple[int, ...]) -> None:
+def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The shapes after the cut, by path; two sites may cut one tensor, along an axis each."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for cut in plan.cuts:
+        for tensor in cut.site.cut:
+            shape = shapes.get(tensor.path, tensor.shape)
+            left = cut.indices(tensor).shape[-1]
+            shapes[tensor.path] = tensor.axes.resized(shape, cut.site.axis(tensor), left)
+    return shapes
+
+
+def _mend_layer(node: Any, axes: Axes, old: tuple[int, ...], new: tuple[int, ...]) -> None:
+    """Mend the attributes of a layer that owns a tensor.
+
+    A layer that `nnx.vmap` made says the sizes of one of its stack.
+    """
+    _mend_echoes(node, old, new)
+    if stacked := {axes.dimension(name) for name in axes.stack}:
+        one = [tuple(n for i, n in enumerate(s) if i not in stacked) for s in (old, new)]
+        _mend_echoes(node, *one)
+
+
+def _mend_echoes(node: Any, old: tuple[int, ...], new: tuple[int, ...]) -> None:
     """Attributes that echo the shape of a tensor: all of it, its inputs, or its outputs."""
     sizes = dict(_sizes(node))
     outputs = [as_sizes(v) for name, v in sizes.items() if name.startswith(("out_", "features"))]

@@ -65,7 +65,7 @@ def _per_layer(layout: "_Layout", cuts: Sequence[Cut], cfg: Any) -> dict[str, An
     assert expression is not None
     base = _base(cuts, cfg)
     plain: dict[str, Any] = {}
-    if base is not None and base.width < base.site.size:
+    if base is not None and base.width != expression.read(cfg):
         plain = _plain(expression, base, cfg)
     width = expression.read(cfg) if base is None else base.width
     for cut in cuts:

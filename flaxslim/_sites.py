@@ -11,12 +11,13 @@ from flaxslim._axes import Axes
 from flaxslim._config import Width
 from flaxslim._errors import (
     ConfigError,
+    FlaxslimError,
     IncompletePairError,
     NothingMatchedError,
     SiteShapeError,
     nearest,
 )
-from flaxslim._lora import low_rank, matrices
+from flaxslim._lora import Loras, low_rank, matrices
 from flaxslim._spec import Pair, Site, Spec, Tensor, as_tuple
 from flaxslim._tree import flatten
 
@@ -47,14 +48,26 @@ def bind(spec: Spec, params: Any, cfg: Any) -> tuple[tuple[Site, ...], tuple[Pai
     sites: list[Site] = []
     unmatched: list[Pair] = []
     partial: list[tuple[Pair, _Found]] = []
+    misfits: list[tuple[_Found, FlaxslimError]] = []
     for pair in spec:
         found = _find(pair, leaves)
         complete = [f for f in found if len(f.kernels) == len(pair.layers)]
         partial += [(pair, f) for f in found if len(f.kernels) < len(pair.layers)]
-        sites += _tie([(_site(pair, f, leaves, loras, cfg), f) for f in complete], leaves)
-        if not complete:
+        fitting: list[tuple[Site, _Found]] = []
+        for f in complete:
+            try:
+                fitting.append((_site(pair, f, leaves, loras, cfg), f))
+            except FlaxslimError as error:
+                misfits.append((f, error))
+        sites += _tie(fitting, leaves)
+        if not fitting:
             unmatched.append(pair)
+    sites = _fullest(sites)
     claimed = {tensor.path for site in sites for tensor in site.cut}
+    for found, error in misfits:
+        # The same names may hold another layout, which another pair describes: scanned layers.
+        if not claimed.issuperset(found.kernels.values()):
+            raise error
     for pair, found in partial:
         # Half of a gated pair is often the whole of a plain one: T5's wo belongs to either.
         if not claimed.issuperset(found.kernels.values()):
@@ -133,7 +146,7 @@ def _site(
     pair: Pair,
     found: _Found,
     leaves: Mapping[str, Any],
-    loras: Mapping[str, tuple[int, ...]],
+    loras: Loras,
     cfg: Any,
 ) -> Site:
     known = _known(pair, cfg)
@@ -148,10 +161,11 @@ def _site(
         return Tensor(path=path, axes=axes, shape=tuple(shape))
 
     def bias(layer: str, given: str | None, axes: Axes) -> Tensor | None:
-        path = _join(found.root, given or f"{layer}/{pair.bias}")
+        name = given.removesuffix("?") if given else f"{layer}/{pair.bias}"
+        path = _join(found.root, name)
         if path in leaves and leaves[path] is not None:
             return tensor(path, axes)
-        if given:
+        if given and not given.endswith("?"):
             raise IncompletePairError(
                 "the spec names a bias that is not in the tree",
                 path=path,
@@ -164,16 +178,16 @@ def _site(
     given = as_tuple(pair.first_bias) if pair.first_bias else (None,) * len(pair.firsts)
     first = tuple(tensor(found.kernels[name], first_axes) for name in pair.firsts)
     first_biases = tuple(
-        bias(name, g, first_axes.only(carried)) for name, g in zip(pair.firsts, given, strict=True)
+        bias(name, g, first_axes.bias(carried)) for name, g in zip(pair.firsts, given, strict=True)
     )
     second = tensor(found.kernels[pair.second], second_axes)
     outside = {*second_axes.names} - {pair.axis, *pair.inner}
-    second_bias = bias(pair.second, pair.second_bias, second_axes.only(outside))
+    second_bias = bias(pair.second, pair.second_bias, second_axes.bias(outside))
     also: list[Tensor] = []
     for layer, pattern in pair.also.items():
         axes = Axes(pattern, known)
         also += [tensor(found.kernels[layer], axes)]
-        also += filter(None, [bias(layer, None, axes.only(carried))])
+        also += filter(None, [bias(layer, None, axes.bias(carried))])
     for name, pattern in pair.tables.items():
         if leaves.get(path := beside(found.root, name)) is not None:
             also.append(tensor(path, Axes(pattern, known)))
@@ -321,6 +335,22 @@ def _tables(site: Site, leaves: Mapping[str, Any]) -> set[str]:
 
 def _taken(tensor: Tensor, sites: Iterable[Site]) -> bool:
     return any(t.path == tensor.path for site in sites for t in site.also)
+
+
+def _fullest(sites: Sequence[Site]) -> list[Site]:
+    """The sites, without those of a pair that another pair has as well, with more tensors.
+
+    A gated layer has all that a plain one has, and a biased one all of one without.
+    """
+    by_second: dict[str, list[Site]] = {}
+    for site in sites:
+        by_second.setdefault(site.second.path, []).append(site)
+    paths = {id(site): {t.path for t in site.tensors} for site in sites}
+    return [
+        site
+        for site in sites
+        if not any(paths[id(site)] < paths[id(other)] for other in by_second[site.second.path])
+    ]
 
 
 def _check_claims(sites: Iterable[Site]) -> None:

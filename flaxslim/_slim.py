@@ -4,9 +4,12 @@ import logging
 import warnings
 from typing import Any
 
+from flax import nnx
+
 from flaxslim._apply import apply, check_fits, resized
 from flaxslim._draw import check_dead, check_finite, draw
 from flaxslim._errors import NothingRemovedWarning, PlanError, WidthError
+from flaxslim._nnx import check_shapes
 from flaxslim._plan import Plan
 from flaxslim._spec import Spec
 from flaxslim._tree import flatten
@@ -28,7 +31,8 @@ def slim(
 
     Args:
       params: the parameters: dict, FrozenDict, nnx.State, nnx.Module or another pytree of dicts,
-        with numpy or jax leaves. Untouched; what comes back is of the same kind.
+        with numpy or jax leaves. Untouched; what comes back is of the same kind. Of an
+        nnx.Module all shapes are checked again, since nnx checks none.
       cfg: the config (Hugging Face, dict, dataclass, ...). Untouched; a new one comes back.
       spec, width, multiple_of, threshold: as in `flaxslim.plan`.
       plan: apply this stored plan instead of making one; then the others must be left out.
@@ -68,4 +72,7 @@ def slim(
             f"nothing was removed: {plan.why_nothing}", NothingRemovedWarning, stacklevel=2
         )
         return params, cfg
-    return apply(plan, params), resized(plan, cfg)
+    small, new = apply(plan, params), resized(plan, cfg)
+    if isinstance(small, nnx.Module):
+        check_shapes(small, plan, new)
+    return small, new

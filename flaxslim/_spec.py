@@ -35,7 +35,8 @@ class Pair:
       first_axes, second_axes: the axis patterns of the kernels. Those of the biases follow. `d` is
         the embedding on either side; `l` and `e` are stacked layers and experts, each with
         channels of its own.
-      first_bias, second_bias: the biases, where they are not `<layer>/bias`.
+      first_bias, second_bias: the biases, where they are not `<layer>/bias`. One that may be
+        absent ends in "?".
       width: the config key of the number of channels (see `flaxslim._config`), if there is one.
       activation: its name ("relu"), or where the config holds it ("config.hidden_act").
       gated: the hidden value is act(gate) * up. Gate and up are two first layers, or the two
@@ -62,8 +63,10 @@ class Pair:
 
     For the classes that run it (see `flaxslim._layout`):
       modules: what the module at a path below `at` calls its sizes:
-        `{"self": {"config.num_attention_heads": "h", "config.hidden_size": "(h k)"}}`.
+        `{"self": {"config.num_attention_heads": "h", "config.hidden_size": "(h k)"}}`. A name
+        that it may lack ends in "?".
       arguments: arguments of a module's call that carry the axis: `{"self": {"head_mask": "h"}}`.
+        A pattern with a 1 in its place: what one layer hands to the next, the same for all heads.
       fixed: the stock class ties the width to other sizes, so that only a layout can change it.
       ragged: the class can carry groups of unequal size.
 
@@ -386,4 +389,4 @@ def _as_dict(pair: Pair) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(child) for key, child in value.items()}
-    return value
+    return list(value) if isinstance(value, tuple) else value

@@ -1,222 +1,377 @@
 """A plan applied to whatever was made for the parameters: optimizer states, averages, adapters.
 
-Such a tree holds copies of the parameters' structure at places of its own ("0/mu/...",
-"opt_state/inner_state/...", "params/..."). A leaf belongs to a copy if the end of its path is the
-path of a parameter, the longest that fits.
+Such a tree holds copies of the parameters at places of its own ("0/mu", "opt_state/inner_state",
+"params"). A copy is the highest place below which every leaf has the path of a parameter, or
+belongs to one: a low-rank matrix, a scale. A leaf of any other path, as another network beside it
+would have, is never taken for a parameter, however much its own path ends like one.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
+import optax
+from flax import nnx
+from jax.tree_util import GetAttrKey, SequenceKey, tree_flatten_with_path
 
-from flaxslim import _bits, _tree
+from flaxslim import _bits, _lora, _scales, _tree
+from flaxslim._activation import ACTIVATIONS
 from flaxslim._apply import check_fits, folded_biases
-from flaxslim._axes import Axes
-from flaxslim._draw import COMPANION
+from flaxslim._dead import mark
 from flaxslim._errors import PlanError
-from flaxslim._lora import axes_of, side
+from flaxslim._nnx import mended
 from flaxslim._plan import Cut, Plan
 from flaxslim._spec import Tensor
 
+# The tensors of each path that are cut: one for each axis along which it is.
+_Cuts = Mapping[str, Sequence[tuple[Cut, Tensor]]]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Leaf:
-    """A leaf of the state: in which copy it is, and which parameter it stands for."""
+class _Place:
+    """What a leaf stands for: a parameter, or the matrix or scale of one.
+
+    Attributes:
+      parameter: the path of the parameter in the plan.
+      matrix: the low-rank matrix that it is.
+      scale: whether it is a scale, a zero point or the like.
+    """
+
+    parameter: str
+    matrix: _lora.Matrix | None = None
+    scale: bool = False
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.matrix is None and not self.scale
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Copy:
+    """A copy of the parameters, or of some of them.
+
+    Attributes:
+      path: where it is in the tree.
+      places: what its leaves stand for, by their paths in the tree.
+      computes: it holds parameters of its own (an average), not moments or gradients.
+    """
 
     path: str
-    copy: str
-    parameter: str
-    array: Any
+    places: Mapping[str, _Place]
+    computes: bool
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """The paths in the tree of its parameters, by their paths in the plan."""
+        return {p.parameter: path for path, p in self.places.items() if p.is_parameter}
 
 
 def apply_like(plan: Plan, tree: Any, like: Any, *, fold: bool) -> Any:
     """`apply(plan, tree, like=params)`; see there."""
     params = _tree.flatten(like)
     check_fits(plan, params)
-    cuts = {t.path: (cut, t) for cut in plan.cuts for t in cut.site.cut}
+    cuts: dict[str, list[tuple[Cut, Tensor]]] = {}
+    for cut in plan.cuts:
+        for tensor in cut.site.cut:
+            cuts.setdefault(tensor.path, []).append((cut, tensor))
     leaves = _tree.flatten(tree)
+    names = _Names(params)
+    copies = _copies(tree, leaves, names)
+    _refuse_strangers(leaves, copies, cuts, names)
     new: dict[str, Any] = {}
-    refused: list[str] = []
-    copies: dict[str, dict[str, Any]] = {}
-    recognised = 0
-    for path, array in leaves.items():
-        leaf = _placed(path, array, params)
-        if leaf is not None:
-            copies.setdefault(leaf.copy, {})[leaf.parameter] = array
-            recognised += leaf.parameter in cuts
-            if leaf.parameter in cuts and np.ndim(array):
-                new |= _cut(leaf, *cuts[leaf.parameter])
-        elif (beside := _beside(path, array, plan)) is not None:
-            new |= beside
-            recognised += 1
-        elif _looks_like(array, cuts):
-            refused.append(path)
-    if refused:
-        raise PlanError(
-            f"{len(refused)} leaves have the shape of a parameter that is cut, and none's path",
-            path=refused[0],
-            seen=", ".join(f"{p} {tuple(leaves[p].shape)}" for p in refused[:8]),
-            expected="paths that end in those of the parameters: " + ", ".join(list(cuts)[:3]),
-            mend="apply the plan to the parts of this tree that follow the parameters, and make "
-            "the others anew",
-        )
-    if not recognised:
-        raise PlanError(
-            "nothing in this tree follows the parameters that are cut",
-            seen=f"{len(leaves)} leaves: {', '.join(list(leaves)[:4])}",
-            expected="paths that end in those of the parameters: " + ", ".join(list(cuts)[:3]),
-            mend="give the parameters before the cut as like=, and a state made for them",
-        )
-    if fold:
-        states = _optimizer_states(tree)
-        for copy, own in copies.items():
-            if not any(f"{copy}/".startswith(f"{state}/") for state in states):
-                folded = folded_biases(plan, own)
-                new |= {f"{copy}/{p}" if copy else p: bias for p, bias in folded.items()}
-    return _tree.replace(tree, new)
+    for copy in copies:
+        _check_shapes(copy, leaves, params, cuts)
+        cut_along = {
+            path: _cut_along(path, place, leaves[path], cuts) for path, place in copy.places.items()
+        }
+        if copy.computes and fold:
+            _check_adapter(plan, copy, params, leaves, cut_along)
+            new |= _folded(plan, copy, leaves)
+        for path, along in cut_along.items():
+            for cut, tensor in along:
+                new[path] = _taken(new.get(path, leaves[path]), cut, tensor)
+    return _mended(_tree.replace(tree, new), copies, plan)
+
+
+def _taken(array: Any, cut: Cut, tensor: Tensor) -> Any:
+    _bits.check_finite(array, tensor)
+    return tensor.axes.take(
+        array, cut.site.axis(tensor), cut.indices(tensor), cut.site.second.axes.stack
+    )
+
+
+def _folded(plan: Plan, copy: _Copy, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The biases of a copy that take up constants, by path; a mask takes up none."""
+    paths = copy.parameters
+    own = {name: leaves[path] for name, path in paths.items() if np.shape(leaves[path])}
+    cuts: list[Cut] = []
+    for cut in plan.cuts:
+        bias = cut.site.second_bias
+        if bias is None or not cut.folded.any() or bias.path not in own:
+            continue
+        if own[bias.path].dtype == bool:
+            continue
+        if lacking := [t.path for t in cut.site.tensors if t.path not in own]:
+            raise PlanError(
+                "constants are to be folded into a bias without the tensors that they follow from",
+                path=paths[bias.path],
+                expected=", ".join(lacking),
+                mend="pass the whole copy, or fold=False if it does not hold parameters",
+            )
+        cuts.append(cut)
+    folded = folded_biases(dataclasses.replace(plan, cuts=tuple(cuts)), own)
+    return {paths[name]: bias for name, bias in folded.items()}
+
+
+def _mended(tree: Any, copies: Sequence[_Copy], plan: Plan) -> Any:
+    """The tree, where the nnx modules that are copies say their new sizes."""
+    places = {copy.path for copy in copies}
+    graphs = (nnx.Module, nnx.Optimizer)
+    pairs, _ = tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, graphs))
+    for keys, graph in pairs:
+        for names, node in nnx.iter_graph(graph) if isinstance(graph, graphs) else ():
+            at = "/".join(filter(None, (_tree.name_of(keys), *map(str, names))))
+            if isinstance(node, nnx.Module) and at in places:
+                mended(node, plan)
+    return tree
 
 
 # --- which parameter a leaf stands for --------------------------------------------------------
 
 
-def _placed(path: str, array: Any, params: Mapping[str, Any]) -> _Leaf | None:
+class _Names:
+    """The paths of the parameters: whole, and without the collection ("params") in front."""
+
+    def __init__(self, params: Mapping[str, Any]):
+        self.parameters = {path: path for path in params}
+        if any(path.startswith("params/") for path in params):
+            for path in sorted(params, key=lambda path: not path.startswith("params/")):
+                self.parameters.setdefault(path.partition("/")[2], path)
+        self._kernels = _lora.kernels({name: params[p] for name, p in self.parameters.items()})
+
+    def place(self, name: str) -> _Place | None:
+        """What a leaf stands for, by its path in a copy."""
+        if (parameter := self.parameters.get(name)) is not None:
+            return _Place(parameter=parameter)
+        if (match := _scales.PART.fullmatch(name)) and match["kernel"] in self.parameters:
+            kernel = self.parameters[match["kernel"]]
+            return _Place(parameter=kernel, scale=match["part"] != "qvalue")
+        if (m := _lora.matrix(name)) is not None:
+            kernel = _lora.owner(m.kernel, self._kernels.get(m.folder, ()))
+            return _Place(parameter=self.parameters[kernel], matrix=m) if kernel else None
+        folder, _, last = name.rpartition("/")
+        if match := _scales.COMPANION.fullmatch(last):
+            kernel = _lora.owner(match["kernel"] or "", self._kernels.get(folder, ()))
+            return _Place(parameter=self.parameters[kernel], scale=True) if kernel else None
+        return None
+
+
+def _splits(path: str) -> Iterator[tuple[str, str]]:
+    """All ways to part a path in two, the first part growing.
+
+    >>> list(_splits("0/mu"))
+    [('', '0/mu'), ('0', 'mu')]
+    """
     names = path.split("/")
     for i in range(len(names)):
-        end = "/".join(names[i:])
-        for name in (end, f"params/{end}"):
-            if name in params:
-                copy = "/".join(names[:i])
-                return _Leaf(path=path, copy=copy, parameter=name, array=array)
-    return None
+        yield "/".join(names[:i]), "/".join(names[i:])
 
 
-def _optimizer_states(tree: Any) -> list[str]:
-    """The paths of optimizer states in a tree: named tuples, and whatever is called `opt_state`."""
+def _copies(tree: Any, leaves: Mapping[str, Any], names: _Names) -> list[_Copy]:
+    """The copies of the parameters in a tree."""
+    found: dict[str, dict[str, _Place]] = {}
+    places = {path: [(at, names.place(rest)) for at, rest in _splits(path)] for path in leaves}
+    # A number for the whole tensor, or a count, is at home anywhere.
+    strange = {
+        at
+        for path, own in places.items()
+        for at, place in own
+        if place is None and np.shape(leaves[path])
+    }
+    for path, own in places.items():
+        for at, place in own:
+            if place is not None and at not in strange:
+                found.setdefault(at, {})[path] = place
+                break
+    states = _states(tree)
+    return [
+        _Copy(path=at, places=own, computes=not _is_state(at, states)) for at, own in found.items()
+    ]
 
-    def is_state(x: Any) -> bool:
+
+# Names by which optimizers and their users call what is no parameter.
+_STATE = re.compile(r"mu|nu|nu_max|trace|.*(opt_state|optim_state|grad|moment).*")
+
+
+def _is_state(path: str, states: Sequence[str]) -> bool:
+    return any(map(_STATE.fullmatch, path.split("/"))) or any(
+        f"{path}/".startswith(f"{state}/") for state in states
+    )
+
+
+def _states(tree: Any) -> list[str]:
+    """The places where named tuples hold what is no parameter: optimizers say their states so."""
+
+    def is_named(x: Any) -> bool:
         return isinstance(x, tuple) and hasattr(x, "_fields")
 
-    found = set()
-    for path in _tree.flatten(tree):
-        names = path.split("/")
-        if "opt_state" in names:
-            found.add("/".join(names[: names.index("opt_state") + 1]))
-    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_state)
-    found |= {_tree.name_of(keys) for keys, node in pairs if is_state(node)}
-    return sorted(found)
+    def visit(node: Any, at: tuple[Any, ...]) -> Iterator[str]:
+        for keys, child in tree_flatten_with_path(node, is_leaf=is_named)[0]:
+            for name in child._fields if is_named(child) else ():
+                below = (*at, *keys, GetAttrKey(name))
+                if _holds_parameters(child, name, keys):
+                    yield from visit(getattr(child, name), below)
+                else:
+                    yield _tree.name_of(below)
+
+    return list(visit(tree, ()))
 
 
-def _cut(leaf: _Leaf, cut: Cut, tensor: Tensor) -> dict[str, Any]:
-    shape = tuple(leaf.array.shape)
-    if shape == tensor.shape:
-        if not cut.removed:
-            return {}
-        _bits.check_finite(leaf.array, tensor)
-        taken = tensor.axes.take(
-            leaf.array, cut.site.axis(tensor), cut.indices(tensor), cut.site.second.axes.stack
+def _holds_parameters(state: Any, field: str, keys: tuple[Any, ...]) -> bool:
+    """Whether a field of a named tuple holds parameters, not what an optimizer made of them."""
+    if isinstance(state, optax.EmaState):
+        # In a chain, which is a tuple, it averages updates; elsewhere it was fed parameters.
+        return not (keys and isinstance(keys[-1], SequenceKey))
+    if isinstance(state, optax.contrib.ScheduleFreeState) and field == "z":
+        return True
+    return "param" in field or "param" in type(state).__name__.lower()
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+_ANEW = "start the optimizer anew, tx.init(slimmed), or train with adamw, lion or sgd"
+
+
+def _refuse_strangers(
+    leaves: Mapping[str, Any], copies: Sequence[_Copy], cuts: _Cuts, names: _Names
+) -> None:
+    """Raise `PlanError` for leaves that may need the cut and stand for no parameter."""
+    placed = {path for copy in copies for path in copy.places}
+    others = {path: leaves[path] for path in leaves if path not in placed}
+    shapes = {t.shape for own in cuts.values() for cut, t in own if cut.removed}
+    refused = [
+        path
+        for path, x in others.items()
+        if np.shape(x) and (_is_alike(x, shapes) or _is_below(path, cuts, names))
+    ]
+    if refused:
+        raise PlanError(
+            f"{len(refused)} leaves may follow a parameter that is cut, and it is not known how",
+            path=refused[0],
+            seen=", ".join(f"{path} {np.shape(leaves[path])}" for path in refused),
+            expected="copies of the parameters, with leaves at none but their paths"
+            + _why_not(refused[0], leaves, names),
+            mend="give in like= the tree that these leaves are a copy of, or apply the plan to "
+            "the other parts of this tree alone; where an optimizer keeps several arrays for a "
+            f"parameter (sm3, shampoo), {_ANEW}",
         )
-        return {leaf.path: taken}
-    size = tensor.axes.sizes(tensor.shape)[cut.site.axis(tensor)]
-    if size not in shape and int(np.prod(shape)) <= 1:
-        return {}  # one number for the whole tensor
-    raise PlanError(
-        "a leaf follows a parameter that is cut, but not its shape",
-        path=leaf.path,
-        seen=shape,
-        expected=tensor.shape,
-        mend="(a) a plan cannot be applied twice; (b) factored moments (adafactor, sm3, shampoo) "
-        "mix the channels of a row: start the optimizer anew, tx.init(slimmed), or train with "
-        "adamw, lion or sgd, whose states can be cut",
+    if not placed and any(np.shape(x) for x in leaves.values()):
+        raise PlanError(
+            "nothing in this tree follows the parameters",
+            seen=f"{len(leaves)} leaves: {', '.join(list(leaves)[:4])}",
+            expected="paths that end in those of the parameters: " + ", ".join(list(cuts)[:3]),
+            mend="give the parameters before the cut as like=, and a tree made for them",
+        )
+
+
+def _is_alike(x: Any, shapes: set[tuple[int, ...]]) -> bool:
+    # Raw keys of random numbers are arrays of this type.
+    return np.shape(x) in shapes and getattr(x, "dtype", None) != np.uint32
+
+
+def _is_below(path: str, cuts: _Cuts, names: _Names) -> bool:
+    """Whether a path goes on where that of a parameter which is cut ends."""
+    return any(
+        names.parameters.get(name) in cuts for _, rest in _splits(path) for name, _ in _splits(rest)
     )
 
 
-def _looks_like(array: Any, cuts: Mapping[str, tuple[Cut, Tensor]]) -> bool:
-    shape = tuple(getattr(array, "shape", ()))
-    return bool(shape) and any(
-        shape == tensor.shape for cut, tensor in cuts.values() if cut.removed
-    )
+def _why_not(path: str, leaves: Mapping[str, Any], names: _Names) -> str:
+    """The first leaf for which the place of another is no copy, as a clause."""
+    for at, rest in _splits(path):
+        if names.place(rest) is not None:
+            prefix = f"{at}/" if at else ""
+            for other in leaves:
+                if other.startswith(prefix) and names.place(other[len(prefix) :]) is None:
+                    return f"; {at or 'the tree'} also has {other[len(prefix) :]}"
+    return ""
 
 
-# --- what stands beside a kernel --------------------------------------------------------------
-
-
-def _beside(path: str, array: Any, plan: Plan) -> dict[str, Any] | None:
-    """A low-rank matrix or a scale beside a kernel that is cut, cut; None for anything else."""
-    shape = tuple(getattr(array, "shape", ()))
-    for cut in plan.cuts:
-        for kernel in cut.site.cut:
-            folder = kernel.path.rpartition("/")[0]
-            _, found, name = f"/{path}".rpartition(f"/{folder}/")
-            if not folder or not found or len(kernel.shape) < 2:
-                continue
-            if side(name) is not None:
-                axes = _axes_of_matrix(path, name, shape, cut, kernel)
-            elif COMPANION.fullmatch(name):
-                axes = _axes_of_scale(path, shape, cut, kernel)
-            else:
-                continue
-            if axes is None or not cut.removed:
-                return {}
-            if side(name) is not None and kernel is cut.site.second:
-                _check_dead_rows(path, array, axes, cut)
-            return {path: axes.take(array, cut.site.axis(kernel), cut.indices(kernel))}
-    return None
-
-
-def _axes_of_matrix(
-    path: str, name: str, shape: tuple[int, ...], cut: Cut, kernel: Tensor
-) -> Axes | None:
-    """The pattern of a low-rank matrix; None for the side that has no channels."""
-    reads = kernel is cut.site.second
-    if side(name) != ("a" if reads else "b"):
-        return None
-    axes = axes_of(kernel, cut.site.pair, shape, reads=reads)
-    if axes is None:
-        raise PlanError(
-            "a low-rank matrix does not fit the kernel beside it",
-            path=path,
-            seen=shape,
-            expected=f"the {'inputs' if reads else 'outputs'} of {kernel.path} {kernel.shape}, and "
-            "a rank",
-            mend="merge the adapter into the kernel first",
-        )
-    return axes
-
-
-def _check_dead_rows(path: str, array: Any, axes: Axes, cut: Cut) -> None:
-    """What a low-rank matrix adds to a row that goes must be nothing, too."""
-    gone = np.setdiff1d(np.arange(cut.site.size), cut.kept[0])
-    if np.any(np.asarray(axes.take(array, cut.site.pair.axis, gone)) != 0):
-        raise PlanError(
-            "a low-rank matrix adds to rows that the plan cuts, so these channels are alive",
-            path=path,
-            mend="merge the adapter into the kernel before the plan is made, or make the plan for "
-            "a tree that holds the adapter too",
-        )
-
-
-def _axes_of_scale(path: str, shape: tuple[int, ...], cut: Cut, kernel: Tensor) -> Axes | None:
-    """The pattern of a scale; None for one that does not run along the axis."""
-    axis = cut.site.axis(kernel)
-    number = kernel.axes.dimension(axis)
-    size = kernel.shape[number]
-    if len(shape) == len(kernel.shape):
-        if shape[number] not in (1, size):
+def _check_shapes(
+    copy: _Copy, leaves: Mapping[str, Any], params: Mapping[str, Any], cuts: _Cuts
+) -> None:
+    """Raise `PlanError` unless the parameters in a copy have their shapes, or are one number."""
+    if cuts.keys().isdisjoint(copy.parameters):
+        return
+    for name, path in copy.parameters.items():
+        shape, expected = np.shape(leaves[path]), np.shape(params[name])
+        if shape not in ((), expected):
             raise PlanError(
-                "a scale holds for blocks of channels, so that single ones cannot be cut",
+                "a leaf follows a parameter, but not its shape",
                 path=path,
-                seen=f"{shape[number]} blocks for {size} channels",
-                mend="dequantise first, or quantise again after the cut",
+                seen=shape,
+                expected=expected,
+                mend="likely (a) it was cut already: a plan cannot be applied twice; (b) it was "
+                "made for another model: give that one's parameters as like=; (c) its optimizer "
+                "goes by means over rows, columns or whole tensors (adafactor), which a cut "
+                f"changes, or keeps a history: {_ANEW}, whose states can be cut",
             )
-        return kernel.axes.alone(axis) if shape[number] == size else None
-    if shape == (size,) and kernel.shape.count(size) > 1:
-        raise PlanError(
-            "a scale could belong to the inputs or to the outputs of its kernel",
-            path=path,
-            seen=f"shape {shape} beside a kernel of {kernel.shape}",
-            mend="give it as many dimensions as the kernel has: (1, outputs)",
+
+
+def _check_adapter(
+    plan: Plan,
+    copy: _Copy,
+    params: Mapping[str, Any],
+    leaves: Mapping[str, Any],
+    cut_along: Mapping[str, Sequence[tuple[Cut, Tensor]]],
+) -> None:
+    """Raise `PlanError` if a channel that goes is alive by what a low-rank matrix adds to it."""
+    for cut in plan.cuts:
+        lora = tuple(
+            (copy.places[path].parameter, tensor)
+            for path, along in cut_along.items()
+            if copy.places[path].matrix is not None
+            for other, tensor in along
+            if other is cut
         )
-    return kernel.axes.only({axis}) if shape == (size,) else None
+        if not lora or not cut.removed:
+            continue
+        act, foldable = ACTIVATIONS.get(cut.activation or ""), bool(cut.folded.any())
+        site = dataclasses.replace(cut.site, lora=(*cut.site.lora, *lora))
+        alone = mark(cut.site, params, act, plan.threshold, foldable=foldable)
+        adapted = {path: leaves[path] for path, p in copy.places.items() if p.matrix is not None}
+        with_it = mark(site, {**params, **adapted}, act, plan.threshold, foldable=foldable)
+        alive = alone.dead & ~with_it.dead
+        alive[np.arange(len(alive))[:, None], cut.kept] = False
+        if alive.any():
+            raise PlanError(
+                f"low-rank matrices make {int(alive.sum())} channels alive that the plan cuts",
+                path=lora[0][1].path,
+                seen=f"channel {int(np.argwhere(alive)[0][-1])} of {cut.site.second.path}, by "
+                + ", ".join(tensor.path for _, tensor in lora),
+                mend="zero what they add to these channels (columns of B at the first layer, rows "
+                "of A at the second), or make the plan for the tree with the adapter in it",
+            )
+
+
+# --- along which axes a leaf is cut -----------------------------------------------------------
+
+
+def _cut_along(path: str, place: _Place, array: Any, cuts: _Cuts) -> list[tuple[Cut, Tensor]]:
+    """The cuts that a leaf needs, with its own tensor."""
+    shape = np.shape(array)
+    found: list[tuple[Cut, Tensor]] = []
+    for cut, tensor in cuts.get(place.parameter, ()) if shape else ():
+        if not cut.removed:
+            continue
+        if place.is_parameter:
+            found.append((cut, dataclasses.replace(tensor, path=path)))
+        elif place.matrix is not None:
+            if place.matrix.side == ("a" if tensor is cut.site.second else "b"):
+                matrix = _lora.tensor_of(place.matrix, shape, tensor, cut.site.pair)
+                found.append((cut, dataclasses.replace(matrix, path=path)))
+        elif (own := _scales.tensor_of(path, shape, tensor, cut)) is not None:
+            found.append((cut, own))
+    return found

@@ -45,16 +45,16 @@ def _check_found(
     nothing would be wrong but the sizes.
     """
     plan = flaxslim.plan(params, cfg)
-    assert {cut.site.root for cut in plan.cuts} == set(deaths)
+    assert {cut.site.second.path for cut in plan.cuts} == set(deaths)
     dead = {}
     for cut in plan.cuts:
-        site, died = cut.site, deaths[cut.site.root]
+        site, died = cut.site, deaths[cut.site.second.path]
         folds = None not in (*site.first_biases, site.second_bias)
         rules = {"i", "ii" if site.pair.gated else "iii", *(["iv"] if folds else [])}
         counts = {r: sum(len(d.channels) for d in died if d.rule == r) for r in rules}
         assert dict(cut.rules) == counts, site.root
-        dead[site.root] = np.concatenate([death.channels for death in died])
-        assert {*range(site.size)}.difference(cut.keep) <= {*dead[site.root].tolist()}
+        dead[site.second.path] = np.concatenate([death.channels for death in died])
+        assert {*range(site.size)}.difference(cut.keep) <= {*dead[site.second.path].tolist()}
     return dead
 
 
@@ -69,7 +69,7 @@ def test_slimmed_model_is_the_same_function(case: Case, tmp_path, record_propert
     needed: dict[str, int] = {}
     for site in sites:
         key = str(site.pair.width_expression)
-        needed[key] = max(needed.get(key, 0), site.size - len(dead[site.root]))
+        needed[key] = max(needed.get(key, 0), site.size - len(dead[site.second.path]))
     for site in spec_for(small).sites(slimmed):
         expression = site.pair.width_expression
         assert expression is not None

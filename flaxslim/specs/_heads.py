@@ -199,7 +199,8 @@ T5_HEADS = Spec(
             "TransientGlobalSelfAttention",
             tables={**_T5_TABLE, "global_relative_attention_bias/embedding": "b h"},
         ),
-        _t5_attention("EncDecAttention"),
+        # Without a mask each layer is handed zeros, made for the heads of the first.
+        _t5_attention("EncDecAttention", arguments={"": {"position_bias": "b 1 q s"}}),
     ),
 )
 
