@@ -94,6 +94,14 @@ def replace(cfg: Any, values: Mapping[str, Any]) -> Any:
 
 def _with(cfg: Any, name: str, value: Any) -> Any:
     if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
+        if name not in (names := [field.name for field in dataclasses.fields(cfg)]):
+            raise ConfigError(
+                f"a {type(cfg).__name__} has no field to say this in",
+                path=name,
+                seen=f"the fields {', '.join(names)}",
+                mend=f'give it a field "{name}" that may be None; or keep one width for all '
+                'layers (width="uniform"), or pass a dict',
+            )
         return dataclasses.replace(cfg, **{name: value})
     if isinstance(cfg, MutableMapping) and not hasattr(cfg, "unlock"):
         # dict and its subclasses; a ConfigDict has `unlock` and is copied below.

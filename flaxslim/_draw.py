@@ -20,7 +20,7 @@ from flaxslim._errors import (
 )
 from flaxslim._plan import Cut, Plan, channels
 from flaxslim._scales import COMPANION
-from flaxslim._spec import Pair, Site, Spec, Tensor
+from flaxslim._spec import Pair, Site, SpecLike, Tensor
 from flaxslim._tree import flatten
 from flaxslim._widths import Cluster, Target
 from flaxslim.specs import chosen
@@ -31,7 +31,7 @@ WIDTHS = ("uniform", "per_layer")
 def plan(
     params: Any,
     cfg: Any = None,
-    spec: Spec | str | Sequence[Spec | str] | None = None,
+    spec: SpecLike = None,
     *,
     width: str = "uniform",
     multiple_of: int | Mapping[str, int] = 1,
@@ -47,8 +47,9 @@ def plan(
         "ffn" (the default), "heads" or "all".
       width: "uniform": one width for each config key, the largest that any layer needs, filled
         up with dead channels, lowest index first (those of the threshold before the exact ones).
-        "per_layer": each site its own, down to 0; what plain config keys cannot say is recorded
-        beside them (see `flaxslim._record`), and `flaxslim.from_pretrained` runs it.
+        "per_layer": each site its own, down to 0 (of heads in an nnx module: 1); what plain
+        config keys cannot say is recorded beside them (see `flaxslim._record`), and
+        `flaxslim.from_pretrained` runs it.
       multiple_of: round each width up to a multiple of this (128 suits most accelerators); by
         axis or site if a mapping: `{"f": 128, "h": 2, "decoder/*": 64}`. The last that fits holds.
       threshold: also give up channels whose second row has at most this L2 norm, relative to
@@ -84,7 +85,7 @@ def check_finite(plan: Plan, leaves: Mapping[str, Any]) -> None:
 def draw(
     params: Any,
     cfg: Any,
-    spec: Spec | str | Sequence[Spec | str] | None,
+    spec: SpecLike,
     *,
     width: str = "uniform",
     multiple_of: int | Mapping[str, int] = 1,
@@ -111,7 +112,9 @@ def draw(
     cuts: dict[str, Cut] = {}
     blocked: list[str] = []
     for members in _groups(_clusters(sites, marks), width, sized):
-        target, why = _target(members, cfg if sized else None, width, multiple_of)
+        # Nobody stands between an nnx class and its heads, by whose number it divides.
+        least = int(isinstance(params, nnx.Module) and members[0].sites[0].pair.axis == "h")
+        target, why = _target(members, cfg if sized else None, width, multiple_of, least)
         blocked += [why] if why else []
         for cluster in members:
             mask = _widths.keep(cluster, target)
@@ -283,16 +286,23 @@ def _groups(clusters: Sequence[Cluster], width: str, sized: bool) -> list[list[C
 
 
 def _target(
-    members: Sequence[Cluster], cfg: Any, width: str, multiple_of: int | Mapping[str, int]
+    members: Sequence[Cluster],
+    cfg: Any,
+    width: str,
+    multiple_of: int | Mapping[str, int],
+    least: int,
 ) -> tuple[Target, str | None]:
-    """The common width of some clusters, and the reason if no config can say a smaller one."""
+    """The common width of some clusters, and the reason if no config can say a smaller one.
+
+    `least` is what a layer keeps in any case if each has its own width.
+    """
     site = members[0].sites[0]
     multiple = math.lcm(*(_widths.multiple_for(s, multiple_of) for c in members for s in c.sites))
     grouped = bool(members[0].groups)
     if width == "per_layer":
         # Groups of unequal size need a class that carries them, and a config to say them in.
         even = grouped and (not site.pair.ragged or bool(site.stack) or cfg is None)
-        return _widths.need(members, even=even, least=0, multiple_of=multiple), None
+        return _widths.need(members, even=even, least=least, multiple_of=multiple), None
     sizes = {s.size for cluster in members for s in cluster.sites}
     full = Target(width=max(sizes))
     expression = site.pair.width_expression if cfg is not None else None

@@ -49,22 +49,31 @@ class _Context:
     now: Layout | None = None
     inside: bool = False
 
-    def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def intercept(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        # In one frame: JAX walks the stack for each equation, and modules are deeply nested.
         module, method = context.module, context.method_name
         if _running.stack[-1] is not self or module.scope is None:  # not ours, or unbound
             return next_fun(*args, **kwargs)
-        if not self.by_root:
-            return _tell(self.layout, module, next_fun, args, kwargs, method)
-        if self.inside and not (module.path == () and _says(module)):
-            return _tell(self.now, module, next_fun, args, kwargs, method)
         before = self.now, self.inside
-        root = _root_of(module)
-        self.now = Layout.of(root.config) if _says(root) else self.layout
-        self.inside = True
+        if not self.inside or (self.by_root and module.path == () and _says(module)):
+            self.now, self.inside = self._layout_of_root(module), True
         try:
-            return _tell(self.now, module, next_fun, args, kwargs, method)
+            found = self.now
+            told = None if found is None else found.at(module.path)
+            if found is None or (told is None and method != "setup"):
+                return next_fun(*args, **kwargs)
+            if told is not None:
+                args, kwargs = _tell(module, told, method, args, kwargs)
+            result = next_fun(*args, **kwargs)
+            return _after(found, module, told, method, result)
         finally:
             self.now, self.inside = before
+
+    def _layout_of_root(self, module: Any) -> Layout | None:
+        if not self.by_root:
+            return self.layout
+        root = _root_of(module)
+        return Layout.of(root.config) if _says(root) else self.layout
 
 
 def _says(module: Any) -> bool:
@@ -82,7 +91,7 @@ def _root_of(module: Any) -> Any:
 def _running_at(context: _Context) -> Iterator[None]:
     _running.stack.append(context)
     try:
-        with linen.intercept_methods(context):
+        with linen.intercept_methods(context.intercept):
             yield
     finally:
         _running.stack.pop()
@@ -113,34 +122,54 @@ def layout(cfg: Any = None, spec: Spec | None = None) -> Iterator[None]:
 # --- what happens to one module ---------------------------------------------------------------
 
 
-def _tell(
-    found: Layout | None, module: Any, next_fun: Any, args: Any, kwargs: Any, method: str
-) -> Any:
-    told = None if found is None else found.at(module.path)
-    if told is None:
-        return next_fun(*args, **kwargs)
-    if told.early or method != "setup":
+def _tell(module: Any, told: Told, method: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Before a method runs: the module's sizes, and the arguments of its call."""
+    if (told.early or method != "setup") and vars(module).get(_TOLD) is not told:
         _set(module, told)
-    if method == "setup":
-        result = next_fun(*args, **kwargs)
-        _set(module, told)
-        return result
     if method == "__call__":
         for argument in told.arguments:
             args, kwargs = _cut_out(module, argument, args, kwargs)
         if told.inputs is not None:
             ahead = (slice(None),) * (-told.inputs - 1)
             args = (args[0][(..., slice(0, 0), *ahead)], *args[1:])
-    result = next_fun(*args, **kwargs)
-    if method == "__call__" and told.outputs is not None:
-        shape = result.shape[: result.ndim - len(told.outputs)]
-        return jnp.zeros((*shape, *told.outputs), result.dtype)
+    return args, kwargs
+
+
+def _after(found: Layout, module: Any, told: Told | None, method: str, result: Any) -> Any:
+    """After it: what a setup has made is told its sizes; a layer without channels gives zeros."""
+    if method == "setup":
+        if told is not None:
+            _set(module, told)
+        _set_layers(found, module)
+    elif method == "__call__" and told is not None and told.outputs is not None:
+        ahead = result.shape[: result.ndim - len(told.outputs)]
+        if not told.outputs:
+            ahead = tuple(size or 1 for size in ahead)
+        return jnp.zeros((*ahead, *told.outputs), result.dtype)
     return result
 
 
+def _set_layers(found: Layout, module: Any) -> None:
+    """Tell the layers that a setup has made at once.
+
+    An interceptor of somebody else's may come before ours when they are called, and compute them
+    by other means (quantised, say).
+    """
+    for name in found.layers & vars(module).keys():
+        child = getattr(module, name)
+        if isinstance(child, linen.Module) and (told := found.at((*module.path, name))):
+            _set(child, told)
+
+
+_TOLD = "_flaxslim_told"  # on an instance of a module: what it was told already
+
+
 def _set(module: Any, told: Told) -> None:
+    object.__setattr__(module, _TOLD, told)
     if told.dims:
         _set_features(module, told.dims)
+    if told.empty and hasattr(module, "kernel_init"):
+        object.__setattr__(module, "kernel_init", linen.initializers.zeros)
     for name, value in told.attributes:
         optional, name = name.endswith("?"), name.removesuffix("?")
         head, _, key = name.partition(".")
@@ -261,6 +290,12 @@ def module(cls: type, cfg: Any, *, spec: Spec | None = None, **fields: Any) -> A
 
     found = Layout.of(cfg, spec)
     return module_at(cls, found, **{**fields_of(cls, cfg), **fields})
+
+
+def at_layout_of(module: Any, cfg: Any) -> Any:
+    """A Linen module that runs at the layout of a config; the same one if there is none."""
+    found = Layout.of(cfg)
+    return module if found is None else module_at(type(module), found, **_fields(module))
 
 
 def module_at(cls: type, found: Layout | None, **fields: Any) -> Any:

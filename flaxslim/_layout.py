@@ -44,15 +44,17 @@ class Told:
       attributes: names (or "config.key") and values to be set.
       early: set them before the module's setup, which makes tensors by them; else after it, so
         that what it makes for others keeps its size.
+      empty: its kernel has no entries, which no initialiser of Linen can draw.
       arguments: what is to be cut out of the arguments of its call.
       outputs, inputs: of a site of width 0, which runs with one channel of zeros: the sizes of the
-        last dimensions that a layer puts out, and which of the last dimensions that the second
-        layer reads is emptied again.
+        last dimensions that a layer puts out (none: whichever is empty is to be 1), and which of
+        the last dimensions that the second layer reads is emptied again.
     """
 
     dims: tuple[int | None, ...] = ()
     attributes: tuple[tuple[str, Any], ...] = ()
     early: bool = False
+    empty: bool = False
     arguments: tuple[Argument, ...] = ()
     outputs: tuple[int, ...] | None = None
     inputs: int | None = None
@@ -68,7 +70,8 @@ class Layout:
     ):
         """`told` by subtree of a composite ("" for all) and path below some prefix of it.
 
-        A path with "/" in front has no prefix. `everywhere`: what all sites of a pair are told if
+        A path with "/" in front has no prefix. `layers` are the names of all that are told the
+        sizes of a kernel. `everywhere`: what all sites of a pair are told if
         any of them is told something, by what the whole path of the module looks like.
         """
         self._everywhere = tuple(everywhere)
@@ -76,6 +79,9 @@ class Layout:
         for (tree, path), what in told.items():
             self._told.setdefault(path, []).append((tree, what))
         self._found: dict[tuple[str, ...], Told | None] = {}
+        self.layers = frozenset(
+            path.rpartition("/")[2] for (_, path), what in told.items() if what.dims
+        )
 
     @classmethod
     def of(cls, cfg: Any, spec: Spec | None = None) -> "Layout | None":
@@ -243,22 +249,30 @@ def _told(pair: Pair, cfg: Any, place: str, size: _record.Recorded) -> Iterator[
             outputs = tuple(d for d in _dims(pattern, pair, run, carried) if d is not None)
         yield (
             at(path),
-            Told(dims=_dims(pattern, pair, real, {cut}), early=True, outputs=outputs),
+            Told(
+                dims=_dims(pattern, pair, real, {cut}),
+                early=True,
+                empty=width == 0,
+                outputs=outputs,
+            ),
         )
-    if ghost:
+    if width == 0:
         read = [dim for dim in Axes(pair.second_axes).dimensions if {*dim} & carried]
         inputs = next(i for i, dim in enumerate(read) if pair.axis in dim) - len(read)
-        yield at(pair.second), Told(inputs=inputs)
+        yield at(pair.second), Told(empty=True, inputs=inputs if ghost else None)
     for path in {*pair.modules, *pair.arguments}:
-        attributes = pair.modules.get(path, {})
+        early = path in parents or path in owners
+        # What makes tensors makes them without a head, and gives out one of zeros.
+        told_sizes = (real, groups) if early else (run, run_groups)
         yield (
             at(path),
             Told(
                 attributes=tuple(
-                    (name, measure(expression, run, run_groups))
-                    for name, expression in attributes.items()
+                    (name, measure(expression, *told_sizes))
+                    for name, expression in pair.modules.get(path, {}).items()
                 ),
-                early=path in parents or path in owners,
+                early=early,
+                outputs=() if early and ghost else None,
                 arguments=tuple(_arguments(pair, cfg, path, heads)),
             ),
         )

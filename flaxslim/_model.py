@@ -198,8 +198,10 @@ def _precise(params: Any) -> Any:
 
 
 def _linen(module: linen.Module, params: Any, cfg: Any) -> Model:
+    from flaxslim._intercept import at_layout_of
+
     values = fields_of(module, cfg)
-    module = module.clone(**values) if values else module
+    module = at_layout_of(module.clone(**values) if values else module, cfg)
     wrapped = isinstance(params, Mapping) and isinstance(params.get("params"), Mapping)
 
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:

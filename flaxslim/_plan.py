@@ -1,7 +1,9 @@
 """The plan: which channels stay at each site, a value that can be printed, stored, composed."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -81,15 +83,14 @@ class Cut:
         _, counts = np.unique(self.site.owners[self.kept[0]], return_counts=True)
         return tuple(counts.tolist())
 
+    def share_gone(self, tensor: Tensor) -> Fraction:
+        """How much of one of the site's tensors goes."""
+        before = tensor.axes.sizes(tensor.shape)[self.site.axis(tensor)]
+        return Fraction(before - self.indices(tensor).shape[-1], max(before, 1))
+
     @property
     def removed_parameters(self) -> int:
-        gone = 0
-        for tensor in self.site.cut:
-            axis = self.site.axis(tensor)
-            left = self.indices(tensor).shape[-1]
-            before = tensor.axes.sizes(tensor.shape)[axis]
-            gone += int(np.prod(tensor.shape, dtype=np.int64)) * (before - left) // max(before, 1)
-        return gone
+        return sum(int(self.share_gone(t) * math.prod(t.shape)) for t in self.site.cut)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +160,19 @@ class Plan:
             cut.site.second.path: np.asarray(cut.keep, int).reshape(*cut.site.stack, cut.width)
             for cut in self.cuts
         }
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes that it leaves, by path; a tensor may lose two axes."""
+        left: dict[str, tuple[int, ...]] = {}
+        for cut in self.cuts:
+            for t in cut.site.tensors:
+                shape = left.get(t.path, t.shape)
+                if t is not cut.site.second_bias:
+                    count = cut.indices(t).shape[-1]
+                    shape = t.axes.resized(shape, cut.site.axis(t), count)
+                left[t.path] = shape
+        return left
 
     @property
     def why_nothing(self) -> str | None:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from flaxslim._control import bar, by_site, by_tensor, norms
 from flaxslim._errors import FlaxslimError, InputsError, UnknownFamilyError
 from flaxslim._model import Inputs, Model, as_inputs, outputs, resolve, split
 from flaxslim._proof import Change, OutputRow, Proof
-from flaxslim._spec import Spec
+from flaxslim._spec import Spec, SpecLike
 from flaxslim._tree import flatten
 from flaxslim.specs import chosen, spec_for
 
@@ -26,7 +26,7 @@ def verify(
     model: Any = None,
     *,
     inputs: Any = None,
-    spec: Spec | str | Sequence[Spec | str] | None = None,
+    spec: SpecLike = None,
     tolerance: float | None = None,
     approximate: bool = False,
     dtype: Any = None,

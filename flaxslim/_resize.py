@@ -6,7 +6,7 @@ from typing import Any
 from flaxslim import _config, _record
 from flaxslim._config import Width
 from flaxslim._plan import Cut, Resize
-from flaxslim._spec import Pair, Spec
+from flaxslim._spec import Spec
 
 
 def values(
@@ -100,7 +100,7 @@ class _Layout:
         self.sites = dict(_record.sites(cfg, prefix))
         self.layers = {layer: dict(own) for layer, own in _record.per_layer(cfg, prefix).items()}
         self._before = (dict(self.sites), {n: dict(own) for n, own in self.layers.items()})
-        self._single = _one_stack(cuts, prefix) and _config.model_type(self._part(cfg)) is not None
+        self._single = _one_stack(spec, prefix) and _config.model_type(self._part(cfg)) is not None
         self._pairs = {cut.site.pair for cut in cuts if cut.site.pair.config == prefix}
 
     def _part(self, cfg: Any) -> Any:
@@ -150,8 +150,8 @@ class _Layout:
         return None if self._pairs <= known(self.cfg) else self.spec
 
 
-def _one_stack(cuts: Sequence[Cut], prefix: str) -> bool:
+def _one_stack(spec: Spec, prefix: str) -> bool:
     """Whether a number says which layer: the widths of the part are those of one stack."""
-    pairs: set[Pair] = {c.site.pair for c in cuts if c.site.pair.config == prefix}
+    pairs = [pair for pair in spec if pair.config == prefix]
     places = {pair.at for pair in pairs if pair.axis == "f" and "{" in pair.at}
     return len(places) == 1 and next(iter(places)).count("{") == 1

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -11,7 +12,7 @@ from flaxslim._draw import check_dead, check_finite, draw
 from flaxslim._errors import NothingRemovedWarning, PlanError, WidthError
 from flaxslim._nnx import check_shapes
 from flaxslim._plan import Plan
-from flaxslim._spec import Spec
+from flaxslim._spec import SpecLike
 from flaxslim._tree import flatten
 
 _log = logging.getLogger("flaxslim")
@@ -20,10 +21,10 @@ _log = logging.getLogger("flaxslim")
 def slim(
     params: Any,
     cfg: Any = None,
-    spec: Spec | None = None,
+    spec: SpecLike = None,
     *,
     width: str = "uniform",
-    multiple_of: int = 1,
+    multiple_of: int | Mapping[str, int] = 1,
     threshold: float = 0.0,
     plan: Plan | None = None,
 ) -> tuple[Any, Any]:

@@ -354,6 +354,10 @@ class Spec:
         return bind(self, params, cfg)
 
 
+# What the user may give for a spec: none for the family's FFN, the name of a part, or several.
+SpecLike = Spec | str | Sequence[Spec | str] | None
+
+
 def measure(expression: str, sizes: Mapping[str, int], groups: Sequence[int] = ()) -> Any:
     """What a module is to be told: a product of axes, or how many heads a group has.
 

@@ -21,25 +21,43 @@ Threshold = Annotated[
 MultipleOf = Annotated[
     int, arg(help="round widths up to a multiple of this (128 suits most accelerators)")
 ]
+Width = Annotated[
+    Literal["uniform", "per_layer"],
+    arg(
+        help="uniform: one width for each config key, which stock classes load by themselves; "
+        "per_layer: each layer its own, so that all that is dead goes (flaxslim.from_pretrained "
+        "loads it into the stock class)"
+    ),
+]
+Heads = Annotated[
+    bool,
+    arg(help="cut dead attention heads too; most families need --width per_layer for it"),
+]
 
 
 def inspect(
     source: Source,
     *,
+    width: Width = "uniform",
+    heads: Heads = False,
     threshold: Threshold = 0.0,
     multiple_of: MultipleOf = 1,
     json: Annotated[bool, arg(help="print JSON instead of tables")] = False,
     revision: Revision = None,
 ) -> int:
-    """Show the prunable sites of a checkpoint, which channels are dead, and how much would go.
+    """Show the prunable sites of a checkpoint, what of them is dead, and how much would go.
 
-    Writes nothing. Example: flaxslim inspect path/to/folder
+    Writes nothing. Example: flaxslim inspect path/to/folder --width per_layer --heads
     """
-    from flaxslim.cli import _inspect, _table
+    from flaxslim.cli import _inspect, _slim, _table
     from flaxslim.cli._console import console, messages
 
     with messages.status(f"reading {source}"):
-        report = _inspect.inspect(source, threshold, multiple_of, revision)
+        report = _inspect.inspect(
+            source,
+            _slim.Choice(width=width, heads=heads, threshold=threshold, multiple_of=multiple_of),
+            revision,
+        )
     if json:
         print(json_module.dumps(report.to_dict(), indent=1))
     else:
@@ -51,6 +69,8 @@ def slim(
     source: Source,
     out: Annotated[Positional[Path], arg(metavar="OUT", help="the folder to write")],
     *,
+    width: Width = "uniform",
+    heads: Heads = False,
     threshold: Threshold = 0.0,
     multiple_of: MultipleOf = 1,
     format: Annotated[
@@ -71,8 +91,9 @@ def slim(
 ) -> int:
     """Cut the dead channels of a checkpoint, prove that it computes the same, and write it to OUT.
 
-    The result loads in the stock classes. Nothing is written when nothing is dead (exit code 3)
-    or when the proof fails (exit code 4). Example: flaxslim slim path/to/folder smaller
+    The result loads in the stock classes, with --width per_layer by flaxslim.from_pretrained.
+    Nothing is written when nothing is dead (exit code 3) or when the proof fails (exit code 4).
+    Example: flaxslim slim path/to/folder smaller --width per_layer --heads
     """
     from flaxslim.cli import _slim
 
@@ -80,8 +101,9 @@ def slim(
         source,
         out,
         _slim.Options(
-            threshold=threshold,
-            multiple_of=multiple_of,
+            choice=_slim.Choice(
+                width=width, heads=heads, threshold=threshold, multiple_of=multiple_of
+            ),
             format=format,
             overwrite=overwrite,
             verify=verify,

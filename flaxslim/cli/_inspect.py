@@ -5,28 +5,36 @@ from typing import Any
 
 from flaxslim._apply import resized
 from flaxslim._compat import stock_config
-from flaxslim._draw import plan
 from flaxslim._errors import FlaxslimError
-from flaxslim._plan import Plan
+from flaxslim._plan import Cut, Plan
 from flaxslim._proof import Change
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import read
-from flaxslim.cli._slim import spec_of
+from flaxslim.cli._slim import Choice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """A plan that is not carried out, and what it would change."""
+    """A plan that is not carried out, and what it would change.
+
+    `heads` is what would go of the heads if each layer had its own, asked for or not.
+    """
 
     source: str
     model_type: str
     files: tuple[str, ...]
     naming: str
     plan: Plan
+    heads: Plan
     parameters: Change
     bytes: Change
     flops: Change
     notes: tuple[str, ...]
+
+    @property
+    def head_cuts(self) -> tuple[Cut, ...]:
+        """The heads: what goes if they were asked for, else what could."""
+        return tuple(filter(is_heads, self.plan.cuts)) or self.heads.cuts
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; without the indices that are kept, which `slim` records."""
@@ -37,18 +45,12 @@ class Inspection:
             "naming": self.naming,
             "spec": self.plan.spec.name,
             "exact": self.plan.exact,
-            "sites": [
-                {
-                    "root": cut.site.root,
-                    "channels": cut.site.size,
-                    "dead": cut.dead,
-                    "kept": len(cut.keep),
-                    "rules": dict(cut.rules),
-                    "parameters": cut.removed * cut.site.per_channel,
-                }
-                for cut in self.plan.cuts
-            ],
-            "widths": {r.width: [r.before, r.after] for r in self.plan.resizes},
+            "sites": [_site(cut, "channels") for cut in self.plan.cuts if not is_heads(cut)],
+            "heads": [_site(cut, "heads") for cut in self.head_cuts],
+            "widths": {
+                r.width: [r.before, r.after if r.least == r.after else [r.least, r.after]]
+                for r in self.plan.resizes
+            },
             "parameters": [self.parameters.before, self.parameters.after],
             "bytes": [self.bytes.before, self.bytes.after],
             "flops": [self.flops.before, self.flops.after],
@@ -56,21 +58,30 @@ class Inspection:
         }
 
 
-def inspect(source: str, threshold: float, multiple_of: int, revision: str | None) -> Inspection:
+def is_heads(cut: Cut) -> bool:
+    return cut.site.pair.axis == "h"
+
+
+def _site(cut: Cut, what: str) -> dict[str, Any]:
+    return {
+        "root": cut.site.root,
+        what: cut.site.size,
+        "dead": cut.dead,
+        "kept": cut.width,
+        "rules": dict(cut.rules),
+        "parameters": cut.removed_parameters,
+    }
+
+
+def inspect(source: str, choice: Choice, revision: str | None) -> Inspection:
     """Read a checkpoint and plan its slimming; nothing is cut."""
     checkpoint = read(source, revision=revision)
-    chosen = plan(
-        checkpoint.params,
-        checkpoint.config,
-        spec_of(checkpoint),
-        threshold=threshold,
-        multiple_of=multiple_of,
-    )
+    chosen = choice.plan(checkpoint)
+    every = dataclasses.replace(choice, width="per_layer", heads=True).plan(checkpoint)
+    heads = dataclasses.replace(every, cuts=tuple(filter(is_heads, every.cuts)))
     leaves = flatten(checkpoint.params)
     gone = sum(
-        cut.removed * leaves[t.path].nbytes // cut.site.size
-        for cut in chosen.cuts
-        for t in cut.site.cut
+        int(cut.share_gone(t) * leaves[t.path].nbytes) for cut in chosen.cuts for t in cut.site.cut
     )
     count = sum(leaf.size for leaf in leaves.values())
     size = sum(leaf.nbytes for leaf in leaves.values())
@@ -89,6 +100,7 @@ def inspect(source: str, threshold: float, multiple_of: int, revision: str | Non
         files=checkpoint.weight_files,
         naming=checkpoint.naming,
         plan=chosen,
+        heads=heads,
         parameters=Change(before=count, after=count - chosen.removed_parameters),
         bytes=Change(before=size, after=size - gone),
         flops=cost,

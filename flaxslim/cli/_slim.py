@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,31 @@ from flaxslim.specs import spec_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The flags that say what is to go."""
+
+    width: str
+    heads: bool
+    threshold: float
+    multiple_of: int
+
+    def plan(self, checkpoint: Checkpoint) -> Plan:
+        """What would go, in the names that the tensors of a checkpoint have."""
+        return plan(
+            checkpoint.params,
+            checkpoint.config,
+            spec_of(checkpoint, "all" if self.heads else "ffn"),
+            width=self.width,
+            threshold=self.threshold,
+            multiple_of=self.multiple_of,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """The flags of the command; see its `--help`."""
 
-    threshold: float
-    multiple_of: int
+    choice: Choice
     format: str
     overwrite: bool
     verify: bool
@@ -34,9 +55,9 @@ class Options:
     revision: str | None
 
 
-def spec_of(checkpoint: Checkpoint) -> Spec:
+def spec_of(checkpoint: Checkpoint, part: str) -> Spec:
     """The spec of a checkpoint's family, in the names that its tensors have."""
-    spec = spec_for(checkpoint.config)
+    spec = spec_for(checkpoint.config, part)
     return spec.torch() if checkpoint.naming == "torch" else spec
 
 
@@ -55,13 +76,7 @@ def run(source: str, out: Path, options: Options) -> int:
             refuse_loss(unused(before.params, before.config), options.format)
             before = _as_flax(before)
         status.update("looking for dead channels")
-        chosen = plan(
-            before.params,
-            before.config,
-            spec_of(before),
-            threshold=options.threshold,
-            multiple_of=options.multiple_of,
-        )
+        chosen = options.choice.plan(before)
     for note in before.notes:
         messages.print(f"note: {note}", markup=False, soft_wrap=True)
     console.print(str(chosen), markup=False, soft_wrap=True)
@@ -117,13 +132,25 @@ def _as_flax(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
+def _widths(chosen: Plan) -> str:
+    said = [
+        f"{r.width}: {r.before} to "
+        + (f"{r.after}" if r.least == r.after else f"between {r.least} and {r.after}")
+        for r in chosen.resizes
+    ]
+    return f"Widths: {', '.join(said)}. " if said else ""
+
+
 def record(source: str, chosen: Plan, proof: Any) -> dict[str, Any]:
     """What `flaxslim.json` keeps, and what the model card says."""
-    widths = ", ".join(f"{r.width}: {r.before} to {r.after}" for r in chosen.resizes)
+    counts = Counter[str]()
+    for cut in chosen.cuts:
+        counts["attention heads" if cut.site.pair.axis == "h" else "FFN channels"] += cut.removed
+    what = " and ".join(f"{count:,} {name}" for name, count in counts.items() if count)
     card = (
-        f"{chosen.removed:,} FFN channels ({chosen.removed_parameters:,} parameters) were cut from "
+        f"{what} ({chosen.removed_parameters:,} parameters) were cut from "
         f"`{Path(source).name if Path(source).is_dir() else source}` by flaxslim "
-        f"{flaxslim.__version__}. Widths: {widths}. "
+        f"{flaxslim.__version__}. {_widths(chosen)}"
     )
     if chosen.exact:
         card += "Every one of them contributed nothing, so the function is the same."

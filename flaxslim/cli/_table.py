@@ -89,25 +89,43 @@ def inspection(report: Any) -> Group:
     """The sites of a checkpoint and what would go."""
     plan = report.plan
     title = f"{report.source}: {report.model_type}, {', '.join(report.files)}"
-    sites = _table("site", "channels", "dead", "kept", "parameters\nthat go")
-    for cut in plan.cuts:
-        gone = cut.removed * cut.site.per_channel
-        sites.add_row(
-            cut.site.root, f"{cut.site.size:,}", f"{cut.dead:,}", f"{len(cut.keep):,}", f"{gone:,}"
-        )
+    heads = report.head_cuts
+    channels = [cut for cut in plan.cuts if cut.site.pair.axis != "h"]
+    asked = any(cut.site.pair.axis == "h" for cut in plan.cuts)
     totals = _table("", "now", "slimmed", "ratio")
     for resize in plan.resizes:
+        same = resize.least == resize.after
         totals.add_row(
             resize.width,
             f"{resize.before:,}",
-            f"{resize.after:,}",
-            _ratio(resize.before, resize.after),
+            f"{resize.after:,}" if same else f"{resize.least:,} to {resize.after:,}",
+            _ratio(resize.before, resize.after) if same else "",
         )
     _changes(totals, report)
-    notes = [Text(f"note: {note}") for note in (*plan.blocked, *plan.notes, *report.notes)]
+    notes = [f"note: {note}" for note in (*plan.blocked, *plan.notes, *report.notes)]
+    if not asked and (dead := sum(cut.dead for cut in heads)):
+        notes.append(f"note: {dead} heads are dead; --heads --width per_layer cuts them")
     if not plan.removed:
-        notes.append(Text("nothing would be removed"))
-    return Group(Text(title), sites, totals, *notes)
+        notes.append("nothing would be removed")
+    return Group(
+        Text(title),
+        _sites("FFN", "channels", channels, show_gone=True),
+        _sites("attention", "heads", heads, show_gone=asked),
+        totals,
+        *map(Text, notes),
+    )
+
+
+def _sites(what: str, unit: str, cuts: Iterable[Any], *, show_gone: bool) -> Table:
+    """A row for each site; what goes only where that was asked for."""
+    table = _table(what, unit, "dead", *(["kept", "parameters\nthat go"] if show_gone else []))
+    for cut in cuts:
+        times = f"{cut.site.rows} x " if cut.site.stack else ""
+        row = [cut.site.root or "(top)", f"{times}{cut.site.size:,}", f"{cut.dead:,}"]
+        if show_gone:
+            row += [f"{times}{cut.width:,}", f"{cut.removed_parameters:,}"]
+        table.add_row(*row)
+    return table
 
 
 def families() -> Table:

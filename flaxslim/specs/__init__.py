@@ -1,12 +1,11 @@
 """The shipped specs, and the registry that finds one by `config.model_type`."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 from flaxslim import _config
 from flaxslim._errors import SpecError, UnknownFamilyError, nearest
-from flaxslim._spec import Pair, Spec
+from flaxslim._spec import Pair, Spec, SpecLike
 from flaxslim.specs import _ffn, _heads
 
 # model_type -> specs of the FFN and of the heads, for every family that stands by itself.
@@ -98,7 +97,7 @@ def spec_for(cfg: Any, part: str = "ffn") -> Spec:
     )
 
 
-def chosen(spec: Spec | str | Sequence[Spec | str] | None, cfg: Any) -> Spec:
+def chosen(spec: SpecLike, cfg: Any) -> Spec:
     """One spec of whatever the user gave: none, a name of a part, a Spec, or several.
 
     Raises `SpecError` for anything else, and what `spec_for` raises.
@@ -109,7 +108,7 @@ def chosen(spec: Spec | str | Sequence[Spec | str] | None, cfg: Any) -> Spec:
         return spec_for(cfg, spec)
     if isinstance(spec, Spec):
         return spec
-    if isinstance(spec, list | tuple) and spec:
+    if isinstance(spec, list | tuple) and spec and None not in spec:
         return functools.reduce(Spec.__add__, [chosen(one, cfg) for one in spec])
     raise SpecError(
         "spec is not a Spec",

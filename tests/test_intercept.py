@@ -1,0 +1,319 @@
+"""Contexts and modules: code that builds the stock class itself, and what it costs."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hand_written import by_hand
+from test_layout import BERT, IDS, bert, close, gpt2, hidden, make  # noqa: F401
+from transformers import BertConfig, FlaxAutoModel, FlaxBertModel
+from transformers.models.bert.modeling_flax_bert import FlaxBertEncoder, FlaxBertModule
+
+import flaxslim
+from flaxslim import Pair, Spec, layout, module, slim
+from flaxslim._errors import LayoutError
+
+# --- the context ------------------------------------------------------------------------------
+
+
+def test_code_that_builds_the_stock_class_runs_inside(bert):  # noqa: F811
+    with layout():
+        model = FlaxAutoModel.from_pretrained(bert.folder)
+        inside = jax.jit(lambda p: hidden(model, params=p))
+        close(hidden(bert.model), inside(model.params))
+        again: Any = FlaxBertModel(bert.model.config)
+        assert jax.tree.map(jnp.shape, again.params) == jax.tree.map(jnp.shape, model.params)
+    # What was compiled inside stays usable; what is traced anew does not run.
+    close(hidden(bert.model), inside(model.params))
+    with pytest.raises(flax.errors.ScopeParamShapeError):
+        hidden(model)
+
+
+def test_a_dense_model_inside_is_not_touched(bert):  # noqa: F811
+    before = hidden(bert.dense)
+    with layout(bert.model.config):
+        np.testing.assert_array_equal(before, hidden(bert.dense))
+        close(hidden(bert.model), hidden(bert.dense, params=bert.zeroed))
+
+
+def test_contexts_nest_and_only_the_innermost_acts(bert, tmp_path):  # noqa: F811
+    other = make(FlaxBertModel, BERT, tmp_path / "other", seed=7)
+    with layout(bert.model.config), layout(other.model.config), layout():
+        close(other.expected().last_hidden_state, hidden(other.model))
+        close(bert.expected().last_hidden_state, hidden(bert.model))
+
+
+def test_a_context_holds_in_its_own_thread_only(bert):  # noqa: F811
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            FlaxAutoModel.from_pretrained(bert.folder)
+        except ValueError as error:
+            errors.append(error)
+
+    with layout():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert "incompatible with the model shape" in str(errors[0])
+
+
+def test_somebody_elses_interceptor_may_act_at_the_same_time(bert):  # noqa: F811
+    seen: Counter[str] = Counter()
+
+    def quantised(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        """What qwix does: a Dense computed by other means, from its own parameters."""
+        if not isinstance(context.module, nn.Dense) or context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        seen[str(context.module.name)] += 1
+        kernel = context.module.param(
+            "kernel", context.module.kernel_init, (args[0].shape[-1], context.module.features)
+        )
+        bias = context.module.param("bias", context.module.bias_init, (context.module.features,))
+        return args[0] @ kernel + bias
+
+    expected = hidden(bert.model)
+    with nn.intercept_methods(quantised):
+        close(expected, hidden(bert.model))
+        with layout():
+            stock: Any = FlaxAutoModel.from_pretrained(bert.folder)
+            close(expected, hidden(stock))
+    with layout(), nn.intercept_methods(quantised):
+        close(expected, hidden(stock))
+    assert seen["query"] >= 9
+
+
+# --- modules ----------------------------------------------------------------------------------
+
+
+def test_a_bare_linen_module_runs_at_the_layout(bert):  # noqa: F811
+    cfg, params = bert.model.config, bert.model.params
+    bare = module(FlaxBertModule, cfg, dtype=jnp.float32)
+    assert isinstance(bare, FlaxBertModule)
+    ones = jnp.ones_like(IDS)
+    mask = jnp.ones((3, 4))
+    inputs = (jnp.asarray(IDS), ones, ones * 0, jnp.arange(9)[None], mask)
+    close(hidden(bert.model), bare.apply({"params": params}, *inputs)[0])
+    fresh = jax.eval_shape(bare.init, jax.random.key(0), *inputs)["params"]
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
+
+    # As a part of another module, by the context: the whole tree is at the root's sizes.
+    class Head(nn.Module):
+        @nn.compact
+        def __call__(self, *inputs: Any) -> Any:
+            backbone: Any = FlaxBertModule(cfg, name="backbone")
+            return backbone(*inputs)[0].sum()
+
+    with layout(cfg):
+        total = Head().apply({"params": {"backbone": params}}, *inputs)
+    close(hidden(bert.model).sum(), total, 1e-4)
+
+
+MLP = Spec(
+    name="MLP",
+    pairs=Pair(
+        at="Block_{i}", first="Dense_0", second="Dense_1", width="hidden", activation="relu"
+    ),
+)
+
+
+class Block(nn.Module):
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        h = nn.relu(nn.Dense(self.hidden)(x))
+        return x + nn.Dense(x.shape[-1])(h)
+
+
+class Net(nn.Module):
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        for _ in range(3):
+            x = Block(self.hidden)(x)
+        return x
+
+
+def net_with_dead_channels(counts: tuple[int, ...]) -> tuple[Any, Any]:
+    x = jax.random.normal(jax.random.key(1), (5, 6))
+    params: Any = Net(hidden=8).init(jax.random.key(0), x)
+    for i, count in enumerate(counts):
+        kernel = params["params"][f"Block_{i}"]["Dense_1"]["kernel"]
+        params["params"][f"Block_{i}"]["Dense_1"]["kernel"] = kernel.at[:count].set(0.0)
+    return params, x
+
+
+@pytest.mark.parametrize("counts", [(1, 5, 3), (8, 0, 8), (8, 8, 8)])
+def test_a_model_of_ones_own_keeps_its_spec_in_its_config(counts):
+    params, x = net_with_dead_channels(counts)
+    small, cfg = slim(params, {"hidden": 8}, MLP, width="per_layer")
+    widths = [small["params"][f"Block_{i}"]["Dense_0"]["kernel"].shape[1] for i in range(3)]
+    assert widths == [8 - count for count in counts]
+    made = module(Net, cfg)
+    close(Net(hidden=8).apply(params, x), made.apply(small, x))
+    proof = flaxslim.verify((params, {"hidden": 8}), (small, cfg), Net, inputs=x, spec=MLP)
+    assert proof.relative <= 1e-5
+    if 8 not in counts:
+        proof.raise_if_failed()
+    shapes = jax.eval_shape(made.init, jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, small)
+
+
+def test_equal_widths_need_no_layout():
+    params, x = net_with_dead_channels((3, 3, 3))
+    small, cfg = slim(params, {"hidden": 8}, MLP, width="per_layer")
+    assert cfg == {"hidden": 5}
+    close(Net(hidden=8).apply(params, x), Net(**cfg).apply(small, x))
+
+
+def test_a_scanned_stack_and_rematerialised_layers_run_at_the_layout():
+    class Scanned(nn.Module):
+        hidden: int
+
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            class Step(nn.Module):
+                hidden: int
+
+                @nn.compact
+                def __call__(self, x: Any, _: Any) -> tuple[Any, None]:
+                    return nn.remat(Block)(self.hidden, name="block")(x), None
+
+            stack = nn.scan(
+                Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            )
+            return stack(self.hidden, name="layers")(x, None)[0]
+
+    x = jax.random.normal(jax.random.key(1), (5, 6))
+    params: Any = Scanned(hidden=8).init(jax.random.key(0), x)
+    block = params["params"]["layers"]["block"]
+    dead = np.zeros((3, 8, 1), bool)
+    dead[0, :5], dead[1, 2:7], dead[2, ::2] = True, True, True
+    block["Dense_1"]["kernel"] = jnp.where(dead, 0.0, block["Dense_1"]["kernel"])
+    spec = Spec(
+        name="SCANNED",
+        pairs=Pair(
+            at="layers/block",
+            first="Dense_0",
+            second="Dense_1",
+            first_axes="l d f",
+            second_axes="l f d",
+            width="4*hidden",  # as if the class hard-coded it
+            activation="relu",
+        ),
+    )
+    small, cfg = slim(params, {"hidden": 2}, spec, width="per_layer")
+    assert small["params"]["layers"]["block"]["Dense_0"]["kernel"].shape == (3, 6, 4)
+    close(Scanned(hidden=8).apply(params, x), module(Scanned, cfg, hidden=8).apply(small, x))
+
+
+# --- what it costs ----------------------------------------------------------------------------
+
+
+def _primitives(jaxpr: Any) -> Counter[str]:
+    """How many equations of each kind, those inside of others counted too."""
+    found: Counter[str] = Counter()
+    for equation in jaxpr.eqns:
+        found[equation.primitive.name] += 1
+        for value in equation.params.values():
+            for part in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    found += _primitives(inner)
+    return found
+
+
+def test_no_equation_more_than_in_a_module_written_by_hand(bert):  # noqa: F811
+    """Not one, of any kind: the layout costs nothing once traced."""
+    cfg, params = bert.model.config, bert.model.params
+    x, mask, head_mask = jnp.ones((2, 9, 32)), jnp.ones((2, 9)), jnp.ones((3, 4))
+    encoder, hand_params = by_hand(cfg, params["encoder"]["layer"])
+    theirs = jax.make_jaxpr(encoder.apply)(hand_params, x, mask, head_mask)
+
+    class Stock(nn.Module):
+        config: BertConfig
+
+        @nn.compact
+        def __call__(self, *inputs: Any) -> Any:
+            return FlaxBertEncoder(self.config, name="encoder")(*inputs)[0]
+
+    stock = module(Stock, cfg)
+    variables = {"params": {"encoder": params["encoder"]}}
+    ours = jax.make_jaxpr(stock.apply)(variables, x, mask, head_mask)
+    assert _primitives(ours.jaxpr) <= _primitives(theirs.jaxpr)
+    close(
+        encoder.apply(hand_params, x, mask, head_mask), stock.apply(variables, x, mask, head_mask)
+    )
+
+
+def test_no_equation_more_than_in_the_dense_model(gpt2):  # noqa: F811
+    """A class that takes no argument by heads: the same equations, smaller."""
+    ours, theirs = (
+        jax.make_jaxpr(lambda p, m=model: m(IDS, params=p).logits)(params)
+        for model, params in ((gpt2.model, gpt2.model.params), (gpt2.dense, gpt2.zeroed))
+    )
+    assert _primitives(ours.jaxpr) == _primitives(theirs.jaxpr)
+
+
+def test_a_training_step_is_traced_once(bert):  # noqa: F811
+    traces: list[int] = []
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        traces.append(1)
+        grads = jax.grad(lambda p: (hidden(bert.model, params=p) ** 2).mean())(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    tx = optax.adamw(1e-3)
+    params, state = bert.model.params, tx.init(bert.model.params)
+    for _ in range(3):
+        params, state = step(params, state)
+    assert len(traces) == 1
+
+
+@pytest.fixture(autouse=True)
+def _precise() -> Iterator[None]:
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+def test_a_class_of_another_family_is_refused(bert):  # noqa: F811
+    from transformers import FlaxGPT2Model, FlaxRobertaModel
+
+    for cls in (FlaxGPT2Model, FlaxRobertaModel):
+        with pytest.raises(LayoutError, match="another family") as caught:
+            flaxslim.from_pretrained(cls, bert.folder)
+        assert "'bert'" in str(caught.value)
+        assert "flaxslim.from_pretrained(Flax" in str(caught.value)
+
+
+def test_a_spec_whose_module_lacks_the_attribute_is_refused():
+    class Other(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return Inner(name="Block_0")(x)
+
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.LayerNorm(name="Dense_0")(x)
+
+    cfg = {"hidden": 8, "flaxslim_layout": {"version": 1, "sites": {"Block_0/Dense_1": 3}}}
+    with pytest.raises(LayoutError, match="neither features nor a shape") as caught:
+        module(Other, cfg, spec=MLP).init(jax.random.key(0), jnp.ones((1, 6)))
+    assert caught.value.path == "Block_0/Dense_0"

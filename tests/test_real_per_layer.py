@@ -1,0 +1,134 @@
+"""Trained checkpoints at widths and heads of each layer's own, reloaded in a new process."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from kill import kill
+
+import flaxslim
+from flaxslim.checkpoint import read
+from flaxslim.cli import main
+from flaxslim.specs import spec_for
+
+
+@pytest.fixture(autouse=True)
+def _stock_rank_promotion():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def _pruned(source: Path, folder: Path, part: str = "all") -> Any:
+    """The checkpoint with another share of each layer dead: 10% to 80%."""
+    before = read(source)
+    spec = spec_for(before.config, part)
+    spec = spec.torch() if before.naming == "torch" else spec
+    params, _ = kill(before.params, spec.sites(before.params, before.config), low=0.1, high=0.8)
+    flaxslim.save(folder, params, before.config, like=before)
+    return spec
+
+
+def _in_a_new_process(code: str, *arguments: object) -> dict[str, np.ndarray]:
+    """Run `code`, which fills the dict `out`; what it holds then."""
+    out = Path(str(arguments[0])).parent / "out.npz"
+    script = f"import sys\\nout = {{}}\\n{textwrap.dedent(code)}\\nimport numpy\\n"
+    script = script.encode().decode("unicode_escape") + f"numpy.savez({str(out)!r}, **out)"
+    environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        check=True,
+        env=environment,
+        timeout=600,
+    )
+    with np.load(out) as found:
+        return dict(found)
+
+
+_STORIES = """
+    import jax, numpy as np
+    from transformers import FlaxLlamaForCausalLM
+    import flaxslim
+
+    folder, tokens = sys.argv[1:]
+    model = flaxslim.from_pretrained(FlaxLlamaForCausalLM, folder)
+    with np.load(tokens) as stories:
+        ids, mask = stories["eval_ids"].astype("int32"), stories["eval_mask"]
+    run = jax.jit(lambda p, i, m: jax.nn.log_softmax(model(i, attention_mask=m, params=p).logits))
+    total, count = 0.0, 0
+    for some, hidden in zip(np.split(ids, 10), np.split(mask, 10)):
+        logs = np.asarray(run(model.params, some, hidden))[:, :-1]
+        picked = np.take_along_axis(logs, some[:, 1:, None].astype(int), -1)[..., 0]
+        total -= picked[hidden[:, 1:] == 1].sum(dtype=np.float64)
+        count += int((hidden[:, 1:] == 1).sum())
+    out["perplexity"] = np.exp(total / count)
+    out["count"] = count
+    out["tokens"] = model.generate(ids[:2, :4], max_new_tokens=200, do_sample=False).sequences
+"""
+
+
+def test_stories_have_the_same_perplexity_and_go_on_with_the_same_tokens(data, tmp_path):
+    zeroed, slim = tmp_path / "zeroed", tmp_path / "slim"
+    _pruned(data / "stories260K", zeroed)
+    assert main(["slim", str(zeroed), str(slim), "--width", "per_layer", "--heads"]) == 0
+    before, after = read(zeroed), read(slim)
+    cut = spec_for(after.config, "all").sites(after.params, after.config)
+    assert len({site.size for site in cut if site.pair.axis == "f"}) >= 4
+    assert len({site.size for site in cut if site.pair.axis == "h"}) >= 3
+    assert flaxslim.plan(after.params, after.config, "all", width="per_layer").removed == 0
+    tokens = data / "stories260K" / "tinystories_tokens.npz"
+    theirs, ours = (_in_a_new_process(_STORIES, folder, tokens) for folder in (zeroed, slim))
+    assert ours["count"] == 31306
+    np.testing.assert_allclose(ours["perplexity"], theirs["perplexity"], rtol=1e-5)
+    assert ours["tokens"].shape == (2, 204)
+    np.testing.assert_array_equal(ours["tokens"], theirs["tokens"])
+    assert before.params.keys() == after.params.keys()
+
+
+_SENTENCES = """
+    import json, jax, numpy as np
+    from transformers import AutoTokenizer, FlaxBertModel
+    import flaxslim
+
+    folder, sentences = sys.argv[1:]
+    model = flaxslim.from_pretrained(FlaxBertModel, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = dict(tokenizer(json.load(open(sentences)), padding=True, return_tensors="np"))
+    states = jax.jit(lambda p, b: model(**b, params=p).last_hidden_state)(model.params, batch)
+    mask = batch["attention_mask"][..., None]
+    mean = (np.asarray(states) * mask).sum(1) / mask.sum(1)
+    out["embeddings"] = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+"""
+
+
+def test_sentences_have_the_same_embeddings(data, tmp_path):
+    """A PyTorch-named checkpoint, cut in place and loaded by the Flax class."""
+    zeroed, slim = tmp_path / "zeroed", tmp_path / "slim"
+    spec = _pruned(data / "sentence-encoder", zeroed)
+    assert main(["slim", str(zeroed), str(slim), "--width", "per_layer", "--heads"]) == 0
+    after = read(slim)
+    assert after.naming == "torch"
+    cut = spec.sites(after.params, after.config)
+    assert len({site.size for site in cut if site.pair.axis == "f"}) == 6
+    assert main(["verify", str(zeroed), str(slim)]) == 0
+    with (data / "stsb" / "sts-dev.csv").open(encoding="utf-8") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    (tmp_path / "sentences.json").write_text(json.dumps([row[5] for row in rows[:64]]))
+    theirs, ours, dense = (
+        _in_a_new_process(_SENTENCES, folder, tmp_path / "sentences.json")["embeddings"]
+        for folder in (zeroed, slim, _copy(data / "sentence-encoder", tmp_path / "dense"))
+    )
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    assert np.abs(dense - theirs).max() > 0.1
+
+
+def _copy(source: Path, folder: Path) -> Path:
+    before = read(source)
+    return flaxslim.save(folder, before.params, before.config, like=before)

@@ -1,0 +1,284 @@
+"""The sizes of a slimmed model in its config: what is said where, and what is refused."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from kill import kill
+from zoo import CASES, build
+
+import flaxslim
+from flaxslim import Pair, Spec, slim
+from flaxslim._errors import ConfigError, LayoutError, NothingRemovedWarning, WidthError
+from flaxslim._layout import Layout
+from flaxslim._tree import flatten
+from flaxslim.specs import spec_for
+
+
+def model(name: str) -> tuple[type, Any, Any]:
+    return build(next(case for case in CASES if str(case) == name))
+
+
+def slimmed(name: str, part: str = "all", seed: int = 0, **how: Any) -> tuple[type, Any, Any]:
+    cls, cfg, params = model(name)
+    spec = spec_for(cfg, part)
+    params, _ = kill(params, spec.sites(params, cfg), seed=seed, high=0.9)
+    return (cls, *slim(params, cfg, part, width="per_layer", **how)[::-1])
+
+
+def widths(cfg: Any, params: Any, part: str = "all") -> dict[str, int]:
+    return {site.name: site.size for site in spec_for(cfg, part).sites(params, cfg)}
+
+
+# --- where it is said -------------------------------------------------------------------------
+
+
+def test_widths_of_one_stack_are_said_the_standard_way():
+    _, cfg, params = slimmed("FlaxBertForMaskedLM", "ffn")
+    first, second = (widths(cfg, params)[f"encoder/layer/{i}/output/dense"] for i in range(2))
+    assert cfg.intermediate_size == max(first, second)
+    index, least = min(enumerate((first, second)), key=lambda found: found[1])
+    assert cfg.per_layer_config == {str(index): {"intermediate_size": least}}
+    assert cfg.flaxslim_layout == {
+        "version": 1,
+        "load": "flaxslim.from_pretrained(FlaxBertForMaskedLM, folder)",
+        "sites": {},
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "FlaxT5ForConditionalGeneration-gated",
+        "FlaxBartForConditionalGeneration",
+        "FlaxAlbertForMaskedLM-groups",
+        "FlaxBloomForCausalLM",
+    ],
+)
+def test_two_stacks_shared_layers_and_hard_coded_widths_are_said_by_name(name):
+    _, cfg, params = slimmed(name, "ffn")
+    assert getattr(cfg, "per_layer_config", None) is None
+    sites = cfg.flaxslim_layout["sites"]
+    assert sites
+    for path, width in sites.items():
+        assert widths(cfg, params)[path] == width
+
+
+def test_parts_of_a_composite_have_their_own():
+    _, cfg, _ = slimmed("FlaxEncoderDecoderModel-bert+bart")
+    assert not hasattr(cfg, "flaxslim_layout")
+    assert cfg.encoder.flaxslim_layout["sites"].keys() <= {
+        f"encoder/layer/{i}/attention/output/dense" for i in range(2)
+    }
+    assert cfg.encoder.per_layer_config
+    assert "decoder/layers/0/fc2" in cfg.decoder.flaxslim_layout["sites"]
+    # A part is a model of its own.
+    assert Layout.of(cfg.encoder) is not None
+
+
+def test_what_bigbird_says_of_its_question_answering_head():
+    _, cfg, params = slimmed("FlaxBigBirdForQuestionAnswering-full", "ffn")
+    found = widths(cfg, params)
+    said = cfg.flaxslim_layout["sites"].get("qa_classifier/output/dense", cfg.intermediate_size)
+    assert found["qa_classifier/output/dense"] == said
+
+
+def test_heads_are_said_by_their_indices_in_the_dense_model():
+    _, cfg, params = model("FlaxBertForMaskedLM")
+    sites = spec_for(cfg, "heads").sites(params, cfg)
+    params, dead = kill(params, sites, low=0.5, high=0.5)
+    _, new = slim(params, cfg, "heads", width="per_layer")
+    for site in sites:
+        left = sorted({*range(4)} - {*dead[site.second.path].tolist()})
+        assert new.flaxslim_layout["sites"][site.name] == left
+    assert new.num_attention_heads == 4
+    assert new.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    "name", ["FlaxGemmaForCausalLM-grouped", "FlaxMT5ForConditionalGeneration-gated"]
+)
+def test_uniform_counts_of_heads_go_to_plain_keys_where_the_class_has_them(name):
+    _, cfg, params = model(name)
+    leaves = flatten(params)
+    new = {}
+    for site in spec_for(cfg, "heads").sites(params, cfg):
+        dead = np.asarray([0, 1] if site.groups else [1])
+        new[site.second.path] = site.second.axes.zero(leaves[site.second.path], "h", dead)
+    from flaxslim._tree import replace
+
+    for width in ("uniform", "per_layer"):
+        _, small = slim(replace(params, new), cfg, "heads", width=width)
+        assert not hasattr(small, "flaxslim_layout")
+        if "Gemma" in name:
+            assert (small.num_attention_heads, small.num_key_value_heads) == (2, 1)
+        else:
+            assert small.num_heads == 3
+
+
+def test_numbers_of_layers_may_be_padded_with_zeros():
+    """As transformers 5 writes them."""
+    cls, cfg, params = slimmed("FlaxBertForMaskedLM", "ffn")
+    cfg.per_layer_config = {k.zfill(2): v for k, v in cfg.per_layer_config.items()}
+    with pytest.warns(NothingRemovedWarning):
+        slim(params, cfg, width="per_layer")
+    proof = flaxslim.verify((params, cfg), (params, cfg), cls, repeats=0)
+    assert proof.relative == 0.0
+
+
+# --- slimmed again ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "FlaxBertForMaskedLM",
+        "FlaxMistralForCausalLM",
+        "FlaxT5ForConditionalGeneration-gated",
+        "FlaxBloomForCausalLM",
+        "FlaxEncoderDecoderModel-bert+gpt2",
+    ],
+)
+def test_a_slimmed_model_can_be_slimmed_again(name):
+    cls, cfg, params = model(name)
+    spec = spec_for(cfg, "all")
+    zeroed, _ = kill(params, spec.sites(params, cfg), seed=1, low=0.2, high=0.5)
+    once, first = slim(zeroed, cfg, "all", width="per_layer")
+    more, _ = kill(once, spec.sites(once, first), seed=2, low=0.3, high=0.6)
+    twice, second = slim(more, first, "all", width="per_layer")
+    assert sum(x.size for x in flatten(twice).values()) < sum(
+        x.size for x in flatten(once).values()
+    )
+    flaxslim.verify((more, first), (twice, second), cls, repeats=0, spec="all").raise_if_failed()
+    # And heads are still numbered as in the dense model.
+    plan = flaxslim.plan(more, first, "all", width="per_layer")
+    both = plan @ flaxslim.plan(zeroed, cfg, "all", width="per_layer")
+    for part in {pair.config for pair in spec}:
+        said = flaxslim._record.sites(second, part)
+        for cut in both.cuts:
+            if cut.site.pair.config == part and isinstance(said.get(cut.site.name), tuple):
+                assert said[cut.site.name] == cut.keep
+
+
+def test_one_width_for_all_is_refused_where_the_layers_differ():
+    _, cfg, params = slimmed("FlaxBertForMaskedLM", "ffn")
+    more, _ = kill(params, spec_for(cfg).sites(params, cfg), seed=4)
+    with pytest.raises(WidthError, match="the layers differ in intermediate_size already"):
+        slim(more, cfg)
+
+
+def test_a_tree_of_one_prefix_reads_what_another_wrote():
+    _, cfg, params = slimmed("FlaxBertForMaskedLM")
+    base = params["bert"]
+    assert widths(cfg, base) == widths(cfg, params)
+
+
+# --- refused ----------------------------------------------------------------------------------
+
+
+def test_a_layout_of_a_later_version_is_refused(tmp_path):
+    cls, cfg, params = slimmed("FlaxBertForMaskedLM")
+    folder = flaxslim.save(tmp_path / "slim", params, cfg)
+    config = json.loads((folder / "config.json").read_text())
+    config["flaxslim_layout"]["version"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    for run in (
+        lambda: flaxslim.from_pretrained(cls, folder),
+        lambda: slim(*flaxslim.load(folder), "all", width="per_layer"),
+    ):
+        with pytest.raises(LayoutError, match="later version") as caught:
+            run()
+        assert "pip install --upgrade" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"flaxslim_layout": "yes"}, "cannot be read"),
+        ({"flaxslim_layout": {"sites": {}}}, "cannot be read"),
+        ({"flaxslim_layout": {"version": 1, "sites": {"x": [1, 0]}}}, "cannot be read"),
+        ({"flaxslim_layout": {"version": 1, "sites": {"x": 1.5}}}, "cannot be read"),
+        ({"flaxslim_layout": {"version": 1, "sites": {"x": -1}}}, "cannot be read"),
+        ({"flaxslim_layout": {"version": 1, "sites": {"encoder/laier/0/output/dense": 3}}}, "know"),
+        ({"per_layer_config": {"one": {"intermediate_size": 3}}}, "cannot be read"),
+        ({"per_layer_config": [1, 2]}, "cannot be read"),
+        ({"per_layer_config": {"1": {"skip": ["mlp"]}}}, "cannot run"),
+    ],
+)
+def test_a_layout_that_makes_no_sense_is_refused(change, words):
+    from transformers import BertConfig
+
+    with pytest.raises(LayoutError, match=words) as caught:
+        Layout.of(BertConfig(**change))
+    assert caught.value.path
+    assert "mend" in str(caught.value)
+
+
+def test_a_layout_that_does_not_fit_the_tensors_is_refused(tmp_path):
+    cls, cfg, params = slimmed("FlaxBertForMaskedLM")
+    cfg.flaxslim_layout["sites"]["encoder/layer/0/attention/output/dense"] = [0, 1, 2, 3]
+    folder = flaxslim.save(tmp_path / "slim", params, cfg)
+    with pytest.raises(LayoutError, match="does not fit the tensors") as caught:
+        flaxslim.from_pretrained(cls, folder)
+    assert "attention" in str(caught.value)
+    with pytest.raises(ConfigError, match="contradicts the tensors"):
+        slim(params, cfg, "all", width="per_layer")
+
+
+def test_the_stock_loader_fails_and_the_folder_leads_on(tmp_path):
+    """What does the person see? A mismatch of shapes; and in the folder, what to type instead."""
+    for part in ("ffn", "heads"):
+        cls, cfg, params = slimmed("FlaxBertForMaskedLM", part)
+        folder = flaxslim.save(tmp_path / part, params, cfg)
+        with pytest.raises(ValueError, match="incompatible with the model shape"):
+            cls.from_pretrained(folder)  # pyright: ignore[reportAttributeAccessIssue]
+        load = "flaxslim.from_pretrained(FlaxBertForMaskedLM, "
+        assert load in (folder / "config.json").read_text()
+        assert load in (folder / "README.md").read_text()
+
+
+def test_heads_that_do_not_divide_are_refused():
+    _, cfg, params = model("FlaxBertForMaskedLM")
+    cfg.num_attention_heads = 5
+    with pytest.raises(ConfigError, match="hidden_size is not a multiple"):
+        slim(params, cfg, "heads", width="per_layer")
+    _, cfg, params = model("FlaxMistralForCausalLM")
+    cfg.hidden_size, cfg.num_attention_heads = 64, 4
+    with pytest.raises(flaxslim.FlaxslimError):
+        slim(params, cfg, "heads", width="per_layer")
+
+
+def test_heads_need_a_config():
+    _, _, params = model("FlaxBertForMaskedLM")
+    with pytest.raises(ConfigError, match="needed to tell the sizes of k"):
+        slim(params, None, flaxslim.BERT_HEADS)
+
+
+def test_a_dataclass_without_a_place_is_refused():
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        hidden: int = 4
+
+    spec = Spec(name="MLP", pairs=Pair(at="{i}", first="up", second="down", width="hidden"))
+    tree = {
+        str(i): {"up": {"kernel": np.ones((2, 4))}, "down": {"kernel": np.eye(4)[:, :2]}}
+        for i in range(2)
+    }
+    tree["1"]["down"]["kernel"] = np.ones((4, 2))
+    with pytest.raises(ConfigError, match="no field to say this in") as caught:
+        slim(tree, Config(), spec, width="per_layer")
+    assert "flaxslim_layout" in str(caught.value)
+    small, cfg = slim(tree, dataclasses.asdict(Config()), spec, width="per_layer")
+    assert cfg["flaxslim_layout"]["sites"] == {"0/down": 2}
+    assert Spec.from_dict(cfg["flaxslim_layout"]["spec"]) == spec
+    assert small["1"] is tree["1"] or small["1"]["down"]["kernel"] is tree["1"]["down"]["kernel"]
+
+
+@pytest.mark.parametrize("spec", ["head", 3, ["ffn", None], [], {"ffn"}])
+def test_what_is_no_spec_is_refused(spec):
+    _, cfg, params = model("FlaxBertForMaskedLM")
+    with pytest.raises(flaxslim.FlaxslimError, match="spec") as caught:
+        slim(params, cfg, spec)
+    assert '"heads"' in str(caught.value)
