@@ -96,6 +96,23 @@ if TYPE_CHECKING:
     from flaxslim.specs._heads import WHISPER_HEADS as WHISPER_HEADS
     from flaxslim.specs._heads import XGLM_HEADS as XGLM_HEADS
     from flaxslim.specs._heads import XLM_ROBERTA_HEADS as XLM_ROBERTA_HEADS
+    from flaxslim.specs._libraries import BIG_VISION_FFN as BIG_VISION_FFN
+    from flaxslim.specs._libraries import BIG_VISION_HEADS as BIG_VISION_HEADS
+    from flaxslim.specs._libraries import BONSAI_GEMMA3_FFN as BONSAI_GEMMA3_FFN
+    from flaxslim.specs._libraries import BONSAI_GEMMA3_HEADS as BONSAI_GEMMA3_HEADS
+    from flaxslim.specs._libraries import BONSAI_QWEN3_FFN as BONSAI_QWEN3_FFN
+    from flaxslim.specs._libraries import BONSAI_QWEN3_HEADS as BONSAI_QWEN3_HEADS
+    from flaxslim.specs._libraries import EASYDEL_FFN as EASYDEL_FFN
+    from flaxslim.specs._libraries import EASYDEL_HEADS as EASYDEL_HEADS
+    from flaxslim.specs._libraries import GEMMA_DEEPMIND_FFN as GEMMA_DEEPMIND_FFN
+    from flaxslim.specs._libraries import GEMMA_DEEPMIND_HEADS as GEMMA_DEEPMIND_HEADS
+    from flaxslim.specs._libraries import KERAS_HUB_FFN as KERAS_HUB_FFN
+    from flaxslim.specs._libraries import KERAS_HUB_HEADS as KERAS_HUB_HEADS
+    from flaxslim.specs._libraries import MAXTEXT_FFN as MAXTEXT_FFN
+    from flaxslim.specs._libraries import MAXTEXT_HEADS as MAXTEXT_HEADS
+    from flaxslim.specs._libraries import NNX_HEADS as NNX_HEADS
+    from flaxslim.specs._libraries import TUNIX_FFN as TUNIX_FFN
+    from flaxslim.specs._libraries import TUNIX_HEADS as TUNIX_HEADS
 
 __version__ = "0.1.0"
 
@@ -184,6 +201,25 @@ _PUBLIC = {
         "WHISPER_HEADS",
         "XGLM_HEADS",
         "XLM_ROBERTA_HEADS",
+    ),
+    "specs._libraries": (
+        "BIG_VISION_FFN",
+        "BIG_VISION_HEADS",
+        "BONSAI_GEMMA3_FFN",
+        "BONSAI_GEMMA3_HEADS",
+        "BONSAI_QWEN3_FFN",
+        "BONSAI_QWEN3_HEADS",
+        "EASYDEL_FFN",
+        "EASYDEL_HEADS",
+        "GEMMA_DEEPMIND_FFN",
+        "GEMMA_DEEPMIND_HEADS",
+        "KERAS_HUB_FFN",
+        "KERAS_HUB_HEADS",
+        "MAXTEXT_FFN",
+        "MAXTEXT_HEADS",
+        "NNX_HEADS",
+        "TUNIX_FFN",
+        "TUNIX_HEADS",
     ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

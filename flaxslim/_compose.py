@@ -25,7 +25,7 @@ def composed(second: Plan, first: Plan) -> Plan:
     """
     before = {cut.site.second.path: cut for cut in first.cuts}
     after = {cut.site.second.path: cut for cut in second.cuts}
-    left = _shapes_left(first)
+    left = first.shapes
     shapes = {t.path: t.shape for cut in first.cuts for t in cut.site.tensors}
     for path, cut in after.items():
         _check_follows(cut, before.get(path), left)
@@ -43,19 +43,6 @@ def composed(second: Plan, first: Plan) -> Plan:
         # Where the second has looked again, only what it says holds.
         blocked=second.blocked if whole else (*first.blocked, *second.blocked),
     )
-
-
-def _shapes_left(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """The shapes of a plan's tensors after it, by path; a tensor may lose two axes."""
-    left: dict[str, tuple[int, ...]] = {}
-    for cut in plan.cuts:
-        for t in cut.site.tensors:
-            shape = left.get(t.path, t.shape)
-            if t is not cut.site.second_bias:
-                count = cut.indices(t).shape[-1]
-                shape = t.axes.resized(shape, cut.site.axis(t), count)
-            left[t.path] = shape
-    return left
 
 
 def _check_follows(second: Cut, first: Cut | None, left: Mapping[str, tuple[int, ...]]) -> None:
@@ -174,7 +161,7 @@ def expand(plan: Plan, tree: Any) -> Any:
            [1., 0., 1.]])
     """
     leaves = _tree.flatten(tree)
-    for path, shape in _shapes_left(plan).items():
+    for path, shape in plan.shapes.items():
         if (seen := getattr(leaves.get(path), "shape", None)) != shape:
             raise PlanError(
                 "the tree is not what the plan leaves",

@@ -29,7 +29,7 @@ def mended(module: nnx.Module, plan: Plan, *, expanded: bool = False) -> nnx.Mod
         for path, node in nnx.iter_graph(module)
         if isinstance(node, nnx.Module)
     }
-    shapes = _shapes(plan)
+    shapes = plan.shapes
     for cut in plan.cuts:
         tables = {beside(cut.site.root, name) for name in cut.site.pair.tables}
         for tensor in cut.site.cut:
@@ -52,7 +52,7 @@ def check_shapes(module: nnx.Module, plan: Plan, cfg: Any) -> None:
     config after the cut, by which whoever comes next reads the module.
     """
     leaves = flatten(module)
-    for path, expected in _shapes(plan).items():
+    for path, expected in plan.shapes.items():
         if (seen := tuple(leaves[path].shape)) != expected:
             raise PlanError(
                 "a tensor of the module has another shape than the plan says",
@@ -74,17 +74,6 @@ def check_shapes(module: nnx.Module, plan: Plan, cfg: Any) -> None:
                 expected=f"{cut.width} channels, groups {cut.groups}",
                 mend="correct the sizes that the spec takes from the config: Pair(sizes=...)",
             )
-
-
-def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """The shapes after the cut, by path; two sites may cut one tensor, along an axis each."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for cut in plan.cuts:
-        for tensor in cut.site.cut:
-            shape = shapes.get(tensor.path, tensor.shape)
-            left = cut.indices(tensor).shape[-1]
-            shapes[tensor.path] = tensor.axes.resized(shape, cut.site.axis(tensor), left)
-    return shapes
 
 
 def _mend_layer(node: Any, axes: Axes, old: tuple[int, ...], new: tuple[int, ...]) -> None:

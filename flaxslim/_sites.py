@@ -10,6 +10,7 @@ from flaxslim import _record
 from flaxslim._axes import Axes
 from flaxslim._config import Width
 from flaxslim._errors import (
+    AxisPatternError,
     ConfigError,
     FlaxslimError,
     IncompletePairError,
@@ -48,7 +49,7 @@ def bind(spec: Spec, params: Any, cfg: Any) -> tuple[tuple[Site, ...], tuple[Pai
     sites: list[Site] = []
     unmatched: list[Pair] = []
     partial: list[tuple[Pair, _Found]] = []
-    misfits: list[tuple[_Found, FlaxslimError]] = []
+    misfits: list[tuple[set[str], FlaxslimError]] = []
     for pair in spec:
         found = _find(pair, leaves)
         complete = [f for f in found if len(f.kernels) == len(pair.layers)]
@@ -58,16 +59,16 @@ def bind(spec: Spec, params: Any, cfg: Any) -> tuple[tuple[Site, ...], tuple[Pai
             try:
                 fitting.append((_site(pair, f, leaves, loras, cfg), f))
             except FlaxslimError as error:
-                misfits.append((f, error))
+                misfits.append((_meant(pair, f, leaves), error))
         sites += _tie(fitting, leaves)
         if not fitting:
             unmatched.append(pair)
     sites = _fullest(sites)
-    claimed = {tensor.path for site in sites for tensor in site.cut}
-    for found, error in misfits:
-        # The same names may hold another layout, which another pair describes: scanned layers.
-        if not claimed.issuperset(found.kernels.values()):
-            raise error
+    claimed = {tensor.path for site in sites for tensor in site.tensors}
+    # The same names may hold another layout, which another pair describes: scanned layers.
+    if unclaimed := [error for meant, error in misfits if not claimed >= meant]:
+        # Of several, that of a pair whose patterns have as many dimensions at least.
+        raise min(unclaimed, key=lambda error: isinstance(error, AxisPatternError))
     for pair, found in partial:
         # Half of a gated pair is often the whole of a plain one: T5's wo belongs to either.
         if not claimed.issuperset(found.kernels.values()):
@@ -133,6 +134,13 @@ def _find(pair: Pair, leaves: Mapping[str, Any]) -> list[_Found]:
             new = _Found(prefix=match["prefix"], place=match["place"], names=names, kernels={})
             found.setdefault(new.root, new).kernels[match["layer"]] = path
     return list(found.values())
+
+
+def _meant(pair: Pair, found: _Found, leaves: Mapping[str, Any]) -> set[str]:
+    """The tensors in the tree that a pair names: its kernels, and the biases by name."""
+    biases = (*as_tuple(pair.first_bias or ()), *as_tuple(pair.second_bias or ()))
+    paths = {_join(found.root, name.removesuffix("?")) for name in biases}
+    return {*found.kernels.values(), *(paths & leaves.keys())}
 
 
 # --- one site ---------------------------------------------------------------------------------
