@@ -48,6 +48,19 @@ def _check_nothing_dead_is_left(
         assert sizes[site.second.path] == site.size - len(_died(deaths, site)), site.root
 
 
+def _without_weights(make: Any, *args: Any) -> Any:
+    """An instance that was not initialised, which takes long; composite classes refuse that."""
+    try:
+        return make(*args, _do_init=False)
+    except ValueError:
+        return make(*args)
+
+
+def _reload(cls: type, folder: Any) -> tuple[Any, Any]:
+    found = _without_weights(flaxslim.from_pretrained, cls, folder)
+    return found if isinstance(found, tuple) else (found, found.params)
+
+
 def _run(model: Any, params: Any, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
     with jax.default_matmul_precision("highest"):
         result = jax.jit(lambda p, x: model(**x, params=p))(params, inputs)
@@ -81,9 +94,17 @@ def test_every_dead_channel_and_head_goes_and_the_stock_class_reloads(
     slimmed, small = flaxslim.slim(params, cfg, plan=chosen)
     _check_nothing_dead_is_left(sites, spec.sites(slimmed, small), deaths)
 
+    folder = flaxslim.save(tmp_path / "slim", slimmed, small)
+    model, loaded = _reload(cls, folder)
+    assert type(model) is cls
+    before, after = flatten(slimmed), flatten(loaded)
+    assert before.keys() == after.keys()
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(after[path], leaf, err_msg=path)
+
     inputs = inputs_for(cls, cfg, length=case.length)
     proof = flaxslim.verify(
-        (params, cfg), (slimmed, small), cls, inputs=inputs, repeats=0, spec="all"
+        (params, cfg), (loaded, model.config), cls, inputs=inputs, repeats=0, spec="all"
     )
     proof.raise_if_failed()
     assert proof.relative <= 1e-5
@@ -92,17 +113,6 @@ def test_every_dead_channel_and_head_goes_and_the_stock_class_reloads(
     assert len(proof.control.rows) == len(sites)
     assert proof.control.smallest > max(100 * proof.relative, proof.tolerance)
 
-    folder = flaxslim.save(tmp_path / "slim", slimmed, small)
-    model = flaxslim.from_pretrained(cls, folder)
-    assert type(model) is cls
-    loaded = flatten(model.params)
-    assert loaded.keys() == flatten(slimmed).keys()
-    for path, leaf in flatten(slimmed).items():
-        np.testing.assert_array_equal(loaded[path], leaf, err_msg=path)
-    with clip_compat():
-        apart = _apart(_run(shell(cls, cfg), params, inputs), _run(model, model.params, inputs))
-    assert apart <= 1e-5
-
     heads = [s for s in spec.sites(slimmed, small) if s.pair.axis == "h"]
     record_property(
         "family",
@@ -110,7 +120,7 @@ def test_every_dead_channel_and_head_goes_and_the_stock_class_reloads(
             case.family,
             f"{case}, per layer",
             f"{min(s.size for s in heads)} to {max(s.size for s in heads)} heads",
-            f"{max(apart, proof.relative):.1e}",
+            f"{proof.relative:.1e}",
             f"{proof.control.smallest:.1e}",
         ),
     )
@@ -141,13 +151,9 @@ def test_a_site_that_died_whole_leaves_its_second_bias(case: Case, tmp_path):
     slimmed, small = flaxslim.slim(params, cfg, "all", width="per_layer")
     left = {site.second.path: site.size for site in spec.sites(slimmed, small)}
     assert all(left[site.second.path] == 0 for site in whole)
-    model = flaxslim.from_pretrained(cls, flaxslim.save(tmp_path / "slim", slimmed, small))
+    model, loaded = _reload(cls, flaxslim.save(tmp_path / "slim", slimmed, small))
     inputs = inputs_for(cls, cfg, length=case.length)
-    with clip_compat():
-        before, after = (
-            _run(shell(cls, cfg), params, inputs),
-            _run(model, model.params, inputs),
-        )
+    before, after = _run(shell(cls, cfg), params, inputs), _run(model, loaded, inputs)
     assert not any(np.isnan(x).any() for x in after.values())
     assert _apart(before, after) <= 1e-5
 
@@ -172,7 +178,6 @@ _GENERATIVE = [
 _SHORT = (
     "FlaxBartForConditionalGeneration",
     "FlaxBloomForCausalLM",
-    "FlaxVisionEncoderDecoderModel-vit+gpt2",
     "FlaxGemmaForCausalLM-grouped",
     "FlaxGPT2LMHeadModel-inner",
     "FlaxLlamaForCausalLM-grouped",
@@ -208,12 +213,12 @@ def test_generation_gives_the_tokens_of_the_zeroed_model(case: Case, tmp_path):
     cls, cfg, params = build(case)
     inputs = inputs_for(cls, cfg, length=case.length)
     with clip_compat():
-        zeroed = cls(cfg)
+        zeroed = _without_weights(cls, cfg)
     dense = _generate(zeroed, jax.device_put(params), inputs)
     params, _ = kill(params, spec_for(cfg, "all").sites(params, cfg), low=0.4, high=0.6)
     slimmed, small = flaxslim.slim(params, cfg, "all", width="per_layer")
-    model = flaxslim.from_pretrained(cls, flaxslim.save(tmp_path / "slim", slimmed, small))
-    tokens = _generate(model, model.params, inputs)
+    model, loaded = _reload(cls, flaxslim.save(tmp_path / "slim", slimmed, small))
+    tokens = _generate(model, loaded, inputs)
     np.testing.assert_array_equal(tokens, _generate(zeroed, jax.device_put(params), inputs))
     # And what is compared is not blind: the channels and heads that died have a say in it.
     assert len(np.unique(tokens)) > 2

@@ -73,7 +73,9 @@ def test_parts_of_a_composite_have_their_own():
         f"encoder/layer/{i}/attention/output/dense" for i in range(2)
     }
     assert cfg.encoder.per_layer_config
-    assert "decoder/layers/0/fc2" in cfg.decoder.flaxslim_layout["sites"]
+    # BART counts its encoder's layers, so that numbers would not say which of the decoder.
+    assert any(name.endswith("/fc2") for name in cfg.decoder.flaxslim_layout["sites"])
+    assert getattr(cfg.decoder, "per_layer_config", None) is None
     # A part is a model of its own.
     assert Layout.of(cfg.encoder) is not None
 

@@ -1,8 +1,10 @@
 """The section of a model card that says what was cut."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from flaxslim import _record
 
 HEADING = "## What flaxslim cut"
 _FENCE = re.compile(r" {0,3}(```|~~~)")
@@ -54,3 +56,70 @@ def section(record: Mapping[str, Any] | None) -> str:
         text = "Channels that contribute nothing were removed by flaxslim."
         text += "\n\n" + "\n".join(rows) if rows else ""
     return text.strip() + "\n\nThe plan and the proof are in `flaxslim.json`."
+
+
+def how_to_load(cfg: Any, format: str) -> str:
+    """What a card says of a model whose sizes plain config keys cannot say; empty for others.
+
+    `format` is that of the weights: PyTorch has use for its own.
+    """
+    parts = [cfg, *(part for part in _values(cfg) if hasattr(part, "model_type"))]
+    if not any(_record.is_laid_out(part) for part in parts):
+        return ""
+    name = _class_name(cfg)
+    text = _IN_FLAX.replace("CLASS", f"Flax{name}")
+    if format == "torch" and not any(_record.sites(part) for part in parts):
+        text += _IN_TORCH.replace("CLASS", name)
+    return text.strip()
+
+
+def _values(cfg: Any) -> Iterable[Any]:
+    return cfg.values() if isinstance(cfg, Mapping) else vars(cfg).values()
+
+
+def _class_name(cfg: Any) -> str:
+    names = cfg.get("architectures") if isinstance(cfg, Mapping) else None
+    names = names or getattr(cfg, "architectures", None) or ["AutoModel"]
+    return names[0].removeprefix("Flax")
+
+
+_IN_FLAX = """
+### How to load it
+
+The layers differ in size, as `config.json` says under `per_layer_config` and `flaxslim_layout`. The
+stock class runs them if it is loaded by flaxslim (`pip install flaxslim`); by itself it refuses the
+shapes. Never pass `ignore_mismatched_sizes`: it makes new, random weights.
+
+```python
+import flaxslim
+from transformers import CLASS
+
+model = flaxslim.from_pretrained(CLASS, "this/folder")
+```
+"""
+
+# The same as `load_per_layer` of examples/per_layer_in_torch.py; a test runs both.
+_IN_TORCH = """
+In PyTorch, with transformers 5.14 or later (4.57 does too), one model at a time; it then runs,
+trains, generates and saves as ever:
+
+```python
+import contextlib, unittest.mock as mock
+from transformers import CLASS, modeling_layers
+def load_per_layer(cls, folder, **kwargs):
+    def sized(init, count):
+        def build(self, config, *args, **named):
+            number = count[id(config)] = count.get(id(config), -1) + 1
+            shared, sizes = config.__dict__, config.to_dict().get("per_layer_config") or {}
+            config.__dict__, config.per_layer_config = dict(shared), None
+            config.update({int(n): own for n, own in sizes.items()}.get(number, {}))
+            init(self, config, *args, **named)
+            config.__dict__ = shared
+        return build
+    with contextlib.ExitStack() as stack:
+        for layer in modeling_layers.GradientCheckpointingLayer.__subclasses__():
+            stack.enter_context(mock.patch.object(layer, "__init__", sized(layer.__init__, {})))
+        return cls.from_pretrained(folder, **kwargs)
+model = load_per_layer(CLASS, "this/folder")
+```
+"""

@@ -91,7 +91,7 @@ def save(
             shutil.copyfile(path, new / name)
         _write_weights(new, kind, shards)
         (new / _folder.CONFIG).write_text(text, encoding="utf-8")
-        _write_record(new, source, record)
+        _write_record(new, source, record, _card.how_to_load(cfg, kind))
     return target
 
 
@@ -218,12 +218,14 @@ def _side_files(folder: Path) -> dict[str, Path]:
 
 
 def _write_record(
-    folder: Path, source: Checkpoint | None, record: Mapping[str, Any] | None
+    folder: Path, source: Checkpoint | None, record: Mapping[str, Any] | None, how_to_load: str
 ) -> None:
     card = "" if source is None else _card_of(source.folder)
     if record is not None:
         _write_json(folder / _folder.RECORD, dict(record))
-        card = _card.with_section(card, _card.section(record))
+    if record is not None or how_to_load:
+        parts = (_card.section(record) if record is not None else "", how_to_load)
+        card = _card.with_section(card, "\n\n".join(filter(None, parts)))
     if card:
         (folder / _folder.CARD).write_text(card, encoding="utf-8")
 
