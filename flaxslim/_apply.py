@@ -5,9 +5,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
-from flaxslim import _bits, _config, _record, _tree
+from flaxslim import _bits, _lora, _record, _resize, _scales, _tree
 from flaxslim._activation import ACTIVATIONS
 from flaxslim._axes import namespace
 from flaxslim._dead import added_by_constants, evidence, first_is_constant
@@ -21,20 +20,22 @@ def apply(plan: Plan, tree: Any, *, fold: bool = True, like: Any = None) -> Any:
     """The tree with only the channels left that the plan keeps, in a container of the same kind.
 
     `tree` is any tree with the tensors of the plan at their paths and shapes: the parameters, an
-    average of them, or, with `fold=False`, their gradients. Leaves that the plan does not touch
-    pass through by identity; the others keep their kind (numpy or jax), dtype, device and, where
-    the new size divides, sharding. The attributes of an nnx module that hold sizes are mended.
+    average of them, or, with `fold=False`, their gradients. It is cut by the plan whatever its
+    values are: `slim(tree, plan=plan)` checks them, too. Leaves that the plan does not touch pass
+    through by identity; the others keep their kind (numpy or jax), dtype, device and, where the
+    new size divides, sharding. The attributes of an nnx module that hold sizes are mended.
 
     The channels that go but put out a constant are folded into the second biases, with the
     constants that follow from the first biases of this tree. Give `fold=False` for a tree that
-    holds no parameters: a gradient takes no constants.
+    holds no parameters: a gradient takes no constants, and an adapter in it is not checked.
 
     With `like=params`, the parameters before the cut, `tree` is anything that was made for them:
     an optimizer state, a `TrainState`, an `nnx.Optimizer`, averages, gradients, low-rank adapters,
     quantised weights with their scales. Every copy of the parameters in it is found by its paths
-    and cut; constants are folded wherever that is not inside of an optimizer state. A leaf that
-    has the shape of a parameter which is cut, and is none, is refused; so is an adapter that adds
-    something to a channel that goes.
+    and cut. Constants are folded into those that hold parameters, by their places ("ema", a field
+    of optax); where that cannot be told and matters, the copy is refused. A leaf that may have
+    channels which are cut, and is no parameter, is refused; so is an adapter that adds something
+    to a channel that goes. A warning says if an average loses channels that are alive in it.
 
     Raises `PlanError` if a tensor is absent or has another shape, or if a channel that should be
     constant is not so in this tree; `NonFiniteError` if a tensor that is cut holds NaN or
@@ -57,7 +58,7 @@ def apply(plan: Plan, tree: Any, *, fold: bool = True, like: Any = None) -> Any:
     leaves = _tree.flatten(tree)
     check_fits(plan, leaves)
     slimmed = _tree.replace(tree, cut_leaves(plan, leaves, fold=fold))
-    return mended(slimmed, plan) if isinstance(slimmed, nnx.Module) else slimmed
+    return mended(slimmed, plan)
 
 
 def cut_leaves(plan: Plan, leaves: Mapping[str, Any], *, fold: bool) -> dict[str, Any]:
@@ -66,14 +67,21 @@ def cut_leaves(plan: Plan, leaves: Mapping[str, Any], *, fold: bool) -> dict[str
     new = folded_biases(plan, leaves) if fold else {}
     for cut in plan.cuts:
         for tensor in cut.site.cut:
-            leaf = new.get(tensor.path, leaves[tensor.path])
-            # Right before the cut, so that the second read is from the cache.
-            _bits.check_finite(leaf, tensor)
+            leaf = taken(new.get(tensor.path, leaves[tensor.path]), cut, tensor)
             if cut.removed:
-                new[tensor.path] = tensor.axes.take(
-                    leaf, cut.site.axis(tensor), cut.indices(tensor), cut.site.second.axes.stack
-                )
+                new[tensor.path] = leaf
     return new
+
+
+def taken(leaf: Any, cut: Cut, tensor: Tensor) -> Any:
+    """What a cut leaves of one tensor."""
+    # Right before the cut, so that the second read is from the cache.
+    _bits.check_finite(leaf, tensor)
+    if not cut.removed:
+        return leaf
+    return tensor.axes.take(
+        leaf, cut.site.axis(tensor), cut.indices(tensor), cut.site.second.axes.stack
+    )
 
 
 def folded_biases(plan: Plan, leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,15 +111,53 @@ def resized(plan: Plan, cfg: Any) -> Any:
                 expected=site.size,
                 mend="pass the config that belongs to these parameters, or make a new plan",
             )
-    return _config.replace(cfg, plan.values) if plan.values else cfg
+    if not plan.values:
+        return cfg
+    new = _resize.replaced(cfg, plan.values)
+    for cut in plan.cuts:
+        said = _record.said(new, cut.site.pair, cut.site.name, cut.site.layer)
+        if said is not None and said != cut.width:
+            raise PlanError(
+                "the values of the plan do not say the widths that it leaves",
+                path=f"{cut.site.pair.width_expression} of {cut.site.name}",
+                seen=said,
+                expected=cut.width,
+                mend="make the plan anew, with the config that belongs to these parameters",
+            )
+    return new
 
 
 def check_fits(plan: Plan, leaves: Mapping[str, Any]) -> None:
-    """Raise `PlanError` unless the plan's tensors are there, in the shapes that it knows."""
+    """Raise `PlanError` unless the plan's tensors are there, in the shapes that it knows.
+
+    And unless they are all that a cut has to take along.
+    """
     for cut in plan.cuts:
         for tensor in cut.site.tensors:
             _check(tensor, leaves)
         _check_biases(cut, leaves)
+    check_companions(plan, leaves)
+
+
+def check_companions(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    """Raise `PlanError` if an adapter or a scale that the plan does not know is at a cut kernel."""
+    sites = [cut.site for cut in plan.cuts if cut.removed]
+    known = {tensor.path for site in sites for tensor in site.tensors}
+    others = (path for path, _, _ in _scales.beside(sites, leaves))
+    scales = (path for path in others if _scales.COMPANION.fullmatch(path.rpartition("/")[2]))
+    unknown = list(
+        dict.fromkeys(p for p in (*_lora.beside(sites, leaves), *scales) if p not in known)
+    )
+    if unknown:
+        raise PlanError(
+            "the plan does not know what belongs to a kernel that is cut: a low-rank matrix, its "
+            "magnitude or a scale",
+            path=min(unknown),
+            seen=", ".join(sorted(unknown)),
+            mend="make the plan for the tree with the adapters in it; or cut all of it by the "
+            "parameters alone, apply(plan, tree, like=params_without_them); or merge them into "
+            "the kernels first, the only way for magnitudes (DoRA)",
+        )
 
 
 def _check(tensor: Tensor, leaves: Mapping[str, Any]) -> None:
@@ -121,9 +167,10 @@ def _check(tensor: Tensor, leaves: Mapping[str, Any]) -> None:
             path=tensor.path,
             expected=f'{tensor.shape} by pattern "{tensor.axes}"',
             near=nearest(tensor.path, leaves),
-            mend="apply a plan to a tree with the structure of the one it was made for",
+            mend="apply a plan to a tree with the structure of the one it was made for; for an "
+            "optimizer state, TrainState or adapters: apply(plan, tree, like=params)",
         )
-    shape = tuple(leaves[tensor.path].shape)
+    shape = np.shape(leaves[tensor.path])
     if shape != tensor.shape:
         raise PlanError(
             "the plan is for a tree with other sizes (was it applied before?)",
@@ -156,7 +203,8 @@ def _folded(cut: Cut, leaves: Mapping[str, Any], bias: Any) -> Any:
             "a channel whose constant is to be folded is not constant in this tree",
             path=site.first[0].path,
             seen=f"channel {channel} reads its input",
-            mend="make a new plan for these parameters; for gradients and moments pass fold=False",
+            mend="if these are gradients or moments, apply the plan to them alone, with "
+            "fold=False; if they are parameters, make a new plan for them",
         )
     added = added_by_constants(seen, site, leaves[site.second.path], bias, folded)
     total = (np.asarray(bias).astype(np.float64) + added).astype(bias.dtype)

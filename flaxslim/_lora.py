@@ -14,12 +14,15 @@ import numpy as np
 
 from flaxslim._axes import Axes, _format
 from flaxslim._errors import AxisPatternError, SiteShapeError
-from flaxslim._spec import Pair, Tensor
+from flaxslim._spec import Pair, Site, Tensor
 
 _NAME = re.compile(
     r"(?:(?P<folder>.+?)/)??(?:lora/)?(?:(?P<kernel>\w+)_)?"
     r"lora_?(?P<side>[abAB])(?:/(?!kernel|weight)\w+)?(?:/(?P<inner>kernel|weight))?"
 )
+
+# The magnitudes of DoRA, one for each output of a kernel.
+_MAGNITUDE = re.compile(r"(?:(?P<folder>.+?)/)??(?:lora/)?lora_magnitude\w*(?:/\w+)*")
 
 # A layer that is wrapped whole stands below its adapter: `nnx.LoRA(base_module=...)`, PEFT.
 _WRAPPED = ("base_module", "base_layer")
@@ -43,6 +46,10 @@ class Matrix:
     side: str
     torch: bool
     partner: str
+
+    def has_axis(self, *, reads: bool) -> bool:
+        """Whether it has the channels; `reads`: they are what its kernel reads, not writes."""
+        return self.side == ("a" if reads else "b")
 
 
 def matrix(path: str) -> Matrix | None:
@@ -114,8 +121,30 @@ def low_rank(kernel: Tensor, pair: Pair, loras: Loras, *, reads: bool) -> Iterat
     `reads`: the channels are what the kernel reads (a second layer), not what it writes.
     """
     for m, shape in loras.get(kernel.path, ()):
-        if m.side == ("a" if reads else "b"):
+        if m.has_axis(reads=reads):
             yield tensor_of(m, shape, kernel, pair)
+
+
+def beside(sites: Iterable[Site], leaves: Mapping[str, Any]) -> Iterator[str]:
+    """The matrices and magnitudes in a tree that have the axis of a site.
+
+    Those too that stand apart from their kernels, below the same path in a collection of their own.
+    """
+    loras = matrices(leaves)
+    owned = {m.path for own in loras.values() for m, _ in own}
+    apart = [m for m in map(matrix, leaves) if m is not None and m.path not in owned]
+    named = [(p, m["folder"] or "") for p in leaves if (m := _MAGNITUDE.fullmatch(p))]
+    near = kernels(leaves) if named else {}
+    magnitudes = {kernel: path for path, folder in named for kernel in near.get(folder, ())}
+    for site in sites:
+        for kernel in (*site.first, *site.also, site.second):
+            reads = kernel is site.second
+            folder = kernel.path.rpartition("/")[0].removeprefix("params/")
+            own = [m for m, _ in loras.get(kernel.path, ())]
+            own += [m for m in apart if folder and m.folder.endswith(f"/{folder}")]
+            yield from (m.path for m in own if m.has_axis(reads=reads))
+            if kernel.path in magnitudes and not reads:
+                yield magnitudes[kernel.path]
 
 
 def tensor_of(m: Matrix, shape: tuple[int, ...], kernel: Tensor, pair: Pair) -> Tensor:

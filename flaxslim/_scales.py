@@ -8,12 +8,13 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from flaxslim._axes import _format
 from flaxslim._errors import PlanError
 from flaxslim._plan import Cut
-from flaxslim._spec import Tensor
+from flaxslim._spec import Site, Tensor
 
 # Tensors that quantised kernels come with; what stands before may be the name of the kernel.
 COMPANION = re.compile(
@@ -24,6 +25,20 @@ COMPANION = re.compile(
 
 # What stands below the path of a kernel if the array itself is a tree (qwix).
 PART = re.compile(r"(?P<kernel>.+?)/(?:array/)?(?P<part>qvalue|scale|zero_point)")
+
+
+def beside(sites: Sequence[Site], leaves: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Site]]:
+    """The tensors in the folder of a kernel that is cut which no spec names, with that kernel."""
+    known = {t.path for site in sites for t in site.tensors}
+    others: dict[str, list[str]] = {}
+    for path in leaves:
+        if path not in known:
+            others.setdefault(path.rpartition("/")[0], []).append(path)
+    for site in sites:
+        for t in site.cut:
+            if len(t.shape) > 1:
+                for path in others.get(t.path.rpartition("/")[0], ()):
+                    yield path, t, site
 
 
 def tensor_of(path: str, shape: tuple[int, ...], kernel: Tensor, cut: Cut) -> Tensor | None:

@@ -2,241 +2,107 @@
 
 Such a tree holds copies of the parameters at places of its own ("0/mu", "opt_state/inner_state",
 "params"). A copy is the highest place below which every leaf has the path of a parameter, or
-belongs to one: a low-rank matrix, a scale. A leaf of any other path, as another network beside it
-would have, is never taken for a parameter, however much its own path ends like one.
+belongs to one: a low-rank matrix, a scale. A leaf of any other path is never taken for a parameter,
+however much its own path ends like one. But a second network with the same paths and shapes cannot
+be told from a copy, and is cut as one.
 """
 
 import dataclasses
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import optax
-from flax import nnx
-from jax.tree_util import GetAttrKey, SequenceKey, tree_flatten_with_path
 
 from flaxslim import _bits, _lora, _scales, _tree
 from flaxslim._activation import ACTIVATIONS
-from flaxslim._apply import check_fits, folded_biases
-from flaxslim._dead import mark
+from flaxslim._apply import check_fits, folded_biases, taken
+from flaxslim._copies import Copy, Names, Place, copies, splits
+from flaxslim._dead import added_by_constants, evidence, first_is_constant, mark
 from flaxslim._errors import PlanError
 from flaxslim._nnx import mended
 from flaxslim._plan import Cut, Plan
 from flaxslim._spec import Tensor
+from flaxslim._state_kinds import Kind
 
 # The tensors of each path that are cut: one for each axis along which it is.
 _Cuts = Mapping[str, Sequence[tuple[Cut, Tensor]]]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Place:
-    """What a leaf stands for: a parameter, or the matrix or scale of one.
-
-    Attributes:
-      parameter: the path of the parameter in the plan.
-      matrix: the low-rank matrix that it is.
-      scale: whether it is a scale, a zero point or the like.
-    """
-
-    parameter: str
-    matrix: _lora.Matrix | None = None
-    scale: bool = False
-
-    @property
-    def is_parameter(self) -> bool:
-        return self.matrix is None and not self.scale
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Copy:
-    """A copy of the parameters, or of some of them.
-
-    Attributes:
-      path: where it is in the tree.
-      places: what its leaves stand for, by their paths in the tree.
-      computes: it holds parameters of its own (an average), not moments or gradients.
-    """
-
-    path: str
-    places: Mapping[str, _Place]
-    computes: bool
-
-    @property
-    def parameters(self) -> dict[str, str]:
-        """The paths in the tree of its parameters, by their paths in the plan."""
-        return {p.parameter: path for path, p in self.places.items() if p.is_parameter}
-
-
 def apply_like(plan: Plan, tree: Any, like: Any, *, fold: bool) -> Any:
-    """`apply(plan, tree, like=params)`; see there."""
+    """`apply(plan, tree, like=params)`: each copy of the parameters in a tree is cut as they are.
+
+    What goes by the norm of a whole tensor or by its shape (lamb, muon) is cut rightly, but trains
+    on a little differently: a smaller tensor has another norm, with constants folded or without.
+    """
     params = _tree.flatten(like)
-    check_fits(plan, params)
+    _check_like(plan, params)
     cuts: dict[str, list[tuple[Cut, Tensor]]] = {}
     for cut in plan.cuts:
         for tensor in cut.site.cut:
             cuts.setdefault(tensor.path, []).append((cut, tensor))
     leaves = _tree.flatten(tree)
-    names = _Names(params)
-    copies = _copies(tree, leaves, names)
-    _refuse_strangers(leaves, copies, cuts, names)
+    names = Names(params)
+    found = copies(tree, leaves, names, fold=fold)
+    _refuse_strangers(leaves, found, cuts, names)
     new: dict[str, Any] = {}
-    for copy in copies:
+    for copy in found:
         _check_shapes(copy, leaves, params, cuts)
         cut_along = {
             path: _cut_along(path, place, leaves[path], cuts) for path, place in copy.places.items()
         }
-        if copy.computes and fold:
+        if copy.kind is not Kind.STATE:
             _check_adapter(plan, copy, params, leaves, cut_along)
-            new |= _folded(plan, copy, leaves)
+            new |= _folded(plan, copy, leaves) if fold else {}
         for path, along in cut_along.items():
             for cut, tensor in along:
-                new[path] = _taken(new.get(path, leaves[path]), cut, tensor)
-    return _mended(_tree.replace(tree, new), copies, plan)
+                new[path] = taken(new.get(path, leaves[path]), cut, tensor)
+        if copy.kind is not Kind.STATE:
+            _warn_of_living(plan, copy, leaves, fold=fold)
+    return mended(_tree.replace(tree, new), plan, places={copy.path for copy in found})
 
 
-def _taken(array: Any, cut: Cut, tensor: Tensor) -> Any:
-    _bits.check_finite(array, tensor)
-    return tensor.axes.take(
-        array, cut.site.axis(tensor), cut.indices(tensor), cut.site.second.axes.stack
-    )
-
-
-def _folded(plan: Plan, copy: _Copy, leaves: Mapping[str, Any]) -> dict[str, Any]:
+def _folded(plan: Plan, copy: Copy, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The biases of a copy that take up constants, by path; a mask takes up none."""
-    paths = copy.parameters
-    own = {name: leaves[path] for name, path in paths.items() if np.shape(leaves[path])}
+    own = copy.arrays(leaves)
     cuts: list[Cut] = []
     for cut in plan.cuts:
         bias = cut.site.second_bias
         if bias is None or not cut.folded.any() or bias.path not in own:
             continue
-        if own[bias.path].dtype == bool:
+        if leaves[own[bias.path]].dtype == bool:
             continue
         if lacking := [t.path for t in cut.site.tensors if t.path not in own]:
             raise PlanError(
                 "constants are to be folded into a bias without the tensors that they follow from",
-                path=paths[bias.path],
+                path=own[bias.path],
                 expected=", ".join(lacking),
                 mend="pass the whole copy, or fold=False if it does not hold parameters",
             )
-        cuts.append(cut)
-    folded = folded_biases(dataclasses.replace(plan, cuts=tuple(cuts)), own)
-    return {paths[name]: bias for name, bias in folded.items()}
+        cuts.append(_moved(cut, own))
+    if copy.kind is Kind.UNKNOWN:
+        for cut in cuts:
+            _refuse_unknown(copy, cut, leaves)
+        return {}
+    return folded_biases(dataclasses.replace(plan, cuts=tuple(cuts)), leaves)
 
 
-def _mended(tree: Any, copies: Sequence[_Copy], plan: Plan) -> Any:
-    """The tree, where the nnx modules that are copies say their new sizes."""
-    places = {copy.path for copy in copies}
-    graphs = (nnx.Module, nnx.Optimizer)
-    pairs, _ = tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, graphs))
-    for keys, graph in pairs:
-        for names, node in nnx.iter_graph(graph) if isinstance(graph, graphs) else ():
-            at = "/".join(filter(None, (_tree.name_of(keys), *map(str, names))))
-            if isinstance(node, nnx.Module) and at in places:
-                mended(node, plan)
-    return tree
+def _moved(cut: Cut, paths: Mapping[str, str]) -> Cut:
+    """A cut of a copy: its tensors have the paths of the copy."""
 
+    def moved(tensor: Any) -> Any:
+        return tensor and dataclasses.replace(tensor, path=paths[tensor.path])
 
-# --- which parameter a leaf stands for --------------------------------------------------------
-
-
-class _Names:
-    """The paths of the parameters: whole, and without the collection ("params") in front."""
-
-    def __init__(self, params: Mapping[str, Any]):
-        self.parameters = {path: path for path in params}
-        if any(path.startswith("params/") for path in params):
-            for path in sorted(params, key=lambda path: not path.startswith("params/")):
-                self.parameters.setdefault(path.partition("/")[2], path)
-        self._kernels = _lora.kernels({name: params[p] for name, p in self.parameters.items()})
-
-    def place(self, name: str) -> _Place | None:
-        """What a leaf stands for, by its path in a copy."""
-        if (parameter := self.parameters.get(name)) is not None:
-            return _Place(parameter=parameter)
-        if (match := _scales.PART.fullmatch(name)) and match["kernel"] in self.parameters:
-            kernel = self.parameters[match["kernel"]]
-            return _Place(parameter=kernel, scale=match["part"] != "qvalue")
-        if (m := _lora.matrix(name)) is not None:
-            kernel = _lora.owner(m.kernel, self._kernels.get(m.folder, ()))
-            return _Place(parameter=self.parameters[kernel], matrix=m) if kernel else None
-        folder, _, last = name.rpartition("/")
-        if match := _scales.COMPANION.fullmatch(last):
-            kernel = _lora.owner(match["kernel"] or "", self._kernels.get(folder, ()))
-            return _Place(parameter=self.parameters[kernel], scale=True) if kernel else None
-        return None
-
-
-def _splits(path: str) -> Iterator[tuple[str, str]]:
-    """All ways to part a path in two, the first part growing.
-
-    >>> list(_splits("0/mu"))
-    [('', '0/mu'), ('0', 'mu')]
-    """
-    names = path.split("/")
-    for i in range(len(names)):
-        yield "/".join(names[:i]), "/".join(names[i:])
-
-
-def _copies(tree: Any, leaves: Mapping[str, Any], names: _Names) -> list[_Copy]:
-    """The copies of the parameters in a tree."""
-    found: dict[str, dict[str, _Place]] = {}
-    places = {path: [(at, names.place(rest)) for at, rest in _splits(path)] for path in leaves}
-    # A number for the whole tensor, or a count, is at home anywhere.
-    strange = {
-        at
-        for path, own in places.items()
-        for at, place in own
-        if place is None and np.shape(leaves[path])
-    }
-    for path, own in places.items():
-        for at, place in own:
-            if place is not None and at not in strange:
-                found.setdefault(at, {})[path] = place
-                break
-    states = _states(tree)
-    return [
-        _Copy(path=at, places=own, computes=not _is_state(at, states)) for at, own in found.items()
-    ]
-
-
-# Names by which optimizers and their users call what is no parameter.
-_STATE = re.compile(r"mu|nu|nu_max|trace|.*(opt_state|optim_state|grad|moment).*")
-
-
-def _is_state(path: str, states: Sequence[str]) -> bool:
-    return any(map(_STATE.fullmatch, path.split("/"))) or any(
-        f"{path}/".startswith(f"{state}/") for state in states
+    site = dataclasses.replace(
+        cut.site,
+        first=tuple(map(moved, cut.site.first)),
+        first_biases=tuple(map(moved, cut.site.first_biases)),
+        second=moved(cut.site.second),
+        second_bias=moved(cut.site.second_bias),
+        also=tuple(map(moved, cut.site.also)),
+        lora=tuple((paths[kernel], moved(matrix)) for kernel, matrix in cut.site.lora),
     )
-
-
-def _states(tree: Any) -> list[str]:
-    """The places where named tuples hold what is no parameter: optimizers say their states so."""
-
-    def is_named(x: Any) -> bool:
-        return isinstance(x, tuple) and hasattr(x, "_fields")
-
-    def visit(node: Any, at: tuple[Any, ...]) -> Iterator[str]:
-        for keys, child in tree_flatten_with_path(node, is_leaf=is_named)[0]:
-            for name in child._fields if is_named(child) else ():
-                below = (*at, *keys, GetAttrKey(name))
-                if _holds_parameters(child, name, keys):
-                    yield from visit(getattr(child, name), below)
-                else:
-                    yield _tree.name_of(below)
-
-    return list(visit(tree, ()))
-
-
-def _holds_parameters(state: Any, field: str, keys: tuple[Any, ...]) -> bool:
-    """Whether a field of a named tuple holds parameters, not what an optimizer made of them."""
-    if isinstance(state, optax.EmaState):
-        # In a chain, which is a tuple, it averages updates; elsewhere it was fed parameters.
-        return not (keys and isinstance(keys[-1], SequenceKey))
-    if isinstance(state, optax.contrib.ScheduleFreeState) and field == "z":
-        return True
-    return "param" in field or "param" in type(state).__name__.lower()
+    return dataclasses.replace(cut, site=site)
 
 
 # --- what is refused --------------------------------------------------------------------------
@@ -244,13 +110,28 @@ def _holds_parameters(state: Any, field: str, keys: tuple[Any, ...]) -> bool:
 _ANEW = "start the optimizer anew, tx.init(slimmed), or train with adamw, lion or sgd"
 
 
+def _check_like(plan: Plan, params: Mapping[str, Any]) -> None:
+    try:
+        check_fits(plan, params)
+    except PlanError as e:
+        raise PlanError(
+            f"like=: {e.problem}",
+            path=e.path,
+            seen=e.seen,
+            expected=e.expected,
+            near=e.near,
+            mend="give as like= the parameters before the cut, in the very tree that the plan was "
+            "made for",
+        ) from e
+
+
 def _refuse_strangers(
-    leaves: Mapping[str, Any], copies: Sequence[_Copy], cuts: _Cuts, names: _Names
+    leaves: Mapping[str, Any], found: Sequence[Copy], cuts: _Cuts, names: Names
 ) -> None:
     """Raise `PlanError` for leaves that may need the cut and stand for no parameter."""
-    placed = {path for copy in copies for path in copy.places}
+    placed = {path for copy in found for path in copy.places}
     others = {path: leaves[path] for path in leaves if path not in placed}
-    shapes = {t.shape for own in cuts.values() for cut, t in own if cut.removed}
+    shapes = _shapes(cuts)
     refused = [
         path
         for path, x in others.items()
@@ -258,9 +139,10 @@ def _refuse_strangers(
     ]
     if refused:
         raise PlanError(
-            f"{len(refused)} leaves may follow a parameter that is cut, and it is not known how",
+            f"{len(refused)} {'leaf' if len(refused) == 1 else 'leaves'} may follow a parameter "
+            "that is cut, and it is not known how",
             path=refused[0],
-            seen=", ".join(f"{path} {np.shape(leaves[path])}" for path in refused),
+            seen=f"\n{' ' * 12}".join(f"{path} {np.shape(leaves[path])}" for path in refused),
             expected="copies of the parameters, with leaves at none but their paths"
             + _why_not(refused[0], leaves, names),
             mend="give in like= the tree that these leaves are a copy of, or apply the plan to "
@@ -276,21 +158,36 @@ def _refuse_strangers(
         )
 
 
+def _shapes(cuts: _Cuts) -> set[tuple[int, ...]]:
+    """The shapes of what is cut, of tensors or a number for each channel or group; all sorted."""
+    found: set[tuple[int, ...]] = set()
+    for cut, tensor in (pair for own in cuts.values() for pair in own if pair[0].removed):
+        site = cut.site
+        found |= {tensor.shape, (site.size,), (*site.stack, site.size)}
+        if len(cut.groups) < len(site.groups):
+            found.add((len(site.groups),))
+    return {tuple(sorted(shape)) for shape in found}
+
+
 def _is_alike(x: Any, shapes: set[tuple[int, ...]]) -> bool:
-    # Raw keys of random numbers are arrays of this type.
-    return np.shape(x) in shapes and getattr(x, "dtype", None) != np.uint32
+    """Whether an array has the shape of what is cut, transposed perhaps, or is a stack of it."""
+    shape: tuple[int, ...] = np.shape(x)
+    if getattr(x, "dtype", None) == np.uint32 and len(shape) < 3 and shape[-1:] in ((2,), (4,)):
+        return False  # raw keys of random numbers
+    stacked = len(shape) > 2 and tuple(sorted(shape[1:])) in shapes
+    return stacked or tuple(sorted(shape)) in shapes
 
 
-def _is_below(path: str, cuts: _Cuts, names: _Names) -> bool:
+def _is_below(path: str, cuts: _Cuts, names: Names) -> bool:
     """Whether a path goes on where that of a parameter which is cut ends."""
     return any(
-        names.parameters.get(name) in cuts for _, rest in _splits(path) for name, _ in _splits(rest)
+        names.parameters.get(name) in cuts for _, rest in splits(path) for name, _ in splits(rest)
     )
 
 
-def _why_not(path: str, leaves: Mapping[str, Any], names: _Names) -> str:
+def _why_not(path: str, leaves: Mapping[str, Any], names: Names) -> str:
     """The first leaf for which the place of another is no copy, as a clause."""
-    for at, rest in _splits(path):
+    for at, rest in splits(path):
         if names.place(rest) is not None:
             prefix = f"{at}/" if at else ""
             for other in leaves:
@@ -300,7 +197,7 @@ def _why_not(path: str, leaves: Mapping[str, Any], names: _Names) -> str:
 
 
 def _check_shapes(
-    copy: _Copy, leaves: Mapping[str, Any], params: Mapping[str, Any], cuts: _Cuts
+    copy: Copy, leaves: Mapping[str, Any], params: Mapping[str, Any], cuts: _Cuts
 ) -> None:
     """Raise `PlanError` unless the parameters in a copy have their shapes, or are one number."""
     if cuts.keys().isdisjoint(copy.parameters):
@@ -316,13 +213,14 @@ def _check_shapes(
                 mend="likely (a) it was cut already: a plan cannot be applied twice; (b) it was "
                 "made for another model: give that one's parameters as like=; (c) its optimizer "
                 "goes by means over rows, columns or whole tensors (adafactor), which a cut "
-                f"changes, or keeps a history: {_ANEW}, whose states can be cut",
+                f"changes, or keeps a history: {_ANEW}, whose states can be cut; (d) it is "
+                "replicated, one for each device: flax.jax_utils.unreplicate it first",
             )
 
 
 def _check_adapter(
     plan: Plan,
-    copy: _Copy,
+    copy: Copy,
     params: Mapping[str, Any],
     leaves: Mapping[str, Any],
     cut_along: Mapping[str, Sequence[tuple[Cut, Tensor]]],
@@ -343,8 +241,7 @@ def _check_adapter(
         alone = mark(cut.site, params, act, plan.threshold, foldable=foldable)
         adapted = {path: leaves[path] for path, p in copy.places.items() if p.matrix is not None}
         with_it = mark(site, {**params, **adapted}, act, plan.threshold, foldable=foldable)
-        alive = alone.dead & ~with_it.dead
-        alive[np.arange(len(alive))[:, None], cut.kept] = False
+        alive = alone.dead & ~with_it.dead & _gone(cut)
         if alive.any():
             raise PlanError(
                 f"low-rank matrices make {int(alive.sum())} channels alive that the plan cuts",
@@ -356,10 +253,65 @@ def _check_adapter(
             )
 
 
+def _gone(cut: Cut) -> np.ndarray:
+    """The channels that go, `(s, f)`."""
+    gone = np.ones((cut.site.rows, cut.site.size), bool)
+    np.put_along_axis(gone, cut.kept, False, axis=1)
+    return gone
+
+
+def _refuse_unknown(copy: Copy, cut: Cut, leaves: Mapping[str, Any]) -> None:
+    """Raise `PlanError` if it matters whether a copy holds parameters: for a constant in it."""
+    site, bias = cut.site, cut.site.second_bias
+    assert bias is not None
+    seen = evidence(site, leaves, ACTIVATIONS.get(cut.activation or ""))
+    constant = cut.folded & first_is_constant(seen)
+    if not constant.any():
+        return
+    second = leaves[site.second.path]
+    if added_by_constants(seen, site, second, leaves[bias.path], constant).any():
+        raise PlanError(
+            "a constant belongs into a bias if this copy holds parameters, and its place does not "
+            "tell whether it does",
+            path=copy.path,
+            seen=f"{int(constant.sum())} constant channels for {bias.path}",
+            mend="apply the plan to this copy alone: apply(plan, copy, like=params) if it holds "
+            "parameters, with fold=False if gradients or moments; or name its place so: "
+            '"ema_params", "opt_state"',
+        )
+
+
+def _warn_of_living(plan: Plan, copy: Copy, leaves: Mapping[str, Any], *, fold: bool) -> None:
+    """Warn if a copy that computes loses channels that are alive in it."""
+    own = copy.arrays(leaves)
+    living = 0
+    for cut in plan.cuts:
+        paths = [own.get(tensor.path) for tensor in cut.site.tensors]
+        if not cut.removed or not all(p and leaves[p].dtype in _bits.FLOATS for p in paths):
+            continue
+        act, folded = ACTIVATIONS.get(cut.activation or ""), cut.folded
+        foldable = fold and bool(folded.any())
+        marks = mark(_moved(cut, own).site, leaves, act, plan.threshold, foldable=foldable)
+        living += int(((~marks.dead | (marks.folded & ~folded)) & _gone(cut)).sum())
+    if living:
+        because = "" if fold else " (fold=False: it takes no constants)"
+        if copy.kind is Kind.UNKNOWN:
+            because = (
+                '; if it holds gradients or moments, name its place so ("opt_state"), or apply the '
+                "plan to it alone, with fold=False"
+            )
+        warnings.warn(
+            f"{living} channels that the plan cuts are alive in {copy.path or 'this tree'}: what "
+            "it computes changes; make a plan for it, or start it anew from the slimmed parameters"
+            + because,
+            stacklevel=4,
+        )
+
+
 # --- along which axes a leaf is cut -----------------------------------------------------------
 
 
-def _cut_along(path: str, place: _Place, array: Any, cuts: _Cuts) -> list[tuple[Cut, Tensor]]:
+def _cut_along(path: str, place: Place, array: Any, cuts: _Cuts) -> list[tuple[Cut, Tensor]]:
     """The cuts that a leaf needs, with its own tensor."""
     shape = np.shape(array)
     found: list[tuple[Cut, Tensor]] = []
@@ -369,7 +321,7 @@ def _cut_along(path: str, place: _Place, array: Any, cuts: _Cuts) -> list[tuple[
         if place.is_parameter:
             found.append((cut, dataclasses.replace(tensor, path=path)))
         elif place.matrix is not None:
-            if place.matrix.side == ("a" if tensor is cut.site.second else "b"):
+            if place.matrix.has_axis(reads=tensor is cut.site.second):
                 matrix = _lora.tensor_of(place.matrix, shape, tensor, cut.site.pair)
                 found.append((cut, dataclasses.replace(matrix, path=path)))
         elif (own := _scales.tensor_of(path, shape, tensor, cut)) is not None:

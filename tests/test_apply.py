@@ -10,6 +10,7 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -17,7 +18,7 @@ from flax.core import FrozenDict, freeze
 from hypothesis import given
 from strategies import ACTS, LAYOUTS, gap, net, nets, quick, run
 
-from flaxslim import Pair, Plan, Spec, apply, plan
+from flaxslim import Pair, Plan, Spec, apply, plan, slim
 from flaxslim._apply import resized
 from flaxslim._errors import PlanError
 from flaxslim._tree import flatten
@@ -349,6 +350,21 @@ def test_a_plan_for_another_structure_is_refused():
     assert "model/up/kernel" in caught.value.near
 
 
+@pytest.mark.parametrize("of", [optax.adam(1.0).init, lambda tree: {"params": tree, "step": 0}])
+def test_a_state_without_like_is_told_of_it(of):
+    tree = mlp()
+    with pytest.raises(PlanError, match="another structure") as caught:
+        apply(plan(tree, {"hidden": 8}, SPEC), of(tree))
+    assert "like=params" in str(caught.value)
+
+
+@pytest.mark.parametrize("leaf", ["frozen", True, 3])
+def test_labels_for_parameters_are_refused(leaf):
+    tree = mlp()
+    with pytest.raises(PlanError, match="other sizes"):
+        apply(plan(tree, {"hidden": 8}, SPEC), jax.tree.map(lambda _: leaf, tree))
+
+
 def test_a_plan_for_another_size_is_refused():
     p = plan(mlp(), {"hidden": 8}, SPEC)
     with pytest.raises(PlanError, match="other sizes"):
@@ -363,6 +379,17 @@ def test_a_bias_that_the_plan_does_not_know_is_refused():
     with pytest.raises(PlanError, match="a bias that the plan does not know") as caught:
         apply(p, mlp())
     assert caught.value.path == "up/bias"
+
+
+def test_scales_that_the_plan_does_not_know_are_refused():
+    tree = mlp()
+    p = plan(tree, {"hidden": 8}, SPEC)
+    scaled = {**tree, "up": {**tree["up"], "kernel_scale": np.ones((1, 8))}}
+    for attempt in (lambda: apply(p, scaled), lambda: slim(scaled, {"hidden": 8}, plan=p)):
+        with pytest.raises(PlanError, match="the plan does not know what belongs") as caught:
+            attempt()
+        assert caught.value.path == "up/kernel_scale"
+    assert apply(p, scaled, like=tree)["up"]["kernel_scale"].shape == (1, 5)
 
 
 def test_a_plan_that_removes_nothing_changes_nothing():

@@ -227,6 +227,67 @@ def test_an_adapter_that_reads_a_channel_that_goes_is_refused(name):
     assert small["down"].a.shape == (5, RANK)
 
 
+def test_an_adapter_that_is_called_one_is_checked_without_folds_too():
+    made = dead_rows()
+    made["down"].a[4] = 1e-3
+    params, adapter = FLAX.pack(made, only="wc"), FLAX.pack(made, only="ab")
+    p = plan(params, spec=FLAX.spec)
+    with pytest.raises(PlanError, match="make 1 channels alive"):
+        apply(p, {"params": params, "lora": adapter}, like=params, fold=False)
+
+
+# What is given to a plan that was made for the parameters alone: the tree, and its `like`.
+UNKNOWN: dict[str, Any] = {
+    "apply": lambda p, tree, adapter: apply(p, tree),
+    "slim": lambda p, tree, adapter: slim(tree, plan=p),
+    "like": lambda p, tree, adapter: apply(p, tree, like=tree),
+    "state": lambda p, tree, adapter: apply(p, optax.adam(1.0).init(adapter), like=tree),
+}
+
+
+@pytest.mark.parametrize("alive", [False, True])
+@pytest.mark.parametrize("way", UNKNOWN)
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_that_the_plan_does_not_know_is_refused(name, way, alive):
+    names, made = NAMES[name], dead_rows()
+    if alive:
+        made["down"].a[4] = 1.0
+    p = plan(names.pack(made, only="wc"), spec=names.spec)
+    with pytest.raises(PlanError, match="the plan does not know what belongs") as caught:
+        UNKNOWN[way](p, names.pack(made), names.pack(made, only="ab"))
+    assert caught.value.path == names.a.format("down")
+    assert names.b.format("up") in str(caught.value)
+    assert names.b.format("down") not in str(caught.value)
+
+
+@pytest.mark.parametrize("collection", [False, True])
+def test_an_adapter_in_a_collection_of_its_own_is_refused(collection):
+    params, adapter = FLAX.pack(dead_rows(), only="wc"), FLAX.pack(dead_rows(), only="ab")
+    params = {"params": params} if collection else params
+    p = plan(params, spec=FLAX.spec)
+    with pytest.raises(PlanError, match="the plan does not know what belongs") as caught:
+        apply(p, {**params, "lora": adapter})
+    assert caught.value.path == "lora/block/down/lora_a"
+    if collection:
+        small = flatten(apply(p, {**params, "lora": adapter}, like=params))
+        assert small["lora/block/down/lora_a"].shape == (5, RANK)
+
+
+@pytest.mark.parametrize("name", ["lora_magnitude", "lora_magnitude_vector/default/weight"])
+def test_magnitudes_are_refused(name):
+    tree = FLAX.pack(dead_rows())
+    params = FLAX.pack(dead_rows(), only="wc")
+    more = traverse_util.unflatten_dict({**flatten(tree), f"block/up/{name}": np.ones(F)}, sep="/")
+    for attempt in (
+        lambda: slim(more, None, FLAX.spec),
+        lambda: apply(plan(more, spec=FLAX.spec), more),
+        lambda: apply(plan(params, spec=FLAX.spec), more, like=params),
+    ):
+        with pytest.raises(PlanError) as caught:
+            attempt()
+        assert f"block/up/{name}" in str(caught.value)
+
+
 def test_a_dead_channel_that_stays_may_be_read_by_an_adapter():
     made = dead_rows()
     made["down"].a[1] = 1.0
@@ -584,3 +645,13 @@ def test_whose_a_matrix_is_follows_from_its_name_or_from_the_only_kernel():
     assert owner("", ["mlp/w1"]) == owner("other", ["mlp/w1"]) == "mlp/w1"
     assert owner("", ["up/table", "up/kernel"]) == "up/kernel"
     assert owner("", []) is None
+
+
+def test_adapters_that_the_plan_does_not_know_are_not_left_beside_an_expanded_kernel():
+    tree = {"up": {"kernel": np.ones((4, 6))}, "down": {"kernel": np.ones((6, 3))}}
+    tree["down"]["kernel"][2] = 0
+    made = plan(tree, spec=Spec(name="MLP", pairs=Pair(first="up", second="down")))
+    small = apply(made, tree)
+    small["down"] |= {"lora_a": np.ones((5, 2)), "lora_b": np.ones((2, 3))}
+    with pytest.raises(PlanError, match="does not know what belongs to a kernel"):
+        expand(made, small)
