@@ -6,13 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
-from flaxslim import _tree
+from flaxslim import _resize, _tree
+from flaxslim._apply import check_companions
+from flaxslim._bits import check_concrete
 from flaxslim._errors import PlanError
 from flaxslim._nnx import mended
 from flaxslim._plan import Channels, Cut, Plan, Resize, channels
 from flaxslim._spec import Site, Tensor
+
+_IN_TURN = (
+    "make the second plan with what the first one leaves, parameters and config: "
+    "params, cfg = slim(params, cfg, plan=first); second = plan(params, cfg, ...)"
+)
 
 
 def composed(second: Plan, first: Plan) -> Plan:
@@ -33,11 +39,14 @@ def composed(second: Plan, first: Plan) -> Plan:
     cuts += [_as_before(cut, shapes) for path, cut in after.items() if path not in before]
     _check_claims(cuts)
     whole = before.keys() <= after.keys()
+    resizes = _resizes(cuts, (*first.resizes, *second.resizes))
+    values = _resize.joined(first.values, second.values)
+    _check_one_width(cuts, values)
     return Plan(
         spec=first.spec + second.spec,
         cuts=tuple(cuts),
-        resizes=_resizes(cuts, (*first.resizes, *second.resizes)),
-        values={**first.values, **second.values},
+        resizes=resizes,
+        values=values,
         threshold=max(first.threshold, second.threshold),
         notes=tuple(dict.fromkeys((*first.notes, *second.notes))),
         # Where the second has looked again, only what it says holds.
@@ -73,7 +82,7 @@ def _does_not_follow(path: str, seen: Any, expected: Any) -> PlanError:
         path=path,
         seen=seen,
         expected=expected,
-        mend="make it for that: params = apply(first, params); second = plan(params, ...)",
+        mend=_IN_TURN,
     )
 
 
@@ -85,6 +94,20 @@ def _check_claims(cuts: Sequence[Cut]) -> None:
             path=twice[0],
             mend="make both by one spec, or apply them one after the other",
         )
+
+
+def _check_one_width(cuts: Sequence[Cut], values: Mapping[str, Any]) -> None:
+    """Raise `PlanError` if one plain key would have to say two widths."""
+    plain: dict[str, Cut] = {}
+    for cut in cuts:
+        expression = cut.site.pair.width_expression
+        key = expression and expression.key
+        if key in values and _resize.left_plain(values, cut.site):
+            other = plain.setdefault(str(key), cut)
+            if other.width != cut.width:
+                raise _does_not_follow(
+                    f"{key} of {cut.site.name}", f"width {cut.width}", f"width {other.width}"
+                )
 
 
 def _both(second: Cut, first: Cut) -> Cut:
@@ -150,7 +173,9 @@ def expand(plan: Plan, tree: Any) -> Any:
     """A slimmed tree at its full size again: zero where channels were cut.
 
     The inverse of `apply(plan, ...)` but for what was cut, which is zero now: the function is the
-    same. Constants stay folded in the second biases.
+    same. Constants stay folded in the second biases. Of parameters, not of optimizer states; the
+    config is the one from before the cut, which is still the caller's, and the attributes of nnx
+    modules say their old sizes again. The work is done on the host.
     Raises `PlanError` if the tree is not one that the plan leaves.
 
     >>> from flaxslim import Pair, Spec, apply, plan
@@ -170,15 +195,17 @@ def expand(plan: Plan, tree: Any) -> Any:
                 expected=shape,
                 mend="give what apply(plan, ...) returned",
             )
+    check_companions(plan, leaves)
     new: dict[str, Any] = {}
     for cut in plan.cuts:
         for tensor in cut.site.cut if cut.removed else ():
             new[tensor.path] = _put(new.get(tensor.path, leaves[tensor.path]), tensor, cut)
     full = _tree.replace(tree, new)
-    return mended(full, plan, expanded=True) if isinstance(full, nnx.Module) else full
+    return mended(full, plan, expanded=True)
 
 
 def _put(array: Any, tensor: Tensor, cut: Cut) -> Any:
+    check_concrete(array, tensor)
     axis = cut.site.axis(tensor)
     whole = tensor.axes.sizes(tensor.shape)[axis]
     return tensor.axes.put(array, axis, cut.indices(tensor), whole, cut.site.second.axes.stack)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim import _record
+from flaxslim import _config, _record, specs
 from flaxslim._axes import Axes
 from flaxslim._config import Width
-from flaxslim._errors import LayoutError, UnknownFamilyError, nearest
+from flaxslim._errors import LayoutError, nearest
 from flaxslim._sites import beside, root_regex
 from flaxslim._spec import Pair, Spec, measure
 
@@ -49,6 +49,8 @@ class Told:
       outputs, inputs: of a site of width 0, which runs with one channel of zeros: the sizes of the
         last dimensions that a layer puts out (none: whichever is empty is to be 1), and which of
         the last dimensions that the second layer reads is emptied again.
+      wrong: two pairs contradict each other about it. Only if it is run: a spec also names what
+        not every model has (the one table of biases that all layers of a BEiT may share).
     """
 
     dims: tuple[int | None, ...] = ()
@@ -58,6 +60,7 @@ class Told:
     arguments: tuple[Argument, ...] = ()
     outputs: tuple[int, ...] | None = None
     inputs: int | None = None
+    wrong: LayoutError | None = None
 
 
 class Layout:
@@ -90,25 +93,33 @@ class Layout:
         `spec` is only needed for a model of one's own whose config does not keep it.
         Raises `LayoutError` if it cannot be read, or says what the spec does not know.
         """
-        spec = spec or _spec_of(cfg)
+        spec = spec or _record.spec_of(cfg)
         if spec is None:
+            if any(_record.is_laid_out(cfg, prefix) for prefix in _record.parts(cfg)):
+                specs.spec_for(cfg, "all")  # which says what is unknown
             return None
         told: dict[tuple[str, str], Told] = {}
         known: set[tuple[str, str]] = set()
         everywhere: list[tuple[re.Pattern[str], Told]] = []
+        family = specs.known(cfg)
         for pair in spec:
-            for name, place, size in (found := list(_sites(pair, cfg))):
+            found = list(_sites(pair, cfg, ours=pair in family))
+            for name, place, size in found:
                 known.add((pair.config, name))
-                told |= {(pair.tree, path): t for path, t in _told(pair, cfg, place, size)}
+                for path, what in _told(pair, cfg, name, place, size):
+                    before = told.get(at := (pair.tree, path))
+                    told[at] = what if before is None else _both(before, what, path)
             everywhere += _passed_on(pair) if found else ()
         _check_all_known(spec, cfg, known)
         return cls(told, everywhere) if told else None
 
     def at(self, path: tuple[str, ...]) -> Told | None:
-        """What the module at a path is told, if anything."""
+        """What the module at a path is told, if anything; `LayoutError` if that is absurd."""
         if path not in self._found:
             self._found[path] = self._find(path)
-        return self._found[path]
+        if (told := self._found[path]) is not None and told.wrong is not None:
+            raise told.wrong
+        return told
 
     def _find(self, path: tuple[str, ...]) -> Told | None:
         for i in range(len(path)):
@@ -127,30 +138,7 @@ def _parts(tree: str) -> tuple[str, ...]:
     return tuple(filter(None, tree.split("/")))
 
 
-def _spec_of(cfg: Any) -> Spec | None:
-    """All pairs of the family that a config names, or the spec that its layout keeps."""
-    from flaxslim.specs import spec_for
-
-    kept = _record.entry(cfg).get("spec")
-    if kept is not None:
-        try:
-            return Spec.from_dict(kept)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise LayoutError(
-                "the layout's spec cannot be read",
-                path=f"{_record.LAYOUT}.spec",
-                seen=f"{type(error).__name__}: {error}",
-                mend="use the config.json that was saved with these parameters",
-            ) from error
-    try:
-        return spec_for(cfg, "all")
-    except UnknownFamilyError:
-        if _record.is_laid_out(cfg):
-            raise
-        return None
-
-
-def _name_regex(pair: Pair) -> re.Pattern[str]:
+def name_regex(pair: Pair) -> re.Pattern[str]:
     """What the name of a site of this pair looks like: `front` if it is a whole path, `place`."""
     unprefixed = dataclasses.replace(pair, tree="", at="/" + pair.at.lstrip("/"))
     whole = "" if not pair.at or pair.at.startswith("/") else "?"
@@ -158,44 +146,60 @@ def _name_regex(pair: Pair) -> re.Pattern[str]:
     return re.compile(front + root_regex(unprefixed) + re.escape(pair.second))
 
 
-def _sites(pair: Pair, cfg: Any) -> Iterator[tuple[str, str, _record.Recorded]]:
-    """The sites of a pair that a config has a size of its own for: name, place, size."""
-    regex = _name_regex(pair)
+def _sites(pair: Pair, cfg: Any, *, ours: bool) -> Iterator[tuple[str, str, _record.Recorded]]:
+    """The sites of a pair that a config has a size of its own for: name, place, size.
+
+    `ours`: the pair is of the family that the config names, whose layers it counts.
+    """
+    regex = name_regex(pair)
     recorded = _record.sites(cfg, pair.config)
     for name, size in recorded.items():
-        if match := regex.fullmatch(name):
-            front = match["front"]
-            yield name, match["place"] if front is None else f"/{front}{match['place']}", size
-    expression = pair.width_expression
-    if expression is None or expression.key is None or pair.at.count("{") != 1:
+        # What does not fit may be another pair's at the same place: layers that are scanned.
+        if (match := regex.fullmatch(name)) and _record.fits(pair, size):
+            if ours:
+                _check_layer(pair, cfg, name, match.groups()[3:])
+            front = "" if match["front"] is None else "/" + match["front"]
+            place = front + match["place"]
+            yield name, place, _record.checked(cfg, pair, name, size)
+    for layer in _record.per_layer(cfg, pair.config):
+        name = _record.by_number(pair, layer)
+        size = _record.own_width(cfg, pair, layer)
+        if name is not None and name not in recorded and size is not None:
+            if ours:
+                _check_layer(pair, cfg, name, (str(layer),))
+            yield name, name.removesuffix(pair.second), size
+
+
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers")
+_COUNTS += ("decoder_layers", "num_decoder_layers")
+
+
+def _check_layer(pair: Pair, cfg: Any, name: str, places: Sequence[str]) -> None:
+    """Raise `LayoutError` for a layer that the family's class does not have."""
+    keys = [pair.config + key for key in _COUNTS if _config.has(cfg, pair.config + key)]
+    counts = [count for key in keys if type(count := _config.read(cfg, key)) is int]
+    if len(places) != 1 or not counts:
         return
-    key = expression.key.removeprefix(pair.config)
-    for layer, own in _record.per_layer(cfg, pair.config).items():
-        if key in own:
-            place = re.sub(r"\{\w*\}", str(layer), pair.at) + "/"
-            if place + pair.second not in recorded:
-                yield place + pair.second, place, expression.read(cfg, own)
+    if not places[0].isdigit() or int(places[0]) >= max(counts):
+        raise LayoutError(
+            "the layout has a layer that the model does not have",
+            path=name,
+            seen=f"layer {places[0]}",
+            expected=f"0 to {max(counts) - 1}",
+            mend="use the config.json that was saved with these parameters",
+        )
 
 
 def _check_all_known(spec: Spec, cfg: Any, known: set[tuple[str, str]]) -> None:
-    prefixes = {pair.config for pair in spec}
-    for prefix in prefixes:
-        for name in _record.sites(cfg, prefix):
+    for prefix in {pair.config for pair in spec}:
+        pairs = [pair for pair in spec if pair.config == prefix]
+        for name, size in _record.sites(cfg, prefix).items():
             if (prefix, name) not in known:
-                raise LayoutError(
-                    f"the layout has a site that {spec.name} does not know",
-                    path=f"{prefix}{_record.LAYOUT}.sites.{name}",
-                    expected=" or ".join(
-                        f"{pair.at}/{pair.second}" for pair in spec if pair.config == prefix
-                    ),
-                    near=nearest(name, [other for _, other in known]),
-                    mend="use the config.json that was saved with these parameters; for a model "
-                    "of your own give its spec",
-                )
+                raise _unknown_site(spec, pairs, name, size, [other for _, other in known])
         keys = {
             expression.key.removeprefix(prefix)
-            for pair in spec
-            if pair.config == prefix
+            for pair in pairs
+            if _record.by_number(pair, 0)
             and (expression := pair.width_expression) is not None
             and expression.key is not None
             and pair.axis == "f"
@@ -206,19 +210,37 @@ def _check_all_known(spec: Spec, cfg: Any, known: set[tuple[str, str]]) -> None:
                     "per_layer_config says something that flaxslim cannot run in a stock class",
                     path=f"{prefix}{_record.PER_LAYER}.{layer}.{unknown[0]}",
                     seen=own[unknown[0]],
-                    expected="only " + ", ".join(sorted(keys)),
+                    expected="only " + (", ".join(sorted(keys)) or "the layout's sites"),
                     mend="run this model with a class that knows the key",
                 )
+
+
+def _unknown_site(
+    spec: Spec, pairs: Sequence[Pair], name: str, size: _record.Recorded, known: Sequence[str]
+) -> LayoutError:
+    for pair in pairs:
+        if name_regex(pair).fullmatch(name):
+            return _record.misfit(pair, name, size)
+    return LayoutError(
+        f"the layout has a site that {spec.name} does not know",
+        path=f"{pairs[0].config}{_record.LAYOUT}.sites.{name}",
+        expected=" or ".join(f"{pair.at}/{pair.second}" for pair in pairs),
+        near=nearest(name, known),
+        mend="use the config.json that was saved with these parameters; for a model of your own "
+        "give its spec",
+    )
 
 
 # --- what is told at one site -----------------------------------------------------------------
 
 
-def _told(pair: Pair, cfg: Any, place: str, size: _record.Recorded) -> Iterator[tuple[str, Told]]:
+def _told(
+    pair: Pair, cfg: Any, name: str, place: str, size: _record.Recorded
+) -> Iterator[tuple[str, Told]]:
     """The modules of one site by path, and what each is told."""
     heads = np.asarray(size, int) if isinstance(size, tuple) else None
     width = size if isinstance(size, int) else len(size)
-    groups = _groups(pair, cfg, heads, width)
+    groups = _groups(pair, cfg, name, size)
     sizes = {
         name: Width(expression=expression, prefix=pair.config).read(cfg)
         for name, expression in pair.sizes.items()
@@ -278,22 +300,17 @@ def _told(pair: Pair, cfg: Any, place: str, size: _record.Recorded) -> Iterator[
         )
 
 
-def _groups(pair: Pair, cfg: Any, heads: np.ndarray | None, width: int) -> tuple[int, ...]:
+def _groups(pair: Pair, cfg: Any, name: str, size: _record.Recorded) -> tuple[int, ...]:
     if pair.group is None:
         return ()
-    if heads is None:
+    if isinstance(size, int):
         raise LayoutError(
             "a layout cannot say how the heads of stacked layers are grouped",
-            path=f"{pair.at}/{pair.second}",
-            seen=f"{width} heads for all layers of a stack, in groups of key/value heads",
+            path=name,
+            seen=f"{size} heads for all layers of a stack, in groups of key/value heads",
             mend="build the class with a config that says both numbers in its plain keys",
         )
-    all_heads, all_groups = pair.width_expression, pair.group_expression
-    assert all_heads is not None
-    assert all_groups is not None
-    each = all_heads.read(cfg) // all_groups.read(cfg)
-    _, counts = np.unique(heads // each, return_counts=True)
-    return tuple(counts.tolist())
+    return _record.group_counts(cfg, pair, name, size)
 
 
 def _dims(
@@ -307,6 +324,53 @@ def _dims(
         else:
             dims.append(None)
     return tuple(dims)
+
+
+def _both(a: Told, b: Told, path: str) -> Told:
+    """What two sites tell one module."""
+    try:
+        return _joined(a, b, path)
+    except LayoutError as error:
+        return Told(wrong=error)
+
+
+def _joined(a: Told, b: Told, path: str) -> Told:
+    def either(x: Any, y: Any, what: str) -> Any:
+        if x is None or y is None:
+            return y if x is None else x
+        if not _same(x, y):
+            raise LayoutError(
+                f"two pairs of the spec tell one module different {what}",
+                path=path,
+                seen=f"{x} and {y}",
+                mend="give a spec with only those pairs that this model has",
+            )
+        return x
+
+    def each(xs: Mapping[str, Any], ys: Mapping[str, Any], what: str) -> dict[str, Any]:
+        return {name: either(xs.get(name), ys.get(name), what) for name in {**xs, **ys}}
+
+    # Scanned layers have one dimension more, which their modules do not see.
+    short, long = sorted((a.dims, b.dims), key=len)
+    lacking = (None,) * (len(long) - len(short)) if short else ()
+    attributes = each(dict(a.attributes), dict(b.attributes), "sizes")
+    ours, theirs = ({x.name: x for x in told.arguments} for told in (a, b))
+    return Told(
+        dims=either(long, lacking + short or None, "dimensions"),
+        attributes=tuple(attributes.items()),
+        early=a.early or b.early,
+        empty=a.empty or b.empty,
+        arguments=tuple(each(ours, theirs, "arguments").values()),
+        outputs=either(a.outputs, b.outputs, "outputs"),
+        inputs=either(a.inputs, b.inputs, "inputs"),
+        wrong=a.wrong or b.wrong,
+    )
+
+
+def _same(x: Any, y: Any) -> bool:
+    if isinstance(x, Argument):
+        return all(np.array_equal(v, vars(y)[name]) for name, v in vars(x).items())
+    return np.array_equal(x, y)
 
 
 def _arguments(pair: Pair, cfg: Any, path: str, heads: np.ndarray | None) -> Iterator[Argument]:

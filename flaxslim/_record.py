@@ -15,25 +15,34 @@ Two keys hold them, and every part of a composite's config has its own:
          "sites": {"encoder/layer/0/attention/output/dense": [0, 3], ...}}
 
     A site is named by its second layer, by path from the layer root on, whatever prefix a head
-    class puts before it ("/" in front where a spec names no root: then it is the whole path). A
-    number is a width; a list says which heads are left, by their indices in the dense model. The
-    key/value groups that are left are those with a head left. A spec that is not one of flaxslim's
-    own is kept under "spec".
+    class puts before it ("/" in front where a spec names no root, or two sites would have one
+    name: then it is the whole path). A number is a width; a list says which heads are left, by
+    their indices in the dense model. The key/value groups that are left are those with a head
+    left. Pairs that are not of the family that the config names are kept under "spec".
 """
 
-from collections.abc import Mapping
+import contextlib
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from flaxslim import _config
-from flaxslim._errors import ConfigError, LayoutError
-from flaxslim._spec import Pair, Site, Spec
+from flaxslim._axes import Axes
+from flaxslim._errors import FlaxslimError, LayoutError, UnknownFamilyError
+from flaxslim._spec import Pair, Spec
+from flaxslim.specs import known, spec_for
 
 LAYOUT, PER_LAYER = "flaxslim_layout", "per_layer_config"
 VERSION = 1
 
 Recorded = int | tuple[int, ...]
+
+_SAVED = "use the config.json that was saved with these parameters"
 
 
 def entry(cfg: Any, prefix: str = "") -> dict[str, Any]:
@@ -44,19 +53,20 @@ def entry(cfg: Any, prefix: str = "") -> dict[str, Any]:
     key = prefix + LAYOUT
     if cfg is None or not _config.has(cfg, key) or not (value := _config.read(cfg, key)):
         return {}
-    if not isinstance(value, Mapping) or not isinstance(value.get("version"), int):
+    version = value.get("version") if isinstance(value, Mapping) else None
+    if type(version) is not int or version < 1 or not isinstance(value.get("sites", {}), Mapping):
         raise LayoutError(
             "the config's layout cannot be read",
             path=key,
             seen=str(value)[:80],
             expected='{"version": 1, "sites": {site: width or heads}}',
-            mend="use the config.json that was saved with these parameters",
+            mend=_SAVED,
         )
-    if value["version"] > VERSION:
+    if version > VERSION:
         raise LayoutError(
             "the layout was written by a later version of flaxslim",
             path=key,
-            seen=f"version {value['version']}",
+            seen=f"version {version}",
             expected=f"at most version {VERSION}",
             mend="pip install --upgrade flaxslim",
         )
@@ -76,7 +86,7 @@ def sites(cfg: Any, prefix: str = "") -> dict[str, Recorded]:
                 path=f"{prefix}{LAYOUT}.sites.{name}",
                 seen=str(value)[:80],
                 expected="a width, or the ascending indices of the heads that are left",
-                mend="use the config.json that was saved with these parameters",
+                mend=_SAVED,
             )
         found[name] = tuple(numbers) if heads else value
     return found
@@ -96,7 +106,7 @@ def per_layer(cfg: Any, prefix: str = "") -> dict[int, Mapping[str, Any]]:
             path=key,
             seen=str(value)[:80],
             expected='{"5": {"intermediate_size": 1024}}',
-            mend="use the config.json that was saved with these parameters",
+            mend=_SAVED,
         ) from None
 
 
@@ -105,51 +115,176 @@ def is_laid_out(cfg: Any, prefix: str = "") -> bool:
     return bool(entry(cfg, prefix).get("sites") or per_layer(cfg, prefix))
 
 
+# --- of one site ------------------------------------------------------------------------------
+
+
+def fits(pair: Pair, value: Recorded) -> bool:
+    """Whether a recorded value is of the kind that a pair has: a list of heads, or a width.
+
+    Of stacked heads there is only a width: each layer of the stack has lost others.
+    """
+    listed = pair.axis == "h" and not Axes(pair.second_axes).stack
+    return isinstance(value, tuple) == listed
+
+
+def recorded(cfg: Any, pair: Pair, name: str) -> Recorded | None:
+    """What the layout says of a site by its name; None if nothing."""
+    value = sites(cfg, pair.config).get(name)
+    return None if value is None else checked(cfg, pair, name, value)
+
+
+def checked(cfg: Any, pair: Pair, name: str, value: Recorded) -> Recorded:
+    """A recorded value, if it may be one of this pair.
+
+    Raises `LayoutError` for a number of heads in place of a list, and for heads that the dense
+    model does not have.
+    """
+    if not fits(pair, value):
+        raise misfit(pair, name, value)
+    dense = pair.width_expression and pair.width_expression.read(cfg)
+    if isinstance(value, tuple) and dense is not None and value and value[-1] >= dense:
+        raise LayoutError(
+            "the layout lists a head that the dense model does not have",
+            path=f"{pair.config}{LAYOUT}.sites.{name}",
+            seen=f"head {value[-1]}",
+            expected=f"at most {dense - 1}, by {pair.width_expression} of the config",
+            mend=_SAVED,
+        )
+    return value
+
+
+def misfit(pair: Pair, name: str, value: Recorded) -> LayoutError:
+    """The error for a width where heads are to be listed, or the other way round."""
+    listed = isinstance(value, int)
+    return LayoutError(
+        "the layout has a number where heads are listed"
+        if listed
+        else "the layout has a list where a width is said",
+        path=f"{pair.config}{LAYOUT}.sites.{name}",
+        seen=value if listed else list(value),
+        expected="the ascending indices of the heads that are left" if listed else "a width",
+        mend=_SAVED,
+    )
+
+
+def by_number(pair: Pair, layer: int) -> str | None:
+    """The name of the site that a number in `per_layer_config` stands for, if one is enough."""
+    if pair.at.count("{") != 1 or "**" in pair.at:
+        return None
+    return f"{re.sub(r'{.*}', str(layer), pair.at)}/{pair.second}"
+
+
+def own_width(cfg: Any, pair: Pair, layer: int) -> int | None:
+    """The width that `per_layer_config` says for the pair of one layer; None if it says none."""
+    expression = pair.width_expression
+    own = per_layer(cfg, pair.config).get(layer, {})
+    if expression is None or expression.key is None:
+        return None
+    key = expression.key.removeprefix(pair.config)
+    if key not in own:
+        return None
+    value, step = own[key], expression.step(cfg)
+    # A factor of the hidden size may be a fraction (DINOv2's); a width is none.
+    kinds = (int,) if step == 1 else (int, float)
+    if type(value) not in kinds or not math.isfinite(value) or value < 0:
+        raise LayoutError(
+            "per_layer_config has a width that is none",
+            path=f"{pair.config}{PER_LAYER}.{layer}.{key}",
+            seen=repr(value),
+            expected="a whole number, 0 or more" if step == 1 else "a number, 0 or more",
+            mend=_SAVED,
+        )
+    return expression.read(cfg, own)
+
+
 def said(cfg: Any, pair: Pair, name: str, layer: int | None) -> int | None:
     """How many channels a config says that a site has; None if it has no key for it."""
-    recorded = sites(cfg, pair.config).get(name)
-    if recorded is not None:
-        return recorded if isinstance(recorded, int) else len(recorded)
+    if (found := recorded(cfg, pair, name)) is not None:
+        return found if isinstance(found, int) else len(found)
     if pair.width_expression is None:
         return None
-    own = per_layer(cfg, pair.config).get(layer, {}) if layer is not None else {}
-    return pair.width_expression.read(cfg, own)
-
-
-def heads_left(cfg: Any, site: Site) -> np.ndarray:
-    """The heads of a site by their indices in the dense model, `(h,)`."""
-    recorded = sites(cfg, site.pair.config).get(site.name)
-    if isinstance(recorded, tuple):
-        return np.asarray(recorded, int)
-    return np.arange(site.size)
+    numbered = layer is not None and by_number(pair, layer) == name
+    own = own_width(cfg, pair, layer) if numbered and layer is not None else None
+    return pair.width_expression.read(cfg) if own is None else own
 
 
 def groups_left(cfg: Any, pair: Pair, name: str) -> tuple[int, ...] | None:
     """How many heads each key/value group has that is left; None if no layout says it."""
-    recorded = sites(cfg, pair.config).get(name)
-    if not isinstance(recorded, tuple):
-        return None
-    heads, groups = pair.width_expression, pair.group_expression
-    if heads is None or groups is None:
-        raise ConfigError(
+    heads = recorded(cfg, pair, name)
+    return group_counts(cfg, pair, name, heads) if isinstance(heads, tuple) else None
+
+
+def group_counts(cfg: Any, pair: Pair, name: str, heads: tuple[int, ...]) -> tuple[int, ...]:
+    """How many of some heads of the dense model each key/value group has, if it has any."""
+    all_heads, all_groups = pair.width_expression, pair.group_expression
+    if all_heads is None or all_groups is None:
+        raise LayoutError(
             "the layout says which heads are left, and the spec does not say how they are grouped",
             path=name,
             mend="name the config keys in the spec: Pair(width=..., group_width=...)",
         )
-    each = heads.read(cfg) // groups.read(cfg)
-    _, counts = np.unique(np.asarray(recorded, int) // each, return_counts=True)
+    count, groups = all_heads.read(cfg), all_groups.read(cfg)
+    if groups < 1 or count % groups:
+        raise LayoutError(
+            "the heads of the config do not divide into its key/value groups",
+            path=name,
+            seen=f"{all_heads} = {count}, {all_groups} = {groups}",
+            mend=_SAVED,
+        )
+    _, counts = np.unique(np.asarray(heads, int) // (count // groups), return_counts=True)
     return tuple(counts.tolist())
+
+
+# --- the spec by which it is read -------------------------------------------------------------
+
+
+def spec_of(cfg: Any) -> Spec | None:
+    """All pairs that a config tells of: its family's, and those that its layouts keep."""
+    specs = [spec for prefix in parts(cfg) if (spec := kept(cfg, prefix)) is not None]
+    with contextlib.suppress(UnknownFamilyError):
+        specs.insert(0, spec_for(cfg, "all"))
+    return functools.reduce(Spec.__add__, specs) if specs else None
+
+
+def kept(cfg: Any, prefix: str = "") -> Spec | None:
+    """The spec that the layout of a config, or of a part of it, keeps; None if it keeps none."""
+    if (value := entry(cfg, prefix).get("spec")) is None:
+        return None
+    try:
+        return Spec.from_dict(value)
+    except (AttributeError, KeyError, TypeError, ValueError, FlaxslimError) as error:
+        raise LayoutError(
+            "the layout's spec cannot be read",
+            path=f"{prefix}{LAYOUT}.spec",
+            seen=f"{type(error).__name__}: {error}",
+            mend=_SAVED,
+        ) from error
+
+
+def parts(cfg: Any, prefix: str = "", depth: int = 3) -> Iterator[str]:
+    """The prefixes of all parts of a config: "" and, say, "decoder."."""
+    yield prefix
+    for key in _config.keys(cfg) if depth else ():
+        part = _config.read(cfg, key) if key not in (LAYOUT, PER_LAYER) else None
+        if isinstance(part, Mapping) or dataclasses.is_dataclass(part) or hasattr(part, "to_dict"):
+            yield from (prefix + inner for inner in parts(part, f"{key}.", depth - 1))
 
 
 def written(cfg: Any, spec: Spec | None, sites: Mapping[str, Recorded]) -> dict[str, Any]:
     """The value of `flaxslim_layout` for these sites, with what leads a reader of it on."""
-    names = _config.read(cfg, "architectures") if _config.has(cfg, "architectures") else None
-    stem = names[0].removeprefix("Flax") if names else "...Model"
     value: dict[str, Any] = {
         "version": VERSION,
-        "load": f"flaxslim.from_pretrained(Flax{stem}, folder)",
+        "load": _how_to_load(cfg),
         "sites": {
             name: list(left) if isinstance(left, tuple) else left for name, left in sites.items()
         },
     }
     return value if spec is None else {**value, "spec": spec.to_dict()}
+
+
+def _how_to_load(cfg: Any) -> str:
+    names = _config.read(cfg, "architectures") if _config.has(cfg, "architectures") else None
+    if not names and not known(cfg):
+        return "flaxslim.module(YourModule, cfg)"
+    stem = names[0].removeprefix("Flax") if names else "AutoModel"
+    return f"flaxslim.from_pretrained(Flax{stem}, folder)"

@@ -112,7 +112,7 @@ def root_regex(pair: Pair) -> str:
 def site_name(pair: Pair, prefix: str, place: str) -> str:
     """What a layout calls a site; see `flaxslim._record`."""
     if place and not pair.at.startswith("/"):
-        return place + pair.second
+        return place.removeprefix("params/") + pair.second  # which "**" may stand for
     return whole_name(pair, prefix + place)
 
 
@@ -242,10 +242,18 @@ def _known(pair: Pair, cfg: Any) -> tuple[tuple[str, int], ...]:
             expected="a config with " + ", ".join(pair.sizes.values()),
             mend="pass it: slim(params, cfg, ...), spec.sites(params, cfg)",
         )
-    return tuple(
-        (name, Width(expression=expression, prefix=pair.config).read(cfg))
+    known = {
+        name: Width(expression=expression, prefix=pair.config).read(cfg)
         for name, expression in pair.sizes.items()
-    )
+    }
+    if wrong := [name for name, size in known.items() if size < 1]:
+        raise ConfigError(
+            f"the config says that axis {wrong[0]!r} has no size",
+            path=pair.sizes[wrong[0]],
+            seen=known[wrong[0]],
+            expected="at least 1",
+        )
+    return tuple(known.items())
 
 
 def _groups(site: Site, cfg: Any) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from strategies import LAYOUTS, PLAIN, Net, gap, net, nets, quick, run
 
 from flaxslim import Pair, Plan, Spec, apply, expand, plan, slim
 from flaxslim._apply import resized
-from flaxslim._errors import PlanError
+from flaxslim._errors import PlanError, TracedError
 from flaxslim._tree import flatten
 
 WIDTHS = st.sampled_from(["uniform", "per_layer"])
@@ -227,7 +227,7 @@ def test_the_plain_key_says_the_width_when_layers_no_longer_differ():
     small, cfg = apply(first, tree), resized(first, cfg)
     small["1"]["down"]["kernel"][:3] = 0
     second = plan(small, cfg, SPEC, width="per_layer")
-    assert resized(second, cfg) == {"hidden": 4, "flaxslim_layout": None}
+    assert resized(second, cfg) == {"hidden": 4}
     plan(apply(second, small), resized(second, cfg), SPEC)
 
 
@@ -605,3 +605,68 @@ def test_a_kernel_of_a_size_that_no_pattern_has_is_refused(layout):
     other = jax.tree.map(lambda x: np.ones([size + 1 for size in x.shape]), apply(p, n.tree))
     with pytest.raises(PlanError, match="not what the plan leaves"):
         expand(p, other)
+
+
+def test_what_is_no_plan_does_not_compose():
+    made = plan({"up": {"kernel": np.eye(2)}, "down": {"kernel": np.eye(2)}}, spec=_MLP)
+    others: list[Any] = [None, 3, made.to_dict()]
+    for other in others:
+        with pytest.raises(TypeError, match="unsupported operand"):
+            _ = made @ other
+
+
+def test_a_tracer_is_not_expanded():
+    tree = {"up": {"kernel": jnp.eye(2)}, "down": {"kernel": jnp.diag(jnp.array([1.0, 0.0]))}}
+    made = plan(tree, spec=_MLP)
+    small = apply(made, tree)
+    with pytest.raises(TracedError):
+        jax.jit(lambda t: expand(made, t))(small)
+    with pytest.raises(TracedError):
+        expand(made, jax.eval_shape(lambda: small))
+
+
+def test_one_key_cannot_say_two_widths():
+    """Each plan alone is right; both together would leave a config that fits neither half."""
+    layer = {"up": {"kernel": np.ones((3, 6))}, "down": {"kernel": np.ones((6, 3))}}
+    tree = {"a": layer, "b": jax.tree.map(np.copy, layer)}
+    tree["a"]["down"]["kernel"] = tree["a"]["down"]["kernel"].copy()
+    tree["a"]["down"]["kernel"][:3], tree["b"]["down"]["kernel"][:1] = 0, 0
+    one, other = (
+        plan(tree, {"hidden": 6}, Spec(name=at.upper(), pairs=Pair(at=at, **_WIDE)))
+        for at in ("a", "b")
+    )
+    with pytest.raises(PlanError, match="not made for what the first one leaves") as caught:
+        _ = other @ one
+    assert "slim(params, cfg, plan=first)" in str(caught.value)
+
+
+_WIDE: dict[str, Any] = {"first": "up", "second": "down", "width": "hidden"}
+_MLP = Spec(name="MLP", pairs=Pair(first="up", second="down"))
+
+
+def both_parts() -> tuple[dict[str, Any], dict[str, Any], list[Spec]]:
+    tree = {**layers([1, 2], [0]), **without(attention(), 0)}
+    pair = dataclasses.replace(next(iter(HEADS)), at="{i}")
+    tree = {k: v for k, v in tree.items() if k.isdigit()} | {
+        "2": {k: v for k, v in tree.items() if not k.isdigit()}
+    }
+    ffn = Spec(name="FFN", pairs=Pair(at="{i}", first="up", second="down", width="hidden"))
+    return tree, {"hidden": 8, **HEADS_CFG}, [ffn, Spec(name="HEADS", pairs=pair)]
+
+
+@pytest.mark.parametrize("model_type", [{}, {"model_type": "mine"}])
+@pytest.mark.parametrize("order", [1, -1])
+def test_plans_from_one_config_keep_each_others_layout(order, model_type):
+    tree, cfg, specs = both_parts()
+    cfg |= model_type
+    first, second = (plan(tree, cfg, spec, width="per_layer") for spec in specs[::order])
+    one, one_cfg = slim(tree, cfg, plan=first)
+    two, two_cfg = slim(one, one_cfg, plan=second)
+    said = two_cfg.get("per_layer_config"), two_cfg["flaxslim_layout"]["sites"]
+    if model_type:
+        assert said == ({"0": {"hidden": 6}}, {"2/o": [1, 2, 3, 4, 5]})
+    else:
+        assert said == (None, {"0/down": 6, "2/o": [1, 2, 3, 4, 5]})
+    assert resized(second @ first, cfg) == two_cfg
+    for spec in specs:
+        plan(two, two_cfg, spec)  # the config fits the tensors

@@ -16,6 +16,9 @@ from flaxslim._layout import Layout
 from flaxslim._tree import flatten
 from flaxslim.specs import spec_for
 
+FFN_0, HEADS_0 = "encoder/layer/0/output/dense", "encoder/layer/0/attention/output/dense"
+BAD_SPEC = {"name": "x", "pairs": [{"first": "a", "second": "b", "width": "1.5**"}]}
+
 
 def model(name: str) -> tuple[type, Any, Any]:
     return build(next(case for case in CASES if str(case) == name))
@@ -204,6 +207,17 @@ def test_a_layout_of_a_later_version_is_refused(tmp_path):
         ({"flaxslim_layout": {"version": 1, "sites": {"x": 1.5}}}, "cannot be read"),
         ({"flaxslim_layout": {"version": 1, "sites": {"x": -1}}}, "cannot be read"),
         ({"flaxslim_layout": {"version": 1, "sites": {"encoder/laier/0/output/dense": 3}}}, "know"),
+        ({"flaxslim_layout": {"version": 1, "sites": [1]}}, "cannot be read"),
+        ({"flaxslim_layout": {"version": 1, "sites": None}}, "cannot be read"),
+        ({"flaxslim_layout": {"version": 1, "sites": {HEADS_0: 3}}}, "heads are listed"),
+        ({"flaxslim_layout": {"version": 1, "sites": {FFN_0: [0, 1]}}}, "a width is said"),
+        ({"flaxslim_layout": {"version": 1, "sites": {HEADS_0: [0, 99]}}}, "does not have"),
+        ({"flaxslim_layout": {"version": 1, "sites": {FFN_0.replace("0", "99"): 3}}}, "not have"),
+        ({"flaxslim_layout": {"version": 1, "sites": {FFN_0.replace("0", "x"): 3}}}, "not have"),
+        ({"flaxslim_layout": {"version": 1, "spec": BAD_SPEC}}, "spec cannot be read"),
+        ({"per_layer_config": {"1": {"intermediate_size": -3}}}, "a width that is none"),
+        ({"per_layer_config": {"1": {"intermediate_size": 15.0}}}, "a width that is none"),
+        ({"per_layer_config": {"99": {"intermediate_size": 3}}}, "does not have"),
         ({"per_layer_config": {"one": {"intermediate_size": 3}}}, "cannot be read"),
         ({"per_layer_config": [1, 2]}, "cannot be read"),
         ({"per_layer_config": {"1": {"skip": ["mlp"]}}}, "cannot run"),
@@ -284,3 +298,206 @@ def test_what_is_no_spec_is_refused(spec):
     with pytest.raises(flaxslim.FlaxslimError, match="spec") as caught:
         slim(params, cfg, spec)
     assert '"heads"' in str(caught.value)
+
+
+# --- what is said where, in models of one's own ------------------------------------------------
+
+MLP: dict[str, Any] = {"first": "up", "second": "down", "width": "hidden"}
+
+
+def mlps(*names: str, width: int = 8) -> dict[str, Any]:
+    """An MLP at each path, of which the first has one dead channel, the second two, ..."""
+    tree: dict[str, Any] = {}
+    for dead, name in enumerate(names, start=1):
+        down = np.ones((width, 3))
+        down[:dead] = 0
+        tree |= {f"{name}/up/kernel": np.ones((3, width)), f"{name}/down/kernel": down}
+    return tree
+
+
+def agrees(params: Any, cfg: Any, spec: Any) -> bool:
+    """Whether the config says the sizes of the tensors, so that they can be slimmed again."""
+    with pytest.warns(NothingRemovedWarning):
+        slim(params, cfg, spec, width="per_layer")
+    return True
+
+
+@pytest.mark.parametrize(
+    ("at", "names", "sites"),
+    [
+        ("layer_{i}", ("layer_0", "layer_1"), {}),
+        ("layer_{i}", ("layer_00", "layer_01"), {"layer_01/down": 6}),
+        ("**/layer_{i}", ("layer_0", "layer_1"), {"layer_1/down": 6}),
+        ("**/layer_{i}", ("params/layer_0", "params/layer_1"), {"layer_1/down": 6}),
+        ("layer_{i}", ("a/layer_0", "b/layer_0"), {"/b/layer_0/down": 6}),
+    ],
+)
+def test_a_number_of_a_layer_is_used_only_where_it_is_its_name(at, names, sites):
+    spec = Spec(name="S", pairs=Pair(at=at, **MLP))
+    cfg = {"model_type": "mine", "hidden": 8}
+    small, new = slim(mlps(*names), cfg, spec, width="per_layer")
+    assert new["flaxslim_layout"]["sites"] == sites
+    assert ("per_layer_config" in new) == (not sites)
+    assert agrees(small, new, spec)
+
+
+def test_two_sites_of_one_name_may_not_differ():
+    pairs = tuple(Pair(at="layer_{i}", tree=tree, **MLP) for tree in "ab")
+    spec = Spec(name="TOWERS", pairs=pairs)
+    with pytest.raises(LayoutError, match="have one name") as caught:
+        slim(mlps("a/layer_0", "b/layer_0"), {"hidden": 8}, spec, width="per_layer")
+    assert "slim each of them alone" in str(caught.value)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_two_specs_recorded_is_read_by_both(order):
+    """A spec of the family and one of one's own, in either order."""
+    adapter = Spec(name="AD", pairs=Pair(at="encoder/layer/{i}/adapter", **MLP))
+    ffn = mlps(*(f"encoder/layer/{i}/{{}}/dense" for i in range(2)))
+    rename = {"{}/dense/up": "intermediate/dense", "{}/dense/down": "output/dense"}
+    tree = mlps(*(f"encoder/layer/{i}/adapter" for i in range(2)))
+    for path, x in ffn.items():
+        old = next(old for old in rename if old in path)
+        tree[path.replace(old, rename[old])] = x
+    cfg: Any = {"model_type": "bert", "hidden": 8, "intermediate_size": 8, "hidden_act": "relu"}
+    specs = ["ffn", adapter][::order]
+    for spec in specs:
+        tree, cfg = slim(tree, cfg, spec, width="per_layer")
+    assert Layout.of({**cfg, "num_attention_heads": 4, "hidden_size": 32}) is not None
+    assert Spec.from_dict(cfg["flaxslim_layout"]["spec"]) == adapter
+    for spec in specs:
+        assert agrees(tree, cfg, spec)
+
+
+def test_a_second_spec_of_ones_own_is_added_to_the_first():
+    one, two = (Spec(name=n, pairs=Pair(at=f"{n}_{{i}}", **MLP)) for n in "ab")
+    tree, cfg = mlps("a_0", "a_1", "b_0", "b_1"), {"hidden": 8}
+    for spec in (one, Spec(name="b", pairs=dataclasses.replace(*two, width="other"))):
+        tree, cfg = slim(tree, {"other": 8, **cfg}, spec, width="per_layer")
+    assert cfg["flaxslim_layout"]["sites"] == {"a_1/down": 6, "b_1/down": 4}
+    assert [pair["at"] for pair in cfg["flaxslim_layout"]["spec"]["pairs"]] == ["a_{i}", "b_{i}"]
+    assert Layout.of(cfg) is not None
+
+
+def bert(*, torch: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    tree: dict[str, Any] = {}
+    for i in range(2):
+        down = np.ones((8, 4))
+        down[: i + 1] = 0
+        layer = f"encoder/layer/{i}"
+        tree |= {f"{layer}/intermediate/dense/kernel": np.ones((4, 8))}
+        tree |= {f"{layer}/output/dense/kernel": down}
+    if torch:
+        tree = {path.replace("kernel", "weight"): x.T for path, x in tree.items()}
+    return tree, {
+        "model_type": "bert",
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_size": 4,
+        "hidden_act": "relu",
+    }
+
+
+def test_pytorch_names_of_a_known_family_need_no_spec_in_the_config():
+    tree, cfg = bert(torch=True)
+    _, new = slim(tree, cfg, flaxslim.BERT_FFN.torch(), width="per_layer")
+    assert "spec" not in new["flaxslim_layout"]
+    assert new["per_layer_config"] == {"1": {"intermediate_size": 6}}
+
+
+@pytest.mark.parametrize("torch", [False, True])
+def test_a_spec_of_some_layers_leaves_the_key_of_all_alone(torch):
+    tree, cfg = bert(torch=torch)
+    pair = dataclasses.replace(next(iter(flaxslim.BERT_FFN)), at="encoder/layer/1")
+    spec, whole = Spec(name="ONE", pairs=pair), flaxslim.BERT_FFN
+    spec, whole = (spec.torch(), whole.torch()) if torch else (spec, whole)
+    small, new = slim(tree, cfg, spec, width="per_layer")
+    assert new["intermediate_size"] == 8
+    assert new["flaxslim_layout"]["sites"] == {"encoder/layer/1/output/dense": 6}
+    assert Layout.of(new) is not None
+    flaxslim.plan(small, new, whole, width="per_layer")  # the config fits the tensors
+    with pytest.raises(WidthError, match="which the spec does not name"):
+        slim(tree, cfg, spec)
+
+
+def test_a_uniform_cut_takes_the_layout_away():
+    spec = Spec(name="S", pairs=Pair(at="{i}", **{**MLP, "width": "ratio*d"}))
+    tree, cfg = mlps("0", "1"), {"d": 4, "ratio": 2}
+    for name in "01":
+        tree[f"{name}/down/kernel"][:3] = 0
+    small, laid_out = slim(tree, cfg, spec, width="per_layer")
+    assert laid_out["flaxslim_layout"]["sites"] == {"0/down": 5, "1/down": 5}
+    for name in "01":
+        small[f"{name}/down/kernel"][:1] = 0
+    small, new = slim(small, laid_out, spec)
+    assert new == {"d": 4, "ratio": 1}
+    assert agrees(small, new, spec)
+
+
+ATTENTION: dict[str, Any] = {
+    "at": "{i}",
+    "first": "v",
+    "first_axes": "d (g k)",
+    "also": {"q": "d (h k)"},
+    "second": "o",
+    "second_axes": "(h k) d",
+    "axis": "h",
+    "group": "g",
+    "width": "heads",
+    "sizes": {"k": "size"},
+    "activation": "identity",
+    "ragged": True,
+}
+
+
+def attention(groups: int = 4) -> dict[str, Any]:
+    out = np.ones((8, 3))
+    out[:2] = 0
+    sizes = {"v": 2 * groups, "q": 8}
+    return {
+        "0": {n: {"kernel": np.ones((3, w))} for n, w in sizes.items()} | {"o": {"kernel": out}}
+    }
+
+
+@pytest.mark.parametrize("said", [2, 3])
+def test_another_number_of_key_value_groups_is_refused(said):
+    spec = Spec(name="H", pairs=Pair(**ATTENTION, group_width="groups"))
+    cfg = {"heads": 4, "size": 2, "groups": said}
+    with pytest.raises(ConfigError, match="contradicts the tensors") as caught:
+        slim(attention(), cfg, spec, width="per_layer")
+    assert "4 key/value groups" in str(caught.value)
+
+
+def test_groups_without_a_key_are_refused_in_words():
+    spec = Spec(name="H", pairs=Pair(**ATTENTION))
+    _, cfg = slim(attention(2), {"heads": 4, "size": 2}, spec, width="per_layer")
+    with pytest.raises(LayoutError, match="does not say how they are grouped"):
+        Layout.of(cfg, spec)
+
+
+@pytest.mark.parametrize("groups", [{}, {"num_key_value_heads": None}])
+def test_old_llama_configs_without_groups_have_one_for_each_head(groups):
+    cfg = {"num_attention_heads": 4, **groups}
+    expression = next(iter(flaxslim.LLAMA_HEADS)).group_expression
+    assert expression is not None
+    assert expression.read(cfg) == 4
+
+
+def test_a_spec_is_found_in_the_part_of_the_config_that_keeps_it():
+    spec = Spec(name="S", pairs=Pair(at="{i}", config="model.", **MLP))
+    _, cfg = slim(mlps("0", "1"), {"model": {"hidden": 8}}, spec, width="per_layer")
+    assert cfg["model"]["flaxslim_layout"]["sites"] == {"1/down": 6}
+    assert Layout.of(cfg) is not None
+
+
+@pytest.mark.parametrize(
+    ("cfg", "load"),
+    [
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "(FlaxBertModel, folder)"),
+        ({"model_type": "bert"}, "(FlaxAutoModel, folder)"),
+        ({"hidden": 8}, "flaxslim.module(YourModule, cfg)"),
+    ],
+)
+def test_the_config_says_how_it_is_loaded(cfg, load):
+    assert flaxslim._record.written(cfg, None, {})["load"].endswith(load)
