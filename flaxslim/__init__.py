@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flaxslim._compat import clip_compat as clip_compat
     from flaxslim._compose import expand as expand
     from flaxslim._draw import plan as plan
+    from flaxslim._errors import DeadKeptWarning as DeadKeptWarning
     from flaxslim._errors import FlaxslimError as FlaxslimError
     from flaxslim._errors import NothingRemovedWarning as NothingRemovedWarning
     from flaxslim._intercept import layout as layout
@@ -120,7 +121,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "_apply": ("apply",),
     "_compat": ("clip_compat",),
-    "_errors": ("FlaxslimError", "NothingRemovedWarning"),
+    "_errors": ("DeadKeptWarning", "FlaxslimError", "NothingRemovedWarning"),
     "_compose": ("expand",),
     "_draw": ("plan",),
     "_intercept": ("layout", "module"),

@@ -15,13 +15,14 @@ A *width* is a short expression over config keys, because not every family has a
     hidden_size/num_attention_heads  a size that follows from others, such as that of a head
 
 What no stock config can say (layers that differ, fewer heads than hidden_size stands for) is
-recorded under keys of its own: see `flaxslim._layout`.
+recorded under keys of its own: see `flaxslim._record`.
 """
 
 import copy
 import dataclasses
+import math
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,10 +40,12 @@ def _child(cfg: Any, name: str) -> Any:
 
 
 def keys(cfg: Any) -> list[str]:
-    """The names in a config, for messages."""
+    """The names in a config."""
     if isinstance(cfg, Mapping):
-        return [str(key) for key in cfg]
-    return [key for key in getattr(cfg, "__dict__", {}) if not key.startswith("_")]
+        return [key for key in cfg if isinstance(key, str)]
+    # A NamedTuple has `_fields`, a class with slots `__slots__`.
+    kinds = (getattr(cfg, kind, None) for kind in ("__dict__", "_fields", "__slots__"))
+    return [key for key in next(filter(None, kinds), ()) if not key.startswith("_")]
 
 
 def has(cfg: Any, key: str) -> bool:
@@ -95,13 +98,7 @@ def replace(cfg: Any, values: Mapping[str, Any]) -> Any:
 def _with(cfg: Any, name: str, value: Any) -> Any:
     if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
         if name not in (names := [field.name for field in dataclasses.fields(cfg)]):
-            raise ConfigError(
-                f"a {type(cfg).__name__} has no field to say this in",
-                path=name,
-                seen=f"the fields {', '.join(names)}",
-                mend=f'give it a field "{name}" that may be None; or keep one width for all '
-                'layers (width="uniform"), or pass a dict',
-            )
+            raise _no_field(cfg, name, names)
         return dataclasses.replace(cfg, **{name: value})
     if isinstance(cfg, MutableMapping) and not hasattr(cfg, "unlock"):
         # dict and its subclasses; a ConfigDict has `unlock` and is copied below.
@@ -111,8 +108,23 @@ def _with(cfg: Any, name: str, value: Any) -> Any:
     if isinstance(cfg, Mapping) and not hasattr(cfg, "unlock"):
         return type(cfg)({**cfg, name: value})  # pyright: ignore[reportCallIssue]
     new = copy.deepcopy(cfg)
-    setattr(new, name, value)
+    try:
+        setattr(new, name, value)
+    except (AttributeError, TypeError) as error:  # slots, a NamedTuple, a locked ConfigDict
+        raise _no_field(cfg, name, keys(cfg)) from error
     return new
+
+
+def _no_field(cfg: Any, name: str, names: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"a {type(cfg).__name__} has no field to say this in"
+        if name not in names
+        else f"a field of a {type(cfg).__name__} cannot be set",
+        path=name,
+        seen=f"the fields {', '.join(names)}",
+        mend=f'give it a field "{name}" that may be None and can be set; or keep one width for '
+        'all layers (width="uniform"), or pass a dict',
+    )
 
 
 def model_type(cfg: Any) -> str | None:
@@ -142,7 +154,7 @@ class _Term:
         """What it comes to, given the value of `key`."""
         if self.other is None:
             return value
-        other = _number(cfg, self.other, prefix)
+        other = _positive(cfg, self.other, prefix)
         if self.operator == "*":
             return value * other
         if value % other:
@@ -157,6 +169,23 @@ class _Term:
 
 def _number(cfg: Any, name: str, prefix: str) -> Any:
     return int(name) if name.isdigit() else read(cfg, prefix + name)
+
+
+def _positive(cfg: Any, name: str, prefix: str) -> Any:
+    """A factor that a width follows from."""
+    value = _number(cfg, name, prefix)
+    if not _is_number(value) or value <= 0:
+        raise ConfigError(
+            "a size in the config is not a positive number",
+            path=prefix + name,
+            seen=repr(value),
+            mend="set it to that of the model",
+        )
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,8 +232,8 @@ class Width:
         swiglu, first, second = self._parts
         value = self._value(cfg, first, second is not None, own or {})
         if value is None and second is not None:
-            return int(second.read(cfg, self.prefix, _number(cfg, second.key, self.prefix)))
-        if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+            return int(second.read(cfg, self.prefix, _positive(cfg, second.key, self.prefix)))
+        if not _is_number(value):
             raise ConfigError(
                 "the config's width is not a number",
                 path=self.prefix + first.key,
@@ -230,7 +259,7 @@ class Width:
             return 8
         if first.operator != "*" or first.other is None:
             return 1
-        return int(_number(cfg, first.other, self.prefix))
+        return int(_positive(cfg, first.other, self.prefix))
 
     def write(self, cfg: Any, width: int) -> dict[str, Any]:
         """The keys and values by which `cfg` says `width`, a multiple of `step`."""
@@ -238,7 +267,7 @@ class Width:
         assert self.key is not None
         if first.other is None:
             return {self.key: width}
-        other = int(_number(cfg, first.other, self.prefix))
+        other = int(_positive(cfg, first.other, self.prefix))
         if first.operator == "/":
             return {self.key: width * other}
         # 1.5 * width rounded down or up still gives `width`, a multiple of 8, by `read`.

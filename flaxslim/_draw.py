@@ -2,11 +2,11 @@
 
 import math
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from flaxslim import _bits, _config, _record, _resize, _widths
 from flaxslim._activation import ACTIVATIONS, activation, activation_name
@@ -18,9 +18,10 @@ from flaxslim._errors import (
     UnsupportedDtypeError,
     WidthError,
 )
-from flaxslim._plan import Cut, Plan, channels
-from flaxslim._scales import COMPANION
-from flaxslim._spec import Pair, Site, SpecLike, Tensor
+from flaxslim._nnx import modules
+from flaxslim._plan import PER_LAYER, Cut, Plan, channels
+from flaxslim._scales import COMPANION, beside
+from flaxslim._spec import Pair, Site, SpecLike
 from flaxslim._tree import flatten
 from flaxslim._widths import Cluster, Target
 from flaxslim.specs import chosen
@@ -50,8 +51,9 @@ def plan(
         "per_layer": each site its own, down to 0 (of heads in an nnx module: 1); what plain
         config keys cannot say is recorded beside them (see `flaxslim._record`), and
         `flaxslim.from_pretrained` runs it.
-      multiple_of: round each width up to a multiple of this (128 suits most accelerators); by
-        axis or site if a mapping: `{"f": 128, "h": 2, "decoder/*": 64}`. The last that fits holds.
+      multiple_of: round each width of channels up to a multiple of this (128 suits most
+        accelerators); by axis, or by the root of channels, if a mapping: `{"f": 128, "h": 2,
+        "decoder/*": 64}`. The last that fits holds. Heads are rounded only by an "h" of their own.
       threshold: also give up channels whose second row has at most this L2 norm, relative to
         the largest row norm of the layer. 0.0 is exact; anything above is approximate.
 
@@ -96,32 +98,36 @@ def draw(
     found = chosen(spec, cfg)
     sites, unmatched = found.bind(params, cfg)
     leaves = flatten(params)
+    _widths.check_entries(multiple_of, sites)
     _refuse_quantised(sites, cfg, leaves)
-    sized = cfg is not None or not isinstance(params, nnx.Module)
+    in_nnx = any(True for _ in modules(params))
+    sized = cfg is not None or not in_nnx
+    shared = frozenset[str]()
     if sized:
-        _check_config(sites, cfg)
+        check_config(sites, cfg)
+        shared = _resize.shared_keys(found, sites, params, cfg)
 
     # By the path of the second kernel, which belongs to one site only; a Site is slow to hash.
     marks: dict[str, Marks] = {}
     for site in sites:
         act = activation(site.pair.activation, cfg, site.pair.config)
         marks[site.second.path] = mark(
-            site, leaves, act, threshold, foldable=_sums_to_one(site.pair, cfg)
+            site, leaves, act, threshold, foldable=not _says(site.pair.fold_unless, site.pair, cfg)
         )
 
     cuts: dict[str, Cut] = {}
     blocked: list[str] = []
     for members in _groups(_clusters(sites, marks), width, sized):
         # Nobody stands between an nnx class and its heads, by whose number it divides.
-        least = int(isinstance(params, nnx.Module) and members[0].sites[0].pair.axis == "h")
-        target, why = _target(members, cfg if sized else None, width, multiple_of, least)
+        least = int(in_nnx and members[0].sites[0].pair.axis == "h")
+        target, why = _target(members, cfg if sized else None, width, multiple_of, least, shared)
         blocked += [why] if why else []
         for cluster in members:
             mask = _widths.keep(cluster, target)
             for site in cluster.sites:
                 cuts[site.second.path] = _cut(site, marks[site.second.path], mask, cfg)
     ordered = tuple(cuts[site.second.path] for site in sites)
-    values, resizes = _resize.values(found, ordered, cfg, width) if sized else ({}, ())
+    values, resizes = _resize.values(found, ordered, cfg, width, shared) if sized else ({}, ())
     return Plan(
         spec=found,
         cuts=ordered,
@@ -168,27 +174,13 @@ def _refuse_quantised(sites: Sequence[Site], cfg: Any, leaves: Mapping[str, Any]
             seen=str(_config.read(cfg, "quantization_config"))[:80],
             mend=mend,
         )
-    for path, _, _ in _beside(sites, leaves):
+    for path, _, _ in beside(sites, leaves):
         if COMPANION.fullmatch(path.rpartition("/")[2]):
             raise UnsupportedDtypeError(
                 "a kernel that would be cut is quantised: its scales stand beside it",
                 path=path,
                 mend=mend,
             )
-
-
-def _beside(sites: Sequence[Site], leaves: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Site]]:
-    """The tensors in the folder of a kernel that is cut which no spec names, with that kernel."""
-    known = {t.path for site in sites for t in site.tensors}
-    others: dict[str, list[str]] = {}
-    for path in leaves:
-        if path not in known:
-            others.setdefault(path.rpartition("/")[0], []).append(path)
-    for site in sites:
-        for t in site.cut:
-            if len(t.shape) > 1:
-                for path in others.get(t.path.rpartition("/")[0], ()):
-                    yield path, t, site
 
 
 def _check_arguments(width: str, multiple_of: Any, threshold: float) -> None:
@@ -198,11 +190,12 @@ def _check_arguments(width: str, multiple_of: Any, threshold: float) -> None:
             expected=" or ".join(f'"{name}"' for name in WIDTHS),
             mend='"uniform" is what stock classes load by themselves, "per_layer" removes more',
         )
-    numbers_given = multiple_of.values() if isinstance(multiple_of, Mapping) else [multiple_of]
-    for number in numbers_given:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+    entries = multiple_of if isinstance(multiple_of, Mapping) else {"f": multiple_of}
+    for name, number in entries.items():
+        whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)
+        if not whole or number < 1 or not isinstance(name, str):
             raise WidthError(
-                "multiple_of must be a positive whole number",
+                "multiple_of must be a positive whole number, or a mapping of names to such",
                 seen=repr(multiple_of),
                 expected='128, or by axis or site: {"f": 128, "h": 2}',
             )
@@ -214,7 +207,7 @@ def _check_arguments(width: str, multiple_of: Any, threshold: float) -> None:
         )
 
 
-def _check_config(sites: Sequence[Site], cfg: Any) -> None:
+def check_config(sites: Sequence[Site], cfg: Any) -> None:
     """Sites that share a width agree with each other and with the config."""
     first: dict[str, Site] = {}
     for site in sites:
@@ -223,6 +216,7 @@ def _check_config(sites: Sequence[Site], cfg: Any) -> None:
         said = _record.said(cfg, site.pair, site.name, site.layer)
         other = first.setdefault(str(site.pair.width_expression), site)
         if said == site.size:
+            _check_groups(site, cfg)
             continue
         if other.size != site.size and not _record.is_laid_out(cfg, site.pair.config):
             raise SiteShapeError(
@@ -243,13 +237,30 @@ def _check_config(sites: Sequence[Site], cfg: Any) -> None:
         )
 
 
-def _sums_to_one(pair: Pair, cfg: Any) -> bool:
-    """Whether a head whose values are constant is constant, by `Pair.fold_unless`."""
-    if pair.fold_unless is None:
-        return True
-    key, _, value = pair.fold_unless.partition("=")
+def _check_groups(site: Site, cfg: Any) -> None:
+    """The config says as many key/value groups as there are, where no layout says which."""
+    expression = site.pair.group_expression
+    if expression is None or not site.groups:
+        return
+    if _record.recorded(cfg, site.pair, site.name) is not None:
+        return
+    if (said := expression.read(cfg)) != len(site.groups):
+        raise ConfigError(
+            "the config contradicts the tensors",
+            path=site.first[0].path,
+            seen=f"{len(site.groups)} key/value groups for the {site.size} heads",
+            expected=f"{said}, from {expression} of the config",
+            mend="pass the config that was saved with these parameters",
+        )
+
+
+def _says(condition: str | None, pair: Pair, cfg: Any) -> bool:
+    """Whether a config says a condition of a pair: `key`, or `key=value` with wildcards."""
+    if condition is None:
+        return False
+    key, _, value = condition.partition("=")
     said = _config.read(cfg, pair.config + key) if _config.has(cfg, pair.config + key) else None
-    return str(said) != value if value else not said
+    return fnmatchcase(str(said).lower(), value.lower()) if value else bool(said)
 
 
 # --- widths -----------------------------------------------------------------------------------
@@ -291,14 +302,20 @@ def _target(
     width: str,
     multiple_of: int | Mapping[str, int],
     least: int,
+    shared: Collection[str],
 ) -> tuple[Target, str | None]:
     """The common width of some clusters, and the reason if no config can say a smaller one.
 
-    `least` is what a layer keeps in any case if each has its own width.
+    `least` is what a layer keeps in any case if each has its own width. The keys in `shared` say
+    the widths of other sites, too.
     """
     site = members[0].sites[0]
     multiple = math.lcm(*(_widths.multiple_for(s, multiple_of) for c in members for s in c.sites))
     grouped = bool(members[0].groups)
+    if _says(site.pair.scaled_by, site.pair, cfg):
+        dead = not all(cluster.living.all() for cluster in members)
+        why = f"this class scales its heads by their number ({site.pair.scaled_by}): none can go"
+        return Target(width=site.size), why if dead else None
     if width == "per_layer":
         # Groups of unequal size need a class that carries them, and a config to say them in.
         even = grouped and (not site.pair.ragged or bool(site.stack) or cfg is None)
@@ -306,7 +323,7 @@ def _target(
     sizes = {s.size for cluster in members for s in cluster.sites}
     full = Target(width=max(sizes))
     expression = site.pair.width_expression if cfg is not None else None
-    laid_out = 'width="per_layer" records it in a layout, which can say any'
+    laid_out = f"{PER_LAYER} records it in a layout, which can say any"
     if expression is not None and len(sizes) > 1:
         if all(cluster.living.all() for cluster in members):
             return full, None
@@ -317,12 +334,16 @@ def _target(
     wish = _widths.need(members, even=grouped, least=1, multiple_of=multiple)
     if expression is None or wish.width == site.size:
         return wish, None
-    what = "heads" if site.pair.axis == "h" else "channels"
     if site.pair.fixed or expression.key is None:
         how = "ties its heads to its hidden size" if site.pair.fixed else "hard-codes its width"
         return full, (
             f"this class {how} ({expression} = {site.size}): its config cannot say the "
-            f"{wish.width} {what} that are needed; {laid_out}"
+            f"{wish.width} {site.pair.unit} that are needed; {laid_out}"
+        )
+    if expression.key in shared:
+        return full, (
+            f"{expression} is the width of other layers, too, which the spec does not name: give "
+            f"the spec of them all; {laid_out}"
         )
     if grouped:
         return wish, None
@@ -330,8 +351,8 @@ def _target(
     target = _widths.need(members, even=False, least=1, multiple_of=math.lcm(multiple, step))
     if target.width == site.size:
         return full, (
-            f"{wish.width} of {site.size} {what} are needed, but the config ({expression}) can "
-            f"only say multiples of {step}; {laid_out}"
+            f"{wish.width} of {site.size} {site.pair.unit} are needed, but the config "
+            f"({expression}) can only say multiples of {step}; {laid_out}"
         )
     return target, None
 
@@ -377,6 +398,6 @@ def _neighbours(sites: Sequence[Site], leaves: Mapping[str, Any]) -> list[str]:
     return [
         f"{path} stands beside {t.path} and may have an axis of the same {site.size} channels; "
         "the spec does not name it, so it stays as it is"
-        for path, t, site in _beside(sites, leaves)
+        for path, t, site in beside(sites, leaves)
         if site.size in getattr(leaves[path], "shape", ())
     ]

@@ -69,7 +69,7 @@ class UnknownFamilyError(FlaxslimError, LookupError):
 
 
 class SpecError(FlaxslimError, TypeError):
-    """What was given for `spec` is none, nor a name of one."""
+    """What was given for `spec`, or for a field of a `Pair`, is none."""
 
 
 class UnsupportedTreeError(FlaxslimError, TypeError):
@@ -112,6 +112,10 @@ class PlanError(FlaxslimError, ValueError):
 
 class NothingRemovedWarning(UserWarning):
     """No channel is dead, so the model that comes back is the one that went in."""
+
+
+class DeadKeptWarning(UserWarning):
+    """Some of what is dead was kept, since the config of the stock class can say no less."""
 
 
 # --- prove ------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -10,6 +11,9 @@ import numpy as np
 
 from flaxslim._errors import PlanError
 from flaxslim._spec import Site, Spec, Tensor
+
+# What removes more where a stock config can say no smaller width.
+PER_LAYER = 'width="per_layer"'
 
 # Channels of a site, ascending; of a stacked one, a row (a tuple) for each index of its stack.
 Channels = tuple[Any, ...]
@@ -19,6 +23,14 @@ def channels(site: Site, mask: np.ndarray) -> Channels:
     """The channels where a mask `(s, f)` is true."""
     rows = tuple(tuple(np.flatnonzero(row).tolist()) for row in mask)
     return rows if site.stack else rows[0]
+
+
+def counted(numbers: Iterable[tuple[Site, int]]) -> str:
+    """Channels and heads by their names, "72 channels and 5 heads"; empty if there are none."""
+    counts = Counter[str]()
+    for site, number in numbers:
+        counts[site.pair.unit] += number
+    return " and ".join(f"{count:,} {unit}" for unit, count in counts.items() if count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,10 +115,14 @@ class Resize:
     least: int
 
     def __str__(self) -> str:
+        return self.counted("channels")
+
+    def counted(self, unit: str) -> str:
+        """In a line, with what is counted."""
         after = (
             f"{self.after:,}" if self.least == self.after else f"{self.least:,} to {self.after:,}"
         )
-        return f"{self.width}: {self.before:,} -> {after} channels"
+        return f"{self.width}: {self.before:,} -> {after} {unit}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,11 +198,11 @@ class Plan:
         if self.blocked:
             return "; ".join(self.blocked)
         where = f"{len(self.cuts)} sites of {self.spec.name}"
-        if dead := sum(cut.dead for cut in self.cuts):
+        if dead := counted((cut.site, cut.dead) for cut in self.cuts):
             return (
-                f"{dead} channels at {where} are dead, but none can go: layers that share a width "
+                f"{dead} at {where} are dead, but none can go: layers that share a width "
                 "keep the largest need among them, rounded up to multiple_of; heads that share a "
-                'table, or a key/value group, go together; width="per_layer" asks less of them'
+                f"table, or a key/value group, go together; {PER_LAYER} asks less of them"
             )
         return (
             f"no channel at {where} is dead; prune first (make rows of the second layers zero), "
@@ -205,15 +221,18 @@ class Plan:
         for row in rows:
             numbers = (str(row[i]).rjust(widths[i]) for i in (1, 2, 3))
             lines.append("  ".join([row[0].ljust(widths[0]), *numbers, row[4]]).rstrip())
-        lines += map(str, self.resizes)
-        lines.append(
-            f"{self.removed:,} channels go, with {self.removed_parameters:,} parameters"
-            if self.removed
-            else "nothing goes"
-        )
+        expressions = ((pair.width_expression, pair.unit) for pair in self.spec)
+        units = {key.key or str(key): unit for key, unit in expressions if key}
+        lines += [resize.counted(units.get(resize.width, "channels")) for resize in self.resizes]
+        gone = counted((cut.site, cut.removed) for cut in self.cuts)
+        parameters = f"{self.removed_parameters:,} parameters"
+        lines.append(f"{gone} go, with {parameters}" if gone else "nothing goes")
         return "\n".join([*lines, *(f"note: {note}" for note in (*self.blocked, *self.notes))])
 
     def __matmul__(self, first: "Plan") -> "Plan":
+        """`second @ first`: one plan that does what `first` and then `second` do."""
+        if not isinstance(first, Plan):
+            return NotImplemented
         from flaxslim._compose import composed
 
         return composed(self, first)
@@ -242,6 +261,8 @@ class Plan:
 
         try:
             data = json.loads(text)
-        except ValueError as error:
-            raise PlanError("this is not JSON", seen=str(error)) from error
+        except (TypeError, ValueError) as error:
+            raise PlanError(
+                "this is not JSON", seen=str(error), expected="what Plan.to_json() writes"
+            ) from error
         return cls.from_dict(data)

@@ -23,6 +23,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "blocked": list(plan.blocked),
         "values": dict(plan.values),
         "resizes": [vars(resize) for resize in plan.resizes],
+        "sites": len(plan.cuts),
         "cuts": [
             {
                 **_site_to_dict(cut.site, pairs.index(cut.site.pair)),
@@ -49,13 +50,21 @@ def from_dict(data: Mapping[str, Any]) -> Plan:
                 mend="make the plan anew, or use that version",
             )
         spec = Spec.from_dict(data["spec"])
+        _check_kinds(data, _PLAN_KINDS, "the plan")
+        if len(data["cuts"]) != data["sites"]:
+            raise PlanError(
+                "the plan has not all of its cuts",
+                seen=f"{len(data['cuts'])} cuts",
+                expected=f"{data['sites']}, one for each site",
+                mend="make the plan anew: a width holds for all sites that share it",
+            )
         return Plan(
             spec=spec,
             threshold=data["threshold"],
             notes=tuple(data["notes"]),
             blocked=tuple(data["blocked"]),
             values=dict(data["values"]),
-            resizes=tuple(Resize(**resize) for resize in data["resizes"]),
+            resizes=tuple(_resize(resize) for resize in data["resizes"]),
             cuts=tuple(_cut(cut, list(spec)) for cut in data["cuts"]),
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -66,6 +75,47 @@ def from_dict(data: Mapping[str, Any]) -> Plan:
             seen=f"{type(error).__name__}: {error}",
             expected="what Plan.to_json() writes",
         ) from error
+
+
+# What a value may be, by its key; an `int` is no bool.
+_PLAN_KINDS: dict[str, Any] = {
+    "threshold": int | float,
+    "notes": list,
+    "blocked": list,
+    "values": Mapping,
+    "sites": int,
+}
+_RESIZE_KINDS: dict[str, Any] = {"width": str, "before": int, "after": int, "least": int}
+_CUT_KINDS: dict[str, Any] = {
+    "root": str,
+    "name": str,
+    "layer": int | None,
+    "pair": int,
+    "size": int,
+    "tied": str | None,
+    "dead": int,
+    "rules": Mapping,
+    "weak": int,
+    "activation": str | None,
+}
+
+
+def _check_kinds(data: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
+    for key, kind in kinds.items():
+        value = data[key]
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise PlanError(
+                f"a value of the plan is of the wrong kind: {key}",
+                path=where,
+                seen=repr(value)[:80],
+                expected=getattr(kind, "__name__", str(kind)),
+                mend="pass what Plan.to_json() or to_dict() wrote, or make the plan anew",
+            )
+
+
+def _resize(data: Mapping[str, Any]) -> Resize:
+    _check_kinds(data, _RESIZE_KINDS, "resizes")
+    return Resize(**data)
 
 
 def _lists(channels: Channels) -> list[Any]:
@@ -107,7 +157,21 @@ def _site_to_dict(site: Site, pair: int) -> dict[str, Any]:
     }
 
 
+def _check_size(site: Site) -> None:
+    """The second tensor has all the channels, and the groups of heads have them all."""
+    size = site.second.axes.sizes(site.second.shape).get(site.pair.axis)
+    if size != site.size or (site.groups and sum(site.groups) != size):
+        raise PlanError(
+            "a site, or its groups, have another size than its second tensor",
+            path=site.second.path,
+            seen=f"size {site.size}, groups {list(site.groups)}",
+            expected=f"{size}, from the shape {site.second.shape}",
+        )
+
+
 def _cut(data: Mapping[str, Any], pairs: Sequence[Any]) -> Cut:
+    _check_kinds(data, _CUT_KINDS, str(data["root"]))
+    _check_kinds(data["rules"], dict.fromkeys(data["rules"], int), f"{data['root']}: rules")
     site = Site(
         root=data["root"],
         name=data["name"],
@@ -124,6 +188,7 @@ def _cut(data: Mapping[str, Any], pairs: Sequence[Any]) -> Cut:
         groups=tuple(data["groups"]),
         tied=data["tied"],
     )
+    _check_size(site)
     keep = _channels(site, data["keep"])
     rows = keep if site.stack else (keep,)
     if len({len(row) for row in rows}) != 1 or len(rows) != site.rows:

@@ -5,13 +5,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-
 from flaxslim._apply import apply, check_fits, resized
 from flaxslim._draw import check_dead, check_finite, draw
-from flaxslim._errors import NothingRemovedWarning, PlanError, WidthError
-from flaxslim._nnx import check_shapes
-from flaxslim._plan import Plan
+from flaxslim._errors import DeadKeptWarning, NothingRemovedWarning, PlanError, WidthError
+from flaxslim._nnx import check_shapes, modules
+from flaxslim._plan import PER_LAYER, Plan
 from flaxslim._spec import SpecLike
 from flaxslim._tree import flatten
 
@@ -33,13 +31,15 @@ def slim(
     Args:
       params: the parameters: dict, FrozenDict, nnx.State, nnx.Module or another pytree of dicts,
         with numpy or jax leaves. Untouched; what comes back is of the same kind. Of an
-        nnx.Module all shapes are checked again, since nnx checks none.
+        nnx.Module all shapes are checked again, since nnx checks none. (Pass the module: a State
+        has no attributes to mend, and merged with the old graph it is a wrong model.)
       cfg: the config (Hugging Face, dict, dataclass, ...). Untouched; a new one comes back.
       spec, width, multiple_of, threshold: as in `flaxslim.plan`.
       plan: apply this stored plan instead of making one; then the others must be left out.
 
     Returns: `(params, cfg)`. If nothing is dead they are the objects that went in, and a
-    `NothingRemovedWarning` says so. `flaxslim.verify` proves the two models equal.
+    `NothingRemovedWarning` says so; a `DeadKeptWarning` names what is dead and had to stay.
+    `flaxslim.verify` proves the two models equal.
 
     Raises: the errors of `flaxslim.plan`; `WidthError` if channels are dead but the config of the
     stock class can say no smaller width; `PlanError` if a stored plan does not fit these
@@ -60,6 +60,12 @@ def slim(
             "a stored plan already says which channels stay",
             mend="pass plan= alone, or leave it out",
         )
+    elif not isinstance(plan, Plan):
+        raise PlanError(
+            "plan= is not a Plan",
+            seen=f"a {type(plan).__name__}",
+            mend="read a stored one: Plan.from_json(text), or Plan.from_dict(data)",
+        )
     else:
         leaves = flatten(params)
         check_fits(plan, leaves)
@@ -68,12 +74,25 @@ def slim(
     if plan.why_nothing:
         check_finite(plan, flatten(params))
         if plan.blocked:
-            raise WidthError(plan.why_nothing, mend="keep the model as it is until then")
+            raise WidthError(plan.why_nothing, mend=mend_blocked(plan))
         warnings.warn(
             f"nothing was removed: {plan.why_nothing}", NothingRemovedWarning, stacklevel=2
         )
         return params, cfg
     small, new = apply(plan, params), resized(plan, cfg)
-    if isinstance(small, nnx.Module):
+    if any(True for _ in modules(small)):
         check_shapes(small, plan, new)
+    if plan.blocked:
+        warnings.warn(
+            f"some of what is dead was kept: {'; '.join(plan.blocked)}",
+            DeadKeptWarning,
+            stacklevel=2,
+        )
     return small, new
+
+
+def mend_blocked(plan: Plan) -> str:
+    """What to do about a plan that is blocked: a layout says any width, if the class bears it."""
+    if any(PER_LAYER in why for why in plan.blocked):
+        return f"pass {PER_LAYER}"
+    return "keep the model as it is: the class computes something else with fewer"

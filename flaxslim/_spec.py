@@ -6,7 +6,7 @@ A spec is data: it names tensors and axes and holds no code. Bound to a paramete
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,49 @@ from flax.core import FrozenDict
 
 from flaxslim._axes import STACK, Axes
 from flaxslim._config import Width
-from flaxslim._errors import AxisPatternError
+from flaxslim._errors import AxisPatternError, SpecError
 
 _MAPPINGS = ("also", "tables", "sizes", "modules", "arguments")
+
+# What a field of a Pair may hold, by its annotation; and what to type, where that is not plain.
+_KINDS: dict[Any, Callable[[Any], bool]] = {
+    str: lambda value: isinstance(value, str),
+    str | None: lambda value: value is None or isinstance(value, str),
+    str | tuple[str, ...]: lambda value: isinstance(value, str) or _texts(value),
+    str | tuple[str, ...] | None: lambda value: (
+        value is None or isinstance(value, str) or _texts(value)
+    ),
+    tuple[int, ...]: lambda value: (
+        isinstance(value, tuple) and all(type(part) is int for part in value)
+    ),
+    bool: lambda value: isinstance(value, bool),
+    Mapping[str, str]: lambda value: _maps(value, str),
+    Mapping[str, Mapping[str, str]]: lambda value: (
+        _maps(value, Mapping) and all(_maps(inner, str) for inner in value.values())
+    ),
+}
+_EXAMPLES = {
+    "first": '"up_proj" or ("gate_proj", "up_proj")',
+    "first_bias": '"up_bias"',
+    "width": '"intermediate_size" or "4*hidden_size"',
+    "group_width": '"num_key_value_heads"',
+    "also": '{"query": "d (h k)"}',
+    "tables": '{"relative_attention_bias/embedding": "b h"}',
+    "sizes": '{"k": "hidden_size/num_attention_heads"}',
+    "modules": '{"self": {"config.num_attention_heads": "h"}}',
+    "arguments": '{"self": {"head_mask": "h"}}',
+    "parts": "(2,)",
+}
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(text, str) for text in value)
+
+
+def _maps(value: Any, to: type) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(key, str) and isinstance(child, to) for key, child in value.items()
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +100,8 @@ class Pair:
         `{"k": "hidden_size/num_attention_heads"}`.
       fold_unless: a config key (or `key=value`) under which a head with constant values is not
         constant, since its attention weights do not sum to one.
+      scaled_by: the same for a class that scales heads by their number, so that none can go:
+        `"query_pre_attn_norm=*div_num_heads"`. Values may have wildcards; their case is no matter.
 
     For the classes that run it (see `flaxslim._layout`):
       modules: what the module at a path below `at` calls its sizes:
@@ -97,6 +139,7 @@ class Pair:
     group_width: str | None = None
     sizes: Mapping[str, str] = FrozenDict()
     fold_unless: str | None = None
+    scaled_by: str | None = None
     modules: Mapping[str, Mapping[str, str]] = FrozenDict()
     arguments: Mapping[str, Mapping[str, str]] = FrozenDict()
     fixed: bool = False
@@ -106,17 +149,29 @@ class Pair:
         for name in ("first", "first_bias", "parts"):
             if isinstance(value := getattr(self, name), list):  # or a Pair could not be hashed
                 object.__setattr__(self, name, tuple(value))
+        self._check_kinds()
         for name in _MAPPINGS:
             object.__setattr__(self, name, FrozenDict(getattr(self, name)))
         for width in (self.width, self.group_width, *self.sizes.values()):
             if width is not None:
                 Width(expression=width)
         self._check_axes()
+        self._check_modules()
         if self.first_bias is not None and len(as_tuple(self.first_bias)) != len(self.firsts):
             raise AxisPatternError(
                 "as many first biases as first layers are needed",
                 seen=f"first={self.first!r}, first_bias={self.first_bias!r}",
             )
+
+    def _check_kinds(self) -> None:
+        for field in dataclasses.fields(self):
+            value, plain = getattr(self, field.name), "True" if field.type is bool else '"..."'
+            if not _KINDS[field.type](value):
+                raise SpecError(
+                    f"{field.name}= of a Pair is of the wrong kind",
+                    seen=f"{field.name}={value!r}",
+                    expected=f"{field.name}={_EXAMPLES.get(field.name, plain)}",
+                )
 
     def _check_axes(self) -> None:
         for pattern in (self.second_axes, *self.also.values(), *self.tables.values()):
@@ -138,6 +193,19 @@ class Pair:
                 expected="a literal factor in the pattern, and parts counted from 0",
             )
 
+    def _check_modules(self) -> None:
+        patterns = (self.first_axes, self.second_axes, *self.also.values(), *self.tables.values())
+        known = {name for pattern in patterns for name in Axes(pattern).names}
+        for attributes in self.modules.values():
+            for name, size in attributes.items():
+                if size != "h/g" and (unknown := {*Axes(size).names} - known):
+                    raise AxisPatternError(
+                        f"the size that modules= gives {name!r} has an unknown axis",
+                        seen=", ".join(sorted(unknown)),
+                        expected='a product of axes of the pair, such as "h" or "(h k)", or "h/g"',
+                        near=sorted(known),
+                    )
+
     def axis_in(self, pattern: str) -> str:
         """The axis of a pattern along which it is cut: that of the channels, or of their groups."""
         names = Axes(pattern).names
@@ -148,6 +216,11 @@ class Pair:
         raise AxisPatternError(
             f"the pattern has no axis {self.axis!r}, which the pair prunes", seen=repr(pattern)
         )
+
+    @property
+    def unit(self) -> str:
+        """What one of those that are pruned is called, in the plural."""
+        return "heads" if self.axis == "h" else "channels"
 
     @property
     def firsts(self) -> tuple[str, ...]:
@@ -250,11 +323,6 @@ class Site:
     def axis(self, tensor: Tensor) -> str:
         """The axis along which a tensor is cut: that of the channels, or of their groups."""
         return self.pair.axis_in(tensor.axes.pattern)
-
-    @property
-    def per_channel(self) -> int:
-        """How many parameters one channel owns; a head's share of its group included."""
-        return sum(_product(t.shape) for t in self.cut) // max(self.size * self.rows, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

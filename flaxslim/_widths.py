@@ -8,10 +8,14 @@ of its sites.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import numpy as np
 
+from flaxslim._errors import WidthError, nearest
 from flaxslim._spec import Site
+
+HEADS = "h"  # their axis, in every spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,9 +63,16 @@ def need(clusters: Sequence[Cluster], *, even: bool, least: int, multiple_of: in
     counts = [c.by_group(c.living) for c in clusters]
     groups = max(int((count > 0).sum(1).max(initial=0)) for count in counts)
     each = max(int(count.max(initial=0)) for count in counts)
-    groups = rounded(max(groups, least), multiple_of, len(clusters[0].groups))
-    each = max(each, least) if groups else 0
-    return Target(width=groups * each, groups=groups, each=each)
+    groups = max(groups, least)
+    return _even_target(groups, max(each, least) if groups else 0, multiple_of, clusters[0].groups)
+
+
+def _even_target(groups: int, each: int, multiple_of: int, full: Sequence[int]) -> Target:
+    """The least number of heads that is a multiple, in groups of one size; or all there are."""
+    larger = ((g, e) for g in range(groups, len(full) + 1) for e in range(each, max(full) + 1))
+    fitting = ((g * e, g, e) for g, e in larger if g * e % multiple_of == 0)
+    width, groups, each = min(fitting, default=(sum(full), len(full), max(full)))
+    return Target(width=width, groups=groups, each=each)
 
 
 def rounded(count: int, multiple_of: int, full: int) -> int:
@@ -101,15 +112,34 @@ def _even(cluster: Cluster, living: np.ndarray, weak: np.ndarray, target: Target
 def multiple_for(site: Site, multiple_of: int | Mapping[str, int]) -> int:
     """What a site's width is to be a multiple of.
 
-    A mapping may name the axis ("f", "h"), or sites by a pattern of their root with `*`; the last
-    entry that fits holds.
+    A number is for channels: 128 of them suit a matrix unit, and no model has 128 heads to spare.
+    A mapping may name the axis ("f", "h"), or sites of channels by a pattern of their root with
+    `*`; the last entry that fits holds.
     """
-    if isinstance(multiple_of, int):
-        return multiple_of
-    from fnmatch import fnmatch
+    if not isinstance(multiple_of, Mapping):
+        return 1 if site.pair.axis == HEADS else int(multiple_of)
+    fitting = [value for name, value in multiple_of.items() if _fits(name, site)]
+    return int(fitting[-1]) if fitting else 1
 
-    found = 1
-    for name, value in multiple_of.items():
-        if name == site.pair.axis or fnmatch(site.root, name):
-            found = value
-    return found
+
+def _fits(name: str, site: Site) -> bool:
+    if site.pair.axis == HEADS:
+        return name == HEADS
+    return name == site.pair.axis or fnmatchcase(site.root, name)
+
+
+def check_entries(multiple_of: int | Mapping[str, int], sites: Sequence[Site]) -> None:
+    """Raise `WidthError` for an entry that fits no site: a slip of the pen would go unseen."""
+    # One mapping may serve models and specs that have only channels, or only heads.
+    axes = {"f", HEADS} | {site.pair.axis for site in sites}
+    for name in multiple_of if isinstance(multiple_of, Mapping) else ():
+        if name not in axes and not any(_fits(name, site) for site in sites):
+            roots = [site.root for site in sites if site.pair.axis != HEADS]
+            raise WidthError(
+                f"multiple_of has an entry {name!r} that fits no site",
+                seen=repr(multiple_of),
+                expected='an axis ("f": channels, "h": heads), or a pattern of the roots of '
+                'channels such as "decoder/*"',
+                near=nearest(name, [*sorted(axes), *roots]),
+                mend="correct its name, or leave it out",
+            )

@@ -3,8 +3,9 @@
 import collections
 import copy
 import dataclasses
+import math
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from flax.core import FrozenDict
@@ -125,6 +126,44 @@ def test_nested_pretrained_config():
     assert new.to_dict()["text_config"]["intermediate_size"] == 7
 
 
+class Slots:
+    __slots__ = ("hidden",)
+
+
+class Tuple(NamedTuple):
+    hidden: int = 8
+
+
+def _slots() -> Slots:
+    cfg = Slots()
+    cfg.hidden = 8
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("cfg", "key", "message"),
+    [
+        (_slots(), "new", "a Slots has no field to say this in"),
+        (Tuple(), "new", "a Tuple has no field to say this in"),
+        (Tuple(), "hidden", "a field of a Tuple cannot be set"),
+        (Inner(), "new", "an? Inner has no field to say this in"),
+        (CONFIGS["ConfigDict"](), "new", "a ConfigDict has no field to say this in"),
+    ],
+)
+def test_a_config_that_cannot_hold_a_key_is_refused(cfg, key, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        _config.replace(cfg, {key: 3})
+    assert caught.value.path == key
+    assert "hidden" in str(caught.value.seen)
+    assert f'"{key}"' in str(caught.value.mend)
+
+
+def test_a_config_with_slots_is_resized():
+    cfg = _slots()
+    new = _config.replace(cfg, {"hidden": 3})
+    assert (cfg.hidden, new.hidden) == (8, 3)
+
+
 def test_none_is_written_as_a_number():
     cfg = GPT2Config(n_embd=8)
     width = Width(expression="n_inner or 4*n_embd")
@@ -177,7 +216,18 @@ def test_a_width_that_cannot_be_read_is_refused(expression):
         Width(expression=expression)
 
 
-@pytest.mark.parametrize("value", [None, "64", True, [64]])
+@pytest.mark.parametrize("value", [0, -4, None, "4", True, [4], math.nan])
+@pytest.mark.parametrize("expression", ["hidden/heads", "ratio*heads", "inner or 4*heads"])
+def test_a_factor_that_is_no_positive_number_is_refused(expression, value):
+    width = Width(expression=expression, prefix="part.")
+    cfg = {"part": {"hidden": 8, "ratio": 4, "inner": None, "heads": value}}
+    with pytest.raises(ConfigError, match="not a positive number") as caught:
+        width.read(cfg)
+    assert caught.value.path == "part.heads"
+    assert caught.value.seen == repr(value)
+
+
+@pytest.mark.parametrize("value", [None, "64", True, [64], math.nan])
 def test_a_width_that_is_no_number_is_refused(value):
     with pytest.raises(ConfigError, match="is not a number") as caught:
         Width(expression="d_ff").read({"d_ff": value})

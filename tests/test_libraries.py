@@ -4,6 +4,7 @@ Each row and each expert loses channels of its own, in every way that its layout
 """
 
 import dataclasses
+import enum
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -740,6 +741,10 @@ class Encoder(nn.Module):
         return stack(self.num_heads, name="encoderblock")(x, None)[0]
 
 
+@pytest.mark.skipif(
+    not hasattr(jax.sharding.NamedSharding, "update"),
+    reason="the nn.scan of flax >= 0.11 needs jax >= 0.7",
+)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_scanned_linen_stack_runs_at_widths_that_its_config_cannot_say(axis):
     ffn, heads = (
@@ -803,3 +808,23 @@ def test_a_layout_does_not_say_how_the_heads_of_a_stack_are_grouped():
     assert (sites["self_attention"].groups, sites["cross"].groups) == ((2, 2), (2, 2, 2))
     with pytest.raises(LayoutError, match="how the heads of stacked layers are grouped"):
         flaxslim.module(nn.Dense, {**cfg, "features": 1}, spec=library.spec)
+
+
+@pytest.mark.parametrize("value", ["BY_EMBED_DIM_DIV_NUM_HEADS", "BY_ONE_OVER_SQRT_HEAD_DIM"])
+@pytest.mark.parametrize("width", ["uniform", "per_layer"])
+def test_heads_that_are_scaled_by_their_number_stay(value, width):
+    """Gemma's 27B models: with fewer of them, those that stay would be other heads."""
+    norm = getattr(enum.Enum("QueryPreAttentionNormalisation", [value]), value)
+    cfg = {"num_heads": 4, "num_kv_heads": 4, "query_pre_attn_norm": norm}
+    out = np.ones((4, 2, 3), np.float32)
+    out[:2] = 0
+    attn = {"qkv_einsum": {"w": np.ones((3, 4, 3, 2), np.float32)}, "attn_vec_einsum": {"w": out}}
+    tree = {"layer_0": {"attn": attn}}
+    made = plan(tree, cfg, GEMMA_DEEPMIND_HEADS, width=width)
+    if value.endswith("DIV_NUM_HEADS"):
+        assert made.removed == 0
+        assert "by their number" in made.blocked[0]
+        with pytest.raises(WidthError, match="by their number"):
+            slim(tree, cfg, GEMMA_DEEPMIND_HEADS, width=width)
+    else:
+        assert (made.removed, made.blocked) == (2, ())

@@ -207,6 +207,70 @@ def test_a_plan_that_keeps_channels_which_are_not_there_is_refused(keep):
         Plan.from_dict(data)
 
 
+def _broken(key: str, value: object) -> dict:
+    """The JSON of a plan with one value of a cut, or of the plan, replaced."""
+    data = json.loads(plan(layers([0, 3], [1]), {"hidden": 8}, SPEC).to_json())
+    (data["cuts"][0] if key in data["cuts"][0] else data)[key] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("size", 999),
+        ("groups", [4]),
+        ("weak", "x"),
+        ("dead", True),
+        ("rules", {"i": "x"}),
+        ("layer", "0"),
+        ("activation", 1),
+        ("threshold", "0"),
+        ("notes", "x"),
+        ("values", [1]),
+        ("resizes", [{"width": "hidden", "before": "8", "after": 7, "least": 7}]),
+        ("sites", 1),
+    ],
+)
+def test_a_plan_with_a_value_of_the_wrong_kind_is_refused(key, value):
+    with pytest.raises(PlanError):
+        Plan.from_dict(_broken(key, value))
+
+
+def test_a_plan_that_lost_a_cut_is_refused():
+    """The config would say the new width of a layer that keeps the old one."""
+    data = _broken("layer", None)
+    del data["cuts"][1]
+    with pytest.raises(PlanError, match="not all of its cuts"):
+        Plan.from_dict(data)
+
+
+@pytest.mark.parametrize("text", [None, 3, {}])
+def test_what_is_no_text_is_no_plan(text):
+    with pytest.raises(PlanError, match="not JSON"):
+        Plan.from_json(text)
+
+
+def test_heads_are_called_heads():
+    tree = layers([0, 3])["0"]
+    tree |= {"v": {"kernel": np.ones((2, 6))}, "o": {"kernel": np.ones((6, 2))}}
+    tree["o"]["kernel"][:4] = 0
+    heads = Pair(
+        first="v",
+        second="o",
+        first_axes="d (h k)",
+        second_axes="(h k) d",
+        axis="h",
+        width="heads",
+        sizes={"k": "k"},
+    )
+    cfg = {"hidden": 8, "heads": 3, "k": 2}
+    p = plan(tree, cfg, SPEC + Spec(name="HEADS", pairs=heads))
+    assert "hidden: 8 -> 6 channels\nheads: 3 -> 1 heads\n" in str(p)
+    assert "2 channels and 2 heads go, with" in str(p)
+    kept = plan(tree, cfg, Spec(name="HEADS", pairs=heads), multiple_of={"h": 3})
+    assert (kept.why_nothing or "").startswith("2 heads at 1 sites of HEADS are dead")
+
+
 def test_all_errors_are_of_one_family():
     with pytest.raises(FlaxslimError):
         plan(layers([0]), {"hidden": 9}, SPEC)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import logging
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from transformers import BertConfig, CLIPConfig, GPT2Config
 
 import flaxslim
 from flaxslim import NothingRemovedWarning, Pair, Plan, Spec, apply, plan, slim
-from flaxslim._errors import NonFiniteError, PlanError, WidthError
+from flaxslim._errors import LayoutError, NonFiniteError, PlanError, WidthError
+from flaxslim._layout import Layout
 from flaxslim._tree import flatten, replace
 
 
@@ -80,6 +82,40 @@ def test_dead_channels_that_cannot_go_are_told(multiple_of):
     with pytest.warns(NothingRemovedWarning, match="2 channels at 2 sites of TEST_FFN are dead"):
         small, _ = slim(tree, n.cfg, n.layout.spec("relu"), multiple_of=multiple_of)
     assert small is tree
+
+
+HARD = Spec(name="HARD", pairs=Pair(at="b", first="up", second="down", width="4*size"))
+SOFT = Spec(name="SOFT", pairs=Pair(at="a", first="up", second="down", width="hidden"))
+
+
+def _two_blocks() -> dict:
+    """Blocks of 4 channels, one of them dead."""
+    block = {"up": {"kernel": np.ones((2, 4))}, "down": {"kernel": np.eye(4)[:, :3]}}
+    return {"a": block, "b": block}
+
+
+def test_what_is_dead_and_had_to_stay_is_told():
+    tree, cfg = _two_blocks(), {"hidden": 4, "size": 1}
+    with pytest.warns(flaxslim.DeadKeptWarning, match="hard-codes its width") as caught:
+        small, new = slim(tree, cfg, SOFT + HARD)
+    assert caught[0].filename == __file__
+    assert new == {"hidden": 3, "size": 1}
+    assert small["b"]["down"]["kernel"].shape == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("pair", "mend"),
+    [
+        (next(iter(HARD)), 'pass width="per_layer"'),
+        (dataclasses.replace(next(iter(SOFT)), scaled_by="scaled"), "keep the model as it is"),
+    ],
+)
+def test_the_mend_is_what_the_reason_says(pair, mend):
+    cfg = {"hidden": 4, "size": 1, "scaled": True}
+    with pytest.raises(WidthError) as caught:
+        slim(_two_blocks(), cfg, Spec(name="ONE", pairs=pair))
+    assert (caught.value.mend or "").startswith(mend)
+    assert ("per_layer" in caught.value.problem) == ("per_layer" in mend)
 
 
 def test_no_other_warning_is_raised():
@@ -236,6 +272,15 @@ def test_a_stored_plan_leaves_nothing_to_say(more):
         slim(n.tree, n.cfg, plan=p, **more)
 
 
+@pytest.mark.parametrize("stored", [Plan.to_json, Plan.to_dict, lambda _: 3])
+def test_what_is_no_plan_is_refused_with_how_to_read_one(stored):
+    n = net(LAYOUTS["plain"], seed=0, share=0.5)
+    p = plan(n.tree, n.cfg, n.layout.spec("relu"))
+    with pytest.raises(PlanError, match="is not a Plan") as caught:
+        slim(n.tree, n.cfg, plan=stored(p))
+    assert "Plan.from_json" in str(caught.value)
+
+
 def test_a_stored_plan_for_another_tree_is_refused():
     n, other = (net(LAYOUTS["plain"], seed=0, share=0.5, depth=depth) for depth in (2, 1))
     pruned(n)
@@ -307,3 +352,63 @@ def test_errors_come_before_anything_is_changed():
     with pytest.raises(WidthError, match="no width policy"):
         slim(tree, n.cfg, n.layout.spec("relu"), width="per-layer")
     jax.tree.map(np.testing.assert_array_equal, tree, kept_aside)
+
+
+# --- one module that two pairs are about -------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_module_is_told_by_both_of_its_pairs(order):
+    class Chain(nn.Module):
+        a: int = 6
+        b: int = 5
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Dense(self.a, name="d0")(x))
+            x = nn.relu(nn.Dense(self.b, name="d1")(x))
+            return nn.Dense(3, name="d2")(x)
+
+    # d1 reads nothing any more, and puts out less.
+    x = np.ones((2, 4), np.float32)
+    params = jax.tree.map(np.array, Chain().init(jax.random.key(0), x))
+    kernels = params["params"]
+    kernels["d1"]["kernel"][:] = 0
+    kernels["d1"]["bias"][:] = 1
+    kernels["d2"]["kernel"][:] = [[0], [0], [1], [2], [3]]
+    pairs = tuple(Pair(first=f"d{i}", second=f"d{i + 1}", width="ab"[i]) for i in range(2))
+    spec = Spec(name="C", pairs=pairs[::order])
+    small, cfg = slim(params, {"a": 6, "b": 5}, spec, width="per_layer")
+    cfg["b"], cfg["flaxslim_layout"]["sites"]["/d2"] = 5, 3  # in the layout, as of two layers
+    module = flaxslim.module(Chain, cfg, spec=spec)
+    fresh = jax.tree.map(np.shape, module.init(jax.random.key(0), x))
+    assert fresh == jax.tree.map(np.shape, small)
+    found: Any = module.apply(small, x)
+    expected: Any = Chain().apply(params, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_two_pairs_say_of_one_module_is_joined(order):
+    pairs = tuple(
+        Pair(at="{i}", first=f"{n}1", second=f"{n}2", width=n, modules={"": {f"size_{n}": "f"}})
+        for n in "ab"
+    )[::order]
+    sites = {"0/a2": 3, "0/b2": 4}
+    cfg = {"a": 8, "b": 8, "flaxslim_layout": {"version": 1, "sites": sites}}
+    layout = Layout.of(cfg, Spec(name="S", pairs=pairs))
+    assert layout is not None
+    told = layout.at(("0",))
+    assert told is not None
+    assert dict(told.attributes) == {"size_a": 3, "size_b": 4}
+
+
+def test_two_pairs_that_contradict_each_other_are_refused():
+    pairs = tuple(Pair(first="up", second=n, width=n) for n in "ab")
+    cfg = {"a": 8, "b": 8, "flaxslim_layout": {"version": 1, "sites": {"/a": 3, "/b": 4}}}
+    layout = Layout.of(cfg, Spec(name="S", pairs=pairs))
+    assert layout is not None
+    assert layout.at(("other",)) is None
+    with pytest.raises(LayoutError, match="two pairs of the spec") as caught:
+        layout.at(("up",))
+    assert caught.value.path == "/up"

@@ -16,6 +16,7 @@ from flaxslim._errors import (
     IncompletePairError,
     NothingMatchedError,
     SiteShapeError,
+    SpecError,
     TracedError,
 )
 from flaxslim._tree import flatten
@@ -75,6 +76,34 @@ def test_specs_can_be_printed():
         assert part in text
     assert 'c_fc "f d"' in str(GPT2_FFN)
     assert "width n_inner or 4*n_embd" in str(GPT2_FFN)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("width", 768),
+        ("second", None),
+        ("first", ("up", 2)),
+        ("gated", "yes"),
+        ("first_bias", 1),
+        ("at", ["a"]),
+        ("sizes", {"k": 64}),
+        ("tables", {"bias": None}),
+        ("also", ["query"]),
+        ("also", "query"),
+        ("modules", ["x"]),
+        ("modules", {"self": "h"}),
+        ("arguments", {"self": {"head_mask": 1}}),
+        ("parts", 2),
+        ("parts", ("2",)),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_named_with_what_to_type(field, value):
+    good = Pair(first="up", second="down")
+    with pytest.raises(SpecError, match=f"^{field}= of a Pair") as caught:
+        dataclasses.replace(good, **{field: value})
+    assert repr(value) in str(caught.value)
+    assert f"expected: {field}=" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -165,7 +194,6 @@ def test_a_spec_binds_wherever_its_layer_root_occurs(wrap):
             "/output/dense/kernel",
             "/output/dense/bias",
         ]
-        assert site.per_channel == 4 + 1 + 4
     # The attention output is an output/dense too, but not below a layer root.
     assert not any("attention" in t.path for site in sites for t in site.tensors)
 
@@ -355,3 +383,21 @@ def test_a_layer_whose_name_ends_in_the_other_layers_name():
     tree = {"mlp": {"dense": {"kernel": np.ones((2, 3))}}, "dense": {"kernel": np.ones((3, 2))}}
     spec = Spec(name="S", pairs=Pair(first="mlp/dense", second="dense"))
     assert [site.size for site in spec.sites(tree)] == [3]
+
+
+def test_a_module_is_told_sizes_of_axes_that_the_pair_has():
+    with pytest.raises(AxisPatternError, match="unknown axis") as caught:
+        Pair(first="up", second="down", modules={"": {"hidden": "ff"}})
+    assert "'f'" in str(caught.value) or "f" in caught.value.near
+
+
+@pytest.mark.parametrize("size", [0, -2])
+def test_an_axis_without_a_size_is_refused(size):
+    pair = Pair(
+        first="up", second="down", first_axes="d (h k)", second_axes="(h k) d", axis="h",
+        sizes={"k": "head_dim"},
+    )  # fmt: skip
+    tree = {"up": dense(3, 8, bias=False), "down": dense(8, 3, bias=False)}
+    with pytest.raises(ConfigError) as caught:
+        plan(tree, {"head_dim": size}, Spec(name="HEADS", pairs=pair))
+    assert "head_dim" in str(caught.value)

@@ -4,6 +4,7 @@ A head is a channel of the pair value -> output; queries, keys and tables of bia
 Names in `modules` are what the classes call their sizes after setup, in their own code.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -204,38 +205,31 @@ T5_HEADS = Spec(
     ),
 )
 
+# FlaxConv1D keeps its kernels transposed; queries, keys and values are thirds of one.
+_GPT2_ATTENTION = Pair(
+    at="h/{i}/attn",
+    first="c_attn",
+    first_axes="(3 h k) d",
+    parts=(2,),
+    second="c_proj",
+    second_axes="d (h k)",
+    axis="h",
+    activation="identity",
+    width="n_head",
+    sizes={"k": "n_embd/n_head"},
+    modules={"": _PLAIN_MODULE},
+    fixed=True,
+)
 GPT2_HEADS = Spec(
     name="GPT2_HEADS",
-    # FlaxConv1D keeps its kernels transposed; queries, keys and values are thirds of one.
     pairs=(
-        Pair(
-            at="h/{i}/attn",
-            first="c_attn",
-            first_axes="(3 h k) d",
-            parts=(2,),
-            second="c_proj",
-            second_axes="d (h k)",
-            axis="h",
-            activation="identity",
-            width="n_head",
-            sizes={"k": "n_embd/n_head"},
-            modules={"": _PLAIN_MODULE},
-            fixed=True,
-        ),
-        Pair(
+        _GPT2_ATTENTION,
+        dataclasses.replace(
+            _GPT2_ATTENTION,
             at="h/{i}/crossattention",
-            first="c_attn",
             first_axes="(2 h k) d",
             parts=(1,),
             also={"q_attn": "(h k) d"},
-            second="c_proj",
-            second_axes="d (h k)",
-            axis="h",
-            activation="identity",
-            width="n_head",
-            sizes={"k": "n_embd/n_head"},
-            modules={"": _PLAIN_MODULE},
-            fixed=True,
             optional=True,
         ),
     ),
@@ -260,7 +254,14 @@ BLOOM_HEADS = Spec(
 )
 
 
-def _llama_like(name: str, sizes: Mapping[str, str], hidden: str | None, *, fixed: bool) -> Spec:
+def _llama_like(
+    name: str,
+    sizes: Mapping[str, str],
+    hidden: str | None,
+    groups: str = "num_key_value_heads or num_attention_heads",
+    *,
+    fixed: bool,
+) -> Spec:
     own = {hidden: "(h k)"} if hidden else {}
     return Spec(
         name=name,
@@ -275,7 +276,7 @@ def _llama_like(name: str, sizes: Mapping[str, str], hidden: str | None, *, fixe
             group="g",
             activation="identity",
             width="num_attention_heads",
-            group_width="num_key_value_heads",
+            group_width=groups,
             sizes=sizes,
             modules={
                 "": {
@@ -293,7 +294,9 @@ def _llama_like(name: str, sizes: Mapping[str, str], hidden: str | None, *, fixe
 
 LLAMA_HEADS = _llama_like("LLAMA_HEADS", _HEAD, "embed_dim", fixed=True)
 MISTRAL_HEADS = _llama_like("MISTRAL_HEADS", _HEAD, "hidden_size", fixed=True)
-GEMMA_HEADS = _llama_like("GEMMA_HEADS", {"k": "head_dim"}, None, fixed=False)
+GEMMA_HEADS = _llama_like(
+    "GEMMA_HEADS", {"k": "head_dim"}, None, "num_key_value_heads", fixed=False
+)
 
 # Families that are the same.
 ELECTRA_HEADS = ROBERTA_HEADS = ROBERTA_PRELAYERNORM_HEADS = XLM_ROBERTA_HEADS = BERT_HEADS

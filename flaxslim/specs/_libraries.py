@@ -6,9 +6,6 @@ configs name no family, so the spec is passed: `slim(params, cfg, MAXTEXT_FFN)`.
 
 One name often stands for several layouts: layers that are scanned or not, one fused kernel or two.
 Such a spec has a pair for each, of which that holds which fits the shapes.
-
-Of Gemma's 27B models beware: these libraries scale their queries by embed_dim / num_heads of the
-config, so that a model built with fewer heads is another function until that scale is set by hand.
 """
 
 import dataclasses
@@ -199,7 +196,13 @@ GEMMA_DEEPMIND_FFN = Spec(
 
 def _gemma_heads(at: str, **more: Any) -> tuple[Pair, Pair]:
     """Keys and values in one kernel, or, if there are as many of them, queries as well."""
-    own = {"kernel": "w", "group_width": "num_kv_heads", "optional": True, **more}
+    own = {
+        "kernel": "w",
+        "group_width": "num_kv_heads",
+        "scaled_by": "query_pre_attn_norm=*div_num_heads",  # the 27B models
+        "optional": True,
+        **more,
+    }
     return (
         _heads(
             at,
