@@ -4,48 +4,111 @@ A layer that owns a tensor says its sizes in `in_features`, `out_features`, `ker
 like; a module around it says how many heads there are, by the names that the spec gives
 (`Pair.modules`).
 
-What is not in the graph is the caller's: a cache that was made by the old config
-(`init_cache(cfg)`) is made anew by the new one.
+An `nnx.State` has no attributes: whoever slims one and merges it with the old graph gets a module
+that says its old sizes, so pass the module. What is not in the graph is the caller's: a cache that
+was made by the old config (`init_cache(cfg)`) is made anew by the new one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from flax import nnx
+from jax.tree_util import tree_flatten_with_path
 
 from flaxslim import _config
 from flaxslim._axes import Axes
-from flaxslim._errors import LayoutError, PlanError
+from flaxslim._errors import LayoutError, PlanError, nearest
 from flaxslim._plan import Cut, Plan
 from flaxslim._sites import beside
 from flaxslim._spec import measure
-from flaxslim._tree import flatten
+from flaxslim._tree import flatten, name_of
 
 
-def mended(module: nnx.Module, plan: Plan, *, expanded: bool = False) -> nnx.Module:
-    """The module, with attributes that say the sizes after the cut (before it, if `expanded`)."""
-    nodes: dict[str, Any] = {
-        "/".join(map(str, path)): node
-        for path, node in nnx.iter_graph(module)
-        if isinstance(node, nnx.Module)
-    }
-    shapes = plan.shapes
-    for cut in plan.cuts:
-        tables = {beside(cut.site.root, name) for name in cut.site.pair.tables}
-        for tensor in cut.site.cut:
-            node = nodes.get(tensor.path.rpartition("/")[0])
-            # What owns a cache is no layer; what owns an embedding is.
-            if node is not None and (tensor.path not in tables or isinstance(node, nnx.Embed)):
-                before_after = tensor.shape, shapes[tensor.path]
-                _mend_layer(node, tensor.axes, *(before_after[::-1] if expanded else before_after))
-        for path, attributes in cut.site.pair.modules.items():
-            at = beside(cut.site.root, path) if path else cut.site.root
-            if (node := nodes.get(at)) is not None:
-                _mend_module(node, at, attributes, cut, expanded)
-    return module
+def modules(tree: Any) -> Iterator[tuple[str, nnx.Module]]:
+    """The nnx modules in a tree by path: of a module those below it, of a container all in it."""
+    graphs = (nnx.Module, nnx.Optimizer)
+    pairs, _ = tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, graphs))
+    for keys, graph in pairs:
+        for names, node in nnx.iter_graph(graph) if isinstance(graph, graphs) else ():
+            if isinstance(node, nnx.Module):
+                yield "/".join(filter(None, (name_of(keys), *map(str, names)))), node
 
 
-def check_shapes(module: nnx.Module, plan: Plan, cfg: Any) -> None:
+def mended(tree: Any, plan: Plan, *, places: Iterable[str] = ("",), expanded: bool = False) -> Any:
+    """The tree, whose nnx modules say the sizes after the cut (before it, if `expanded`).
+
+    `places` are the paths of the copies of the parameters in it.
+    """
+    nodes = dict(modules(tree))
+    for place in places if nodes else ():
+        prefix = f"{place}/" if place else ""
+        own = {at.removeprefix(prefix): node for at, node in nodes.items() if at.startswith(prefix)}
+        own |= {"": nodes[place]} if place in nodes else {}
+        for cut in plan.cuts:
+            _mend_layers(own, cut, plan.shapes, expanded)
+            _mend_modules(own, cut, expanded)
+    return tree
+
+
+def _mend_layers(
+    nodes: Mapping[str, Any], cut: Cut, left: Mapping[str, tuple[int, ...]], expanded: bool
+) -> None:
+    tables = {beside(cut.site.root, name) for name in cut.site.pair.tables}
+    for tensor in cut.site.cut:
+        node = nodes.get(tensor.path.rpartition("/")[0])
+        # What owns a cache is no layer; what owns an embedding is.
+        if node is not None and (tensor.path not in tables or isinstance(node, nnx.Embed)):
+            before_after = tensor.shape, left[tensor.path]
+            _mend_layer(node, tensor.axes, *(before_after[::-1] if expanded else before_after))
+
+
+def _mend_modules(nodes: Mapping[str, Any], cut: Cut, expanded: bool) -> None:
+    for path, attributes in cut.site.pair.modules.items():
+        at = beside(cut.site.root, path) if path else cut.site.root
+        if (node := nodes.get(at)) is not None:
+            _mend_module(node, at, attributes, cut, expanded)
+        elif _around(nodes, at) and not all(name.endswith("?") for name in attributes):
+            raise LayoutError(
+                "there is no such module to say its sizes",
+                path=at,
+                near=nearest(at, list(nodes)),
+                mend="correct the paths in the spec: Pair(modules={path: {attribute: axes}}), "
+                "below the root of the layer",
+            )
+    if cut.site.pair.axis == "h" and cut.removed and not expanded:
+        _check_heads_told(nodes, cut)
+
+
+def _around(nodes: Mapping[str, Any], path: str) -> bool:
+    """Whether a path lies in a module, and not among plain parameters beside one."""
+    return any(at == "" or path == at or path.startswith(f"{at}/") for at in nodes)
+
+
+def _check_heads_told(nodes: Mapping[str, Any], cut: Cut) -> None:
+    """Raise `LayoutError` if a module still counts the heads that there were.
+
+    Most classes divide by that number, and no shape of nnx's would tell.
+    """
+    root, size = cut.site.root, cut.site.size
+    for at, node in nodes.items():
+        if at != root and not at.startswith(f"{root}/" if root else ""):
+            continue
+        for name, value in vars(node).items():
+            counts = "head" in name.lower() and not any(x in name.lower() for x in ("dim", "size"))
+            if counts and type(value) is int and value == size:
+                raise LayoutError(
+                    "an attribute still says how many heads there were, and the spec does not "
+                    "name it",
+                    path=f"{at}.{name}" if at else name,
+                    seen=value,
+                    expected=cut.width,
+                    mend="name it in the spec, by the path of its module below the layer: "
+                    f'Pair(modules={{"{at.removeprefix(root).strip("/")}": {{"{name}": "h"}}}})',
+                )
+
+
+def check_shapes(module: Any, plan: Plan, cfg: Any) -> None:
     """Raise `PlanError` or `SiteShapeError` unless a module has the sizes that the plan says.
 
     nnx takes arrays of any shape, so nothing else would tell before the module runs. `cfg` is the
@@ -90,10 +153,10 @@ def _mend_layer(node: Any, axes: Axes, old: tuple[int, ...], new: tuple[int, ...
 def _mend_echoes(node: Any, old: tuple[int, ...], new: tuple[int, ...]) -> None:
     """Attributes that echo the shape of a tensor: all of it, its inputs, or its outputs."""
     sizes = dict(_sizes(node))
-    outputs = [as_sizes(v) for name, v in sizes.items() if name.startswith(("out_", "features"))]
+    outputs = [_as_sizes(v) for name, v in sizes.items() if name.startswith(("out_", "features"))]
     out = max((len(size) for size in outputs if size == old[-len(size) :]), default=1)
     for name, value in sizes.items():
-        size = as_sizes(value)
+        size = _as_sizes(value)
         if size == old and (len(old) > 1 or name.endswith("_shape")):
             after = new
         elif name.startswith("in_") and size == old[-out - len(size) : -out]:
@@ -105,20 +168,27 @@ def _mend_echoes(node: Any, old: tuple[int, ...], new: tuple[int, ...]) -> None:
         setattr(node, name, after if isinstance(value, tuple) else after[0])
 
 
-def as_sizes(value: int | tuple[int, ...]) -> tuple[int, ...]:
+def _as_sizes(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
 def _sizes(node: Any) -> Iterator[tuple[str, int | tuple[int, ...]]]:
     """The attributes that are sizes: whole numbers, and tuples of them."""
     for name, value in vars(node).items():
-        if all(type(part) is int for part in as_sizes(value)) and value != ():
+        if all(type(part) is int for part in _as_sizes(value)) and value != ():
             yield name, value
 
 
 def _mend_module(node: Any, at: str, attributes: Any, cut: Cut, expanded: bool) -> None:
     sizes = cut.site.second.axes.sizes(cut.site.second.shape)
     groups = cut.site.groups if expanded else cut.groups
+    if cut.site.pair.axis == "h" and not (cut.width or expanded):
+        raise LayoutError(
+            "an nnx module divides by its number of heads, so that one must stay",
+            path=at,
+            seen="a plan that leaves none",
+            mend="make the plan for the module itself: plan(module, ...)",
+        )
     if not expanded:
         sizes |= {cut.site.pair.axis: cut.width}
     if cut.site.pair.group is not None:
@@ -137,4 +207,22 @@ def _mend_module(node: Any, at: str, attributes: Any, cut: Cut, expanded: bool) 
                 "those that a module may lack end in '?'",
             )
         value = measure(expression, sizes, groups)
-        setattr(node, head, _config.replace(getattr(node, head), {key: value}) if key else value)
+        if np.ndim(value):
+            raise LayoutError(
+                "the groups of heads are not equal, and a module can say one number only",
+                path=f"{at}.{name}",
+                seen=f"groups {tuple(groups)}",
+                expected="equal groups, of one head or more",
+                mend="leave out ragged=True in the spec's Pair",
+            )
+        try:
+            setattr(
+                node, head, _config.replace(getattr(node, head), {key: value}) if key else value
+            )
+        except AttributeError as error:
+            raise LayoutError(
+                "the attribute cannot be set",
+                path=f"{at}.{name}",
+                seen=str(error),
+                mend="name in the spec's Pair(modules=...) the attribute that it is computed from",
+            ) from error

@@ -9,11 +9,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+
+if not hasattr(nnx, "List"):
+    pytest.skip("the models are written as flax >= 0.12 wants them", allow_module_level=True)
+
 from kill_rows import Dead, kill_rows, need
 from nnx_models import LENGTH, STYLES, VOCABULARY, Style, qwen_cache, start_cache
 from strategies import gap
 
-from flaxslim import NothingRemovedWarning, Pair, Site, Spec, expand, plan, slim, verify
+from flaxslim import NothingRemovedWarning, Pair, Site, Spec, apply, expand, plan, slim, verify
 from flaxslim._errors import FlaxslimError, LayoutError, PlanError
 from flaxslim._nnx import check_shapes
 from flaxslim._tree import flatten, replace
@@ -451,3 +455,80 @@ def test_an_attribute_that_the_spec_names_must_be_there_unless_it_says_so():
         pair = dataclasses.replace(pair, modules={"": {f"{name}?": "h"}})
         small, _ = slim(model, None, Spec(name="OPTIONAL", pairs=pair))
         assert small.layers[0].attn.n_rep == 2
+
+
+# --- containers, and specs that do not tell all -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inside", "out"),
+    [(lambda m: {"model": m}, lambda t: t["model"]), (lambda m: [m], lambda t: t[0])],
+    ids=["dict", "list"],
+)
+def test_a_module_in_a_container_says_its_new_sizes_too(inside, out):
+    c = case("flax")
+    alone, _ = slim(c.model, None, c.style.spec)
+    held, _ = slim(inside(c.model), None, c.style.spec)
+    assert attributes(out(held)) == attributes(alone) != attributes(c.model)
+    p = plan(c.model, None, c.style.spec)
+    beside = apply(p, {"step": jnp.zeros((), int), "model": c.model}, like=c.model)
+    assert attributes(beside["model"]) == attributes(alone)
+    with jax.default_matmul_precision("highest"):
+        assert gap(outputs(out(held)), outputs(c.model)) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ({}, "still says how many heads"),
+        ({"": {"num_attention_heads?": "h"}}, "still says how many heads"),
+        ({"att": {"num_heads": "h"}}, "no such module"),
+    ],
+    ids=["none", "another name", "another path"],
+)
+def test_heads_that_the_spec_does_not_tell_are_refused(modules, message):
+    """The module would split its channels into as many heads as before: another function."""
+
+    class Attention(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.num_heads = 4
+            self.q, self.k, self.v, self.out = (nnx.Linear(8, 8, rngs=rngs) for _ in range(4))
+
+    model = nnx.Dict(attn=Attention(nnx.Rngs(0)))
+    out: Any = model["attn"].out
+    out.kernel[...] = out.kernel[...].at[:4].set(0)
+    pair = Pair(
+        at="attn",
+        first="v",
+        also={"q": "d (h k)", "k": "d (h k)"},
+        second="out",
+        first_axes="d (h k)",
+        second_axes="(h k) d",
+        axis="h",
+        activation="identity",
+        sizes={"k": "head_dim"},
+        modules=modules,
+    )
+    with pytest.raises(LayoutError, match=message) as caught:
+        slim(model, {"head_dim": 2}, Spec(name="HEADS", pairs=pair))
+    assert "modules=" in str(caught.value)
+    told = dataclasses.replace(pair, modules={"": {"num_heads": "h"}})
+    small, _ = slim(model, {"head_dim": 2}, Spec(name="HEADS", pairs=told))
+    assert small["attn"].num_heads == 2
+
+
+def test_a_plan_of_a_state_that_leaves_no_head_is_refused_for_the_module():
+    style = STYLES["flax"]
+    model = style.make()
+    kernel = model.layers[0].attn.mha.out.kernel
+    kernel[...] = 0 * kernel[...]
+    p = plan(nnx.state(model), None, style.spec, width="per_layer")
+    with pytest.raises(LayoutError, match="divides by its number of heads"):
+        apply(p, model)
+
+
+def test_an_attribute_that_is_computed_is_refused():
+    model = qwen_without((2, 3), (2, 3))
+    pair = dataclasses.replace(*BONSAI_QWEN3_HEADS, modules={"": {"num_kv_heads": "g"}})
+    with pytest.raises(LayoutError, match="cannot be set"):
+        slim(model, None, Spec(name="WRONG", pairs=pair))
