@@ -19,11 +19,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen
 
-from flaxslim import _config
+from flaxslim import _config, _record
 from flaxslim._compat import clip_compat, clips
 from flaxslim._errors import LayoutError
 from flaxslim._layout import Argument, Layout, Told
-from flaxslim._spec import Spec
+from flaxslim._spec import SpecLike
+from flaxslim.specs import chosen
 
 
 class _Running(threading.local):
@@ -38,53 +39,63 @@ _running = _Running()
 
 @dataclasses.dataclass(eq=False)
 class _Context:
-    """One `with`: a layout that is given, or the one that the root module's config says.
+    """One `with`: a layout that is given, or the one that the config of a model says.
 
-    While a tree of modules runs, `now` is its layout. Inside of a lifted transformation
-    (`nn.remat`) a module has no way up to its root any more.
+    While a tree of modules runs, `now` is its layout, of which the paths begin below `depth`
+    names. A model in it whose config is of a family, and which is part of no such model, runs at
+    its own from there on. Inside of a lifted transformation (`nn.remat`) a module has no way up to
+    its root any more.
     """
 
     layout: Layout | None
-    by_root: bool
+    by_config: bool
     now: Layout | None = None
+    depth: int = 0
     inside: bool = False
+    said: bool = False
 
     def intercept(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         # In one frame: JAX walks the stack for each equation, and modules are deeply nested.
         module, method = context.module, context.method_name
         if _running.stack[-1] is not self or module.scope is None:  # not ours, or unbound
             return next_fun(*args, **kwargs)
-        before = self.now, self.inside
-        if not self.inside or (self.by_root and module.path == () and _says(module)):
-            self.now, self.inside = self._layout_of_root(module), True
+        before = self.now, self.depth, self.inside, self.said
+        if not self.inside or (self.by_config and not (self.said and module.path)):
+            self._enter(module)
         try:
             found = self.now
-            told = None if found is None else found.at(module.path)
+            told = None if found is None else found.at(module.path[self.depth :])
             if found is None or (told is None and method != "setup"):
                 return next_fun(*args, **kwargs)
             if told is not None:
                 args, kwargs = _tell(module, told, method, args, kwargs)
             result = next_fun(*args, **kwargs)
-            return _after(found, module, told, method, result)
+            return _after(found, self.depth, module, told, method, result)
         finally:
-            self.now, self.inside = before
+            self.now, self.depth, self.inside, self.said = before
 
-    def _layout_of_root(self, module: Any) -> Layout | None:
-        if not self.by_root:
-            return self.layout
-        root = _root_of(module)
-        return Layout.of(root.config) if _says(root) else self.layout
-
-
-def _says(module: Any) -> bool:
-    """Whether a module has a config of its own, which then says its sizes."""
-    return getattr(module, "config", None) is not None
+    def _enter(self, module: Any) -> None:
+        """A module runs that is in no model yet."""
+        model = _model_of(module) if self.by_config else None
+        if model is not None:
+            self.now, self.depth, self.said = Layout.of(model.config), len(model.path), True
+        elif not self.inside:
+            self.now, self.depth = self.layout, 0
+        self.inside = True
 
 
-def _root_of(module: Any) -> Any:
-    while isinstance(module.parent, linen.Module):
+def _model_of(module: Any) -> Any:
+    """The topmost of a module and those around it whose config is that of a model; None if none."""
+    found = None
+    while isinstance(module, linen.Module):
+        if (cfg := getattr(module, "config", None)) is not None and _is_model(cfg):
+            found = module
         module = module.parent
-    return module
+    return found
+
+
+def _is_model(cfg: Any) -> bool:
+    return _config.model_type(cfg) is not None or _record.is_laid_out(cfg)
 
 
 @contextmanager
@@ -98,13 +109,14 @@ def _running_at(context: _Context) -> Iterator[None]:
 
 
 @contextmanager
-def layout(cfg: Any = None, spec: Spec | None = None) -> Iterator[None]:
+def layout(cfg: Any = None, spec: SpecLike = None) -> Iterator[None]:
     """Stock Linen classes run at the sizes of their slimmed configs inside.
 
     For code that builds the stock class itself: a training script as it is, or
     `FlaxAutoModel.from_pretrained(folder)`. A model whose config has a layout runs at it, any
-    other (a dense teacher) as ever. Modules without a config of their own run at the layout of
-    `cfg`; `spec` is only needed for a model of one's own whose config does not keep it.
+    other (a dense teacher) as ever, also as a part of a larger module. Modules without a config of
+    their own (one with a `model_type` or a layout) run at the layout of `cfg`; `spec` is only
+    needed for a model of one's own whose config does not keep it.
 
     What is compiled inside stays usable outside; what is traced anew must be inside again, and in
     the same thread. `flaxslim.from_pretrained` gives an instance that needs no such context.
@@ -114,8 +126,8 @@ def layout(cfg: Any = None, spec: Spec | None = None) -> Iterator[None]:
     >>> with flaxslim.layout():
     ...     pass  # model = FlaxAutoModel.from_pretrained("slim"); model(**inputs)
     """
-    found = None if cfg is None and spec is None else Layout.of(cfg, spec)
-    with _running_at(_Context(layout=found, by_root=True)):
+    found = None if cfg is None and spec is None else _layout_of(cfg, spec)
+    with _running_at(_Context(layout=found, by_config=True)):
         yield
 
 
@@ -135,12 +147,14 @@ def _tell(module: Any, told: Told, method: str, args: Any, kwargs: Any) -> tuple
     return args, kwargs
 
 
-def _after(found: Layout, module: Any, told: Told | None, method: str, result: Any) -> Any:
+def _after(
+    found: Layout, depth: int, module: Any, told: Told | None, method: str, result: Any
+) -> Any:
     """After it: what a setup has made is told its sizes; a layer without channels gives zeros."""
     if method == "setup":
         if told is not None:
             _set(module, told)
-        _set_layers(found, module)
+        _set_layers(found, depth, module)
     elif method == "__call__" and told is not None and told.outputs is not None:
         ahead = result.shape[: result.ndim - len(told.outputs)]
         if not told.outputs:
@@ -149,7 +163,7 @@ def _after(found: Layout, module: Any, told: Told | None, method: str, result: A
     return result
 
 
-def _set_layers(found: Layout, module: Any) -> None:
+def _set_layers(found: Layout, depth: int, module: Any) -> None:
     """Tell the layers that a setup has made at once.
 
     An interceptor of somebody else's may come before ours when they are called, and compute them
@@ -157,7 +171,7 @@ def _set_layers(found: Layout, module: Any) -> None:
     """
     for name in found.layers & vars(module).keys():
         child = getattr(module, name)
-        if isinstance(child, linen.Module) and (told := found.at((*module.path, name))):
+        if isinstance(child, linen.Module) and (told := found.at((*module.path[depth:], name))):
             _set(child, told)
 
 
@@ -255,7 +269,7 @@ def _heads_of(x: Any, argument: Argument, module: Any) -> Any:
 _ENTRIES = ("apply", "init", "init_with_output", "lazy_init")
 
 
-def module(cls: type, cfg: Any, *, spec: Spec | None = None, **fields: Any) -> Any:
+def module(cls: type, cfg: Any, *, spec: SpecLike = None, **fields: Any) -> Any:
     """A Linen module of a stock class at the sizes of a slimmed config.
 
     Its `apply` and `init` run at the layout by themselves, under any transformation; where it is
@@ -288,8 +302,20 @@ def module(cls: type, cfg: Any, *, spec: Spec | None = None, **fields: Any) -> A
     """
     from flaxslim._model import fields_of
 
-    found = Layout.of(cfg, spec)
+    if not (isinstance(cls, type) and issubclass(cls, linen.Module)):
+        own = getattr(cls, "module_class", None) or type(cls)
+        raise LayoutError(
+            "module() takes a class of flax.linen",
+            seen=repr(cls)[:80],
+            expected="such as FlaxBertModule",
+            mend=f"pass {own.__name__}" if issubclass(own, linen.Module) else None,
+        )
+    found = _layout_of(cfg, spec)
     return module_at(cls, found, **{**fields_of(cls, cfg), **fields})
+
+
+def _layout_of(cfg: Any, spec: SpecLike) -> Layout | None:
+    return Layout.of(cfg, None if spec is None else chosen(spec, cfg))
 
 
 def at_layout_of(module: Any, cfg: Any) -> Any:
@@ -313,7 +339,7 @@ def _class_at(cls: type, found: Layout | None) -> type:
                 if clips(cls):
                     stack.enter_context(clip_compat())
                 if found is not None:
-                    stack.enter_context(_running_at(_Context(layout=found, by_root=False)))
+                    stack.enter_context(_running_at(_Context(layout=found, by_config=False)))
                 return method(self, *args, **kwargs)
 
         return linen.nowrap(call)
@@ -347,6 +373,7 @@ class ModuleClass:
 
     def __init__(self, cls: type, found: Layout | None):
         self.cls, self.found = cls, found
+        functools.update_wrapper(self, cls, updated=())
 
     def __call__(self, *args: Any, **fields: Any) -> Any:
         return _class_at(self.cls, self.found)(*args, **fields)

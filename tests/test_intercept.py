@@ -1,5 +1,6 @@
 """Contexts and modules: code that builds the stock class itself, and what it costs."""
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from hand_written import by_hand
+from kill import kill
 from test_layout import BERT, IDS, bert, close, gpt2, hidden, make  # noqa: F401
 from transformers import BertConfig, FlaxAutoModel, FlaxBertModel
 from transformers.models.bert.modeling_flax_bert import FlaxBertEncoder, FlaxBertModule
@@ -20,6 +22,7 @@ from transformers.models.bert.modeling_flax_bert import FlaxBertEncoder, FlaxBer
 import flaxslim
 from flaxslim import Pair, Spec, layout, module, slim
 from flaxslim._errors import LayoutError
+from flaxslim.specs import spec_for
 
 # --- the context ------------------------------------------------------------------------------
 
@@ -49,6 +52,37 @@ def test_contexts_nest_and_only_the_innermost_acts(bert, tmp_path):  # noqa: F81
     with layout(bert.model.config), layout(other.model.config), layout():
         close(other.expected().last_hidden_state, hidden(other.model))
         close(bert.expected().last_hidden_state, hidden(bert.model))
+
+
+class Distillation(nn.Module):
+    """A root with a config that is no model's, and with two models in it."""
+
+    config: Any
+    teacher_config: BertConfig
+    student_config: BertConfig
+
+    def setup(self) -> None:
+        self.teacher = FlaxBertModule(self.teacher_config)
+        self.student = FlaxBertModule(self.student_config)
+
+    def __call__(self, *inputs: Any) -> tuple[Any, Any]:
+        return self.teacher(*inputs)[0], self.student(*inputs)[0]
+
+
+@pytest.mark.parametrize("config", [None, {"learning_rate": 1e-3}])
+@pytest.mark.parametrize("given", [False, True])
+def test_models_inside_of_a_larger_module_run_at_their_own_layouts(given, config, bert):  # noqa: F811
+    dense, slimmed = bert.dense.config, bert.model.config
+    both = Distillation(config, dense, slimmed)
+    inputs = (IDS, np.ones_like(IDS), np.zeros_like(IDS), np.arange(9)[None].repeat(4, 0), None)
+    with layout(slimmed) if given else layout():
+        shapes = jax.eval_shape(lambda: both.init(jax.random.key(0), *inputs))["params"]
+        for name, model in (("teacher", bert.dense), ("student", bert.model)):
+            assert jax.tree.map(jnp.shape, shapes[name]) == jax.tree.map(jnp.shape, model.params)
+        params = {"teacher": bert.zeroed, "student": bert.model.params}
+        teacher, student = jax.jit(lambda p: both.apply({"params": p}, *inputs))(params)
+    close(teacher, student)
+    close(teacher, hidden(bert.model))
 
 
 def test_a_context_holds_in_its_own_thread_only(bert):  # noqa: F811
@@ -177,6 +211,10 @@ def test_equal_widths_need_no_layout():
     close(Net(hidden=8).apply(params, x), Net(**cfg).apply(small, x))
 
 
+@pytest.mark.skipif(
+    not hasattr(jax.sharding.NamedSharding, "update"),
+    reason="the nn.scan of flax >= 0.11 needs jax >= 0.7",
+)
 def test_a_scanned_stack_and_rematerialised_layers_run_at_the_layout():
     class Scanned(nn.Module):
         hidden: int
@@ -266,6 +304,42 @@ def test_no_equation_more_than_in_the_dense_model(gpt2):  # noqa: F811
     assert _primitives(ours.jaxpr) == _primitives(theirs.jaxpr)
 
 
+def test_a_layer_of_width_0_costs_nothing(tmp_path):
+    """As many products, and as many softmaxes, as in a stock model without those layers."""
+    cfg = BertConfig(**{**BERT.to_dict(), "num_hidden_layers": 4, "architectures": None})
+    dense, two = (
+        FlaxBertModel(BertConfig(**{**cfg.to_dict(), "num_hidden_layers": n}), _do_init=False)
+        for n in (4, 2)
+    )
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: np.asarray(0.3 * rng.normal(size=x.shape), x.dtype), dense.params_shape_tree
+    )
+    sites = spec_for(cfg, "all").sites(params, cfg)
+    whole = [site for site in sites if {"0", "2"} & {*site.root.split("/")}]
+    assert len(whole) == 4
+    zeroed, _ = kill(params, whole, low=1.0, high=1.0)
+    flaxslim.save(tmp_path / "slim", *slim(zeroed, cfg, "all", width="per_layer"))
+    model, small = flaxslim.from_pretrained(FlaxBertModel, tmp_path / "slim", _do_init=False)
+    theirs, ours, before = (
+        _compiled(two, two.params_shape_tree),
+        _compiled(model, small),
+        _compiled(dense, zeroed),
+    )
+    assert _instructions(ours) == _instructions(theirs)
+    assert min((_instructions(before) - _instructions(ours)).values()) > 0  # the control
+    close(before(zeroed), ours(small))
+
+
+def _compiled(model: Any, params: Any) -> Any:
+    return jax.jit(lambda p: model(IDS, params=p).last_hidden_state).lower(params).compile()
+
+
+def _instructions(compiled: Any) -> Counter[str]:
+    """How many of those that the sizes of a layer decide about are left by the compiler."""
+    return Counter(re.findall(r" (dot|exponential|convolution)\(", compiled.as_text()))
+
+
 def test_a_training_step_is_traced_once(bert):  # noqa: F811
     traces: list[int] = []
 
@@ -290,6 +364,14 @@ def _precise() -> Iterator[None]:
 
 
 # --- bad input --------------------------------------------------------------------------------
+
+
+def test_what_is_no_linen_class_is_refused(bert):  # noqa: F811
+    classes: list[Any] = [FlaxBertModel, FlaxBertModule(BERT)]
+    for wrong in classes:
+        with pytest.raises(LayoutError, match="takes a class") as caught:
+            module(wrong, bert.model.config)
+        assert "FlaxBertModule" in str(caught.value)
 
 
 def test_a_class_of_another_family_is_refused(bert):  # noqa: F811

@@ -15,7 +15,10 @@ import pytest
 from jax.sharding import PartitionSpec
 from kill import kill
 from transformers import (
+    AutoModel,
     BertConfig,
+    BertModel,
+    EncoderDecoderConfig,
     FlaxBertForQuestionAnswering,
     FlaxBertModel,
     FlaxGPT2LMHeadModel,
@@ -26,7 +29,7 @@ from transformers import (
 
 import flaxslim
 from flaxslim import from_pretrained, slim
-from flaxslim._errors import LayoutError
+from flaxslim._errors import FlaxslimError, LayoutError
 from flaxslim._tree import flatten, replace
 from flaxslim.specs import spec_for
 
@@ -145,6 +148,8 @@ TRANSFORMED: dict[str, Callable[[Any, Any], Any]] = {
 
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_it_runs_under(name, bert):
+    if name == "shard_map" and not hasattr(jax, name):
+        pytest.skip("jax < 0.7 has no jax.shard_map")
     close(hidden(bert.dense, params=bert.zeroed), TRANSFORMED[name](bert.model, bert.model.params))
 
 
@@ -321,3 +326,38 @@ def test_groups_of_key_value_heads_may_be_ragged(dead, tmp_path):
         for m, p in ((model, model.params), (dense, zeroed))
     ]
     np.testing.assert_array_equal(sequences[0], sequences[1])
+
+
+# --- classes that cannot -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [BertModel, AutoModel, "FlaxBertModel"])
+def test_what_is_no_flax_class_is_refused(cls, bert):
+    with pytest.raises(LayoutError, match="no Flax class") as caught:
+        from_pretrained(cls, bert.folder)
+    if cls is not BertModel:
+        return
+    assert "FlaxBertModel" in str(caught.value)
+
+
+def test_a_part_of_a_composite_is_not_loaded_as_the_whole(tmp_path):
+    """The stock class would be left with random weights, and say so in a log at most."""
+    cfg = EncoderDecoderConfig.from_encoder_decoder_configs(BERT, copy.deepcopy(BERT))
+    cfg.encoder.flaxslim_layout = {"version": 1, "sites": {"encoder/layer/0/output/dense": 5}}
+    cfg.save_pretrained(tmp_path)
+    with pytest.raises(LayoutError, match="another family"):
+        from_pretrained(FlaxBertModel, tmp_path)
+
+
+def test_a_config_that_is_given_says_the_layout(bert):
+    model = from_pretrained(
+        FlaxBertModel, bert.folder / "flax_model.msgpack", config=bert.model.config
+    )
+    close(hidden(bert.model), hidden(model))
+
+
+def test_a_config_from_before_the_cut_is_not_saved_with_the_tensors_after_it(bert, tmp_path):
+    for wrong in (bert.dense.config, BertConfig(**{**BERT.to_dict(), "intermediate_size": 47})):
+        with pytest.raises(FlaxslimError, match=r"contradicts|different sizes"):
+            flaxslim.save(tmp_path / "wrong", bert.model.params, wrong)
+    assert not (tmp_path / "wrong").exists()

@@ -1,10 +1,11 @@
 """The section of a model card that says what was cut."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from flaxslim import _record
+from flaxslim import _config, _record
+from flaxslim.specs import known
 
 HEADING = "## What flaxslim cut"
 _FENCE = re.compile(r" {0,3}(```|~~~)")
@@ -55,7 +56,8 @@ def section(record: Mapping[str, Any] | None) -> str:
         ]
         text = "Channels that contribute nothing were removed by flaxslim."
         text += "\n\n" + "\n".join(rows) if rows else ""
-    return text.strip() + "\n\nThe plan and the proof are in `flaxslim.json`."
+    what = "The plan and the proof are" if record.get("proof") else "The record is"
+    return text.strip() + f"\n\n{what} in `flaxslim.json`."
 
 
 def how_to_load(cfg: Any, format: str) -> str:
@@ -63,25 +65,39 @@ def how_to_load(cfg: Any, format: str) -> str:
 
     `format` is that of the weights: PyTorch has use for its own.
     """
-    parts = [cfg, *(part for part in _values(cfg) if hasattr(part, "model_type"))]
-    if not any(_record.is_laid_out(part) for part in parts):
+    parts = list(_record.parts(cfg))
+    if not any(_record.is_laid_out(cfg, part) for part in parts):
         return ""
     name = _class_name(cfg)
+    if name is None:
+        return _OF_ONES_OWN.strip()
     text = _IN_FLAX.replace("CLASS", f"Flax{name}")
-    if format == "torch" and not any(_record.sites(part) for part in parts):
+    if format == "torch" and not any(_record.sites(cfg, part) for part in parts):
         text += _IN_TORCH.replace("CLASS", name)
     return text.strip()
 
 
-def _values(cfg: Any) -> Iterable[Any]:
-    return cfg.values() if isinstance(cfg, Mapping) else vars(cfg).values()
+def _class_name(cfg: Any) -> str | None:
+    """The class of transformers, without "Flax"; None for a model of one's own."""
+    names = _config.read(cfg, "architectures") if _config.has(cfg, "architectures") else None
+    if names:
+        return names[0].removeprefix("Flax")
+    return "AutoModel" if known(cfg) else None
 
 
-def _class_name(cfg: Any) -> str:
-    names = cfg.get("architectures") if isinstance(cfg, Mapping) else None
-    names = names or getattr(cfg, "architectures", None) or ["AutoModel"]
-    return names[0].removeprefix("Flax")
+_OF_ONES_OWN = """
+### How to load it
 
+The layers differ in size, as `config.json` says under `flaxslim_layout`. flaxslim (`pip install
+flaxslim`) runs the Linen class that was slimmed, here `YourModule`, at these sizes:
+
+```python
+import flaxslim
+
+params, cfg = flaxslim.load("this/folder")
+model = flaxslim.module(YourModule, cfg)
+```
+"""
 
 _IN_FLAX = """
 ### How to load it

@@ -9,6 +9,7 @@ from flaxslim import _record
 from flaxslim._compat import clip_compat
 from flaxslim._errors import LayoutError
 from flaxslim._intercept import lay_out, layout
+from flaxslim.specs import COMPOSITES
 
 
 def from_pretrained(cls: Any, source: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -29,11 +30,13 @@ def from_pretrained(cls: Any, source: str | os.PathLike, *args: Any, **kwargs: A
       args, kwargs: as for `cls.from_pretrained`: `dtype=`, `revision=`, `_do_init=False` (which
         gives `(model, params)`), ...
 
-    Raises `LayoutError` if the layout cannot be read, does not fit the tensors, or belongs to
-    another family than the class; and what `cls.from_pretrained` raises.
+    Raises `LayoutError` if the class is not one of Flax, or if the layout cannot be read, does not
+    fit the tensors, or belongs to another family than the class; and what `cls.from_pretrained`
+    raises.
 
     >>> model = from_pretrained(FlaxBertForQuestionAnswering, "slim")  # doctest: +SKIP
     """
+    _check_flax(cls)
     laid_out = _laid_out(cls, source, kwargs)
     with clip_compat(), layout(), _leading_on(source, laid_out):
         loaded = cls.from_pretrained(source, *args, **kwargs)
@@ -42,18 +45,37 @@ def from_pretrained(cls: Any, source: str | os.PathLike, *args: Any, **kwargs: A
     return lay_out(loaded)
 
 
+def _check_flax(cls: Any) -> None:
+    bases = [base.__name__ for base in getattr(cls, "__mro__", ())]
+    if not any(name == "FlaxPreTrainedModel" or name.startswith("FlaxAuto") for name in bases):
+        name = getattr(cls, "__name__", str(cls))
+        raise LayoutError(
+            f"{name} is no Flax class of transformers",
+            expected=f"such as Flax{name}" if isinstance(cls, type) else "a class",
+            mend="import that from transformers (4.x); examples/per_layer_in_torch.py loads widths "
+            "of each layer's own in PyTorch",
+        )
+
+
 def _laid_out(cls: Any, source: str | os.PathLike, kwargs: Mapping[str, Any]) -> bool:
     """Whether the source records a layout; raises `LayoutError` if the class cannot run it."""
     from transformers import PretrainedConfig
 
-    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-    hub = {name: kwargs[name] for name in names if name in kwargs}
-    values, _ = PretrainedConfig.get_config_dict(source, **hub)
-    parts = [values, *(v for v in values.values() if isinstance(v, Mapping))]
-    if not any(_record.is_laid_out(part) for part in parts):
+    given: Any = kwargs.get("config")
+    if hasattr(given, "to_dict"):
+        values = given.to_dict()
+    else:
+        names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+        hub = {name: kwargs[name] for name in (*names, "subfolder") if name in kwargs}
+        values, _ = PretrainedConfig.get_config_dict(given or source, **hub)
+    parts = {name: part for name, part in values.items() if isinstance(part, Mapping)}
+    if not any(_record.is_laid_out(part) for part in (values, *parts.values())):
         return False
     wanted = getattr(getattr(cls, "config_class", None), "model_type", None)
-    families = [part["model_type"] for part in parts if part.get("model_type")]
+    # The towers of CLIP load from the whole; those of other composites would stay random.
+    towers = COMPOSITES.get(values.get("model_type", ""), {})
+    loadable = [values, *(part for name, part in parts.items() if towers.get(name) == "")]
+    families = [part["model_type"] for part in loadable if part.get("model_type")]
     if wanted and families and wanted not in families:
         raise LayoutError(
             f"{cls.__name__} is a class of another family than the folder",

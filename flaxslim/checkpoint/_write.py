@@ -9,7 +9,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from flaxslim._errors import UnsupportedFormatError
+from flaxslim._draw import check_config
+from flaxslim._errors import FlaxslimError, UnsupportedFormatError
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import _card, _folder, _msgpack, _safetensors
 from flaxslim.checkpoint._atomic import fresh_folder
@@ -26,6 +27,7 @@ from flaxslim.checkpoint._names import (
     without_place,
 )
 from flaxslim.checkpoint._read import Checkpoint, read
+from flaxslim.specs import spec_for
 
 FORMATS = ("flax", "flax-safetensors", "torch")
 _SHARD = 5 * 10**9
@@ -61,10 +63,12 @@ def save(
     Weights in shards stay in shards, of at most 5 GB or the largest one of `like`, unless one
     shard is enough. Returns the folder. Raises `TargetError`, what `read(like)` raises,
     `UnsupportedFormatError` (also if a conversion to Flax would lose tensors; see `to_flax`), and
-    `ConfigError` for a config that is no plain data.
+    `ConfigError` for a config that is no plain data, or that says other sizes than the tensors of a
+    known family have (the one from before a cut, say).
 
     >>> save("smaller", params, cfg, like="bert-base-uncased")  # doctest: +SKIP
     """
+    _refuse_contradiction(params, cfg)
     source = None if like is None else read(like)
     kind = _format(format, source, params)
     leaves = _leaves(params, cfg, kind, source)
@@ -93,6 +97,17 @@ def save(
         (new / _folder.CONFIG).write_text(text, encoding="utf-8")
         _write_record(new, source, record, _card.how_to_load(cfg, kind))
     return target
+
+
+def _refuse_contradiction(params: Any, cfg: Any) -> None:
+    """Raise `ConfigError` or `SiteShapeError` for a config of other sizes than the tensors have."""
+    try:
+        spec = spec_for(cfg, "all")
+        spec = spec.torch() if naming_of(flatten(params)) == "torch" else spec
+        sites = spec.sites(params, cfg)
+    except FlaxslimError:  # of no known family, or not all of it
+        return
+    check_config(sites, cfg)
 
 
 def _format(format: str | None, source: Checkpoint | None, params: Any) -> str:
