@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _by_name(),
             prog="flaxslim",
             description="Make a Flax checkpoint smaller without changing what it computes: cut "
-            "the FFN channels that contribute nothing.\n\n" + EXIT_CODES,
+            "the FFN channels and attention heads that contribute nothing.\n\n" + EXIT_CODES,
             args=arguments,
         )
     except ProofError as error:
@@ -82,9 +82,9 @@ def _unexpected(error: Exception) -> int:
 
 
 def _complain(error: object, code: int) -> int:
-    from flaxslim.cli._console import messages
+    from flaxslim.cli._console import in_flags, messages
 
-    messages.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+    messages.print(f"[bold red]error:[/] {_escape(in_flags(str(error)))}", soft_wrap=True)
     return code
 
 

@@ -19,7 +19,10 @@ Threshold = Annotated[
     ),
 ]
 MultipleOf = Annotated[
-    int, arg(help="round widths up to a multiple of this (128 suits most accelerators)")
+    int, arg(help="round FFN widths up to a multiple of this (128 suits most accelerators)")
+]
+HeadsMultipleOf = Annotated[
+    int, arg(help="round numbers of heads up to a multiple of this, with --heads")
 ]
 Width = Annotated[
     Literal["uniform", "per_layer"],
@@ -42,6 +45,7 @@ def inspect(
     heads: Heads = False,
     threshold: Threshold = 0.0,
     multiple_of: MultipleOf = 1,
+    heads_multiple_of: HeadsMultipleOf = 1,
     json: Annotated[bool, arg(help="print JSON instead of tables")] = False,
     revision: Revision = None,
 ) -> int:
@@ -55,7 +59,13 @@ def inspect(
     with messages.status(f"reading {source}"):
         report = _inspect.inspect(
             source,
-            _slim.Choice(width=width, heads=heads, threshold=threshold, multiple_of=multiple_of),
+            _slim.Choice(
+                width=width,
+                heads=heads,
+                threshold=threshold,
+                multiple_of=multiple_of,
+                heads_multiple_of=heads_multiple_of,
+            ),
             revision,
         )
     if json:
@@ -73,6 +83,7 @@ def slim(
     heads: Heads = False,
     threshold: Threshold = 0.0,
     multiple_of: MultipleOf = 1,
+    heads_multiple_of: HeadsMultipleOf = 1,
     format: Annotated[
         Literal["as-read", "flax", "flax-safetensors", "torch"],
         arg(
@@ -102,7 +113,11 @@ def slim(
         out,
         _slim.Options(
             choice=_slim.Choice(
-                width=width, heads=heads, threshold=threshold, multiple_of=multiple_of
+                width=width,
+                heads=heads,
+                threshold=threshold,
+                multiple_of=multiple_of,
+                heads_multiple_of=heads_multiple_of,
             ),
             format=format,
             overwrite=overwrite,

@@ -9,7 +9,8 @@ from flaxslim._errors import FlaxslimError
 from flaxslim._plan import Cut, Plan
 from flaxslim._proof import Change
 from flaxslim._tree import flatten
-from flaxslim.checkpoint import read
+from flaxslim.checkpoint import Checkpoint, read
+from flaxslim.cli._console import in_flags
 from flaxslim.cli._slim import Choice
 
 
@@ -17,7 +18,8 @@ from flaxslim.cli._slim import Choice
 class Inspection:
     """A plan that is not carried out, and what it would change.
 
-    `heads` is what would go of the heads if each layer had its own, asked for or not.
+    `heads` is what would go of the heads: if they were asked for as asked, else if each layer had
+    its own.
     """
 
     source: str
@@ -25,16 +27,16 @@ class Inspection:
     files: tuple[str, ...]
     naming: str
     plan: Plan
-    heads: Plan
+    heads: tuple[Cut, ...]
     parameters: Change
     bytes: Change
     flops: Change
     notes: tuple[str, ...]
 
     @property
-    def head_cuts(self) -> tuple[Cut, ...]:
-        """The heads: what goes if they were asked for, else what could."""
-        return tuple(filter(is_heads, self.plan.cuts)) or self.heads.cuts
+    def all_notes(self) -> list[str]:
+        """Those of the plan too, as the command line says it."""
+        return [in_flags(note) for note in (*self.plan.blocked, *self.plan.notes, *self.notes)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; without the indices that are kept, which `slim` records."""
@@ -46,7 +48,7 @@ class Inspection:
             "spec": self.plan.spec.name,
             "exact": self.plan.exact,
             "sites": [_site(cut, "channels") for cut in self.plan.cuts if not is_heads(cut)],
-            "heads": [_site(cut, "heads") for cut in self.head_cuts],
+            "heads": [_site(cut, "heads") for cut in self.heads],
             "widths": {
                 r.width: [r.before, r.after if r.least == r.after else [r.least, r.after]]
                 for r in self.plan.resizes
@@ -54,7 +56,7 @@ class Inspection:
             "parameters": [self.parameters.before, self.parameters.after],
             "bytes": [self.bytes.before, self.bytes.after],
             "flops": [self.flops.before, self.flops.after],
-            "notes": [*self.plan.blocked, *self.plan.notes, *self.notes],
+            "notes": self.all_notes,
         }
 
 
@@ -77,15 +79,14 @@ def inspect(source: str, choice: Choice, revision: str | None) -> Inspection:
     """Read a checkpoint and plan its slimming; nothing is cut."""
     checkpoint = read(source, revision=revision)
     chosen = choice.plan(checkpoint)
-    every = dataclasses.replace(choice, width="per_layer", heads=True).plan(checkpoint)
-    heads = dataclasses.replace(every, cuts=tuple(filter(is_heads, every.cuts)))
+    heads, notes = _heads(choice, chosen, checkpoint)
     leaves = flatten(checkpoint.params)
     gone = sum(
         int(cut.share_gone(t) * leaves[t.path].nbytes) for cut in chosen.cuts for t in cut.site.cut
     )
     count = sum(leaf.size for leaf in leaves.values())
     size = sum(leaf.nbytes for leaf in leaves.values())
-    notes = list(checkpoint.notes)
+    notes += checkpoint.notes
     try:
         cost = Change(
             before=_flops(checkpoint.config),
@@ -106,6 +107,20 @@ def inspect(source: str, choice: Choice, revision: str | None) -> Inspection:
         flops=cost,
         notes=tuple(notes),
     )
+
+
+def _heads(
+    choice: Choice, chosen: Plan, checkpoint: Checkpoint
+) -> tuple[tuple[Cut, ...], list[str]]:
+    """What would go of the heads; or why that is not known, where nobody asked."""
+    if choice.heads:
+        return tuple(filter(is_heads, chosen.cuts)), []
+    try:
+        every = dataclasses.replace(choice, width="per_layer", heads=True).plan(checkpoint)
+    except FlaxslimError as error:
+        where = f" ({error.path})" if error.path else ""
+        return (), [f"heads are not shown: {error.problem}{where}"]
+    return tuple(filter(is_heads, every.cuts)), []
 
 
 def _flops(cfg: Any) -> float | None:

@@ -11,13 +11,14 @@ from flaxslim._apply import apply, resized
 from flaxslim._draw import plan
 from flaxslim._errors import WidthError
 from flaxslim._plan import Plan
+from flaxslim._slim import mend_blocked
 from flaxslim._spec import Spec
 from flaxslim.checkpoint import Checkpoint, read, save, to_flax
 from flaxslim.checkpoint._atomic import check_target
 from flaxslim.checkpoint._names import unused
 from flaxslim.checkpoint._write import refuse_loss
 from flaxslim.cli import NOT_PROVEN, NOTHING_DEAD, _table
-from flaxslim.cli._console import console, messages
+from flaxslim.cli._console import console, in_flags, messages
 from flaxslim.cli._verify import prove_checkpoints, uncovered
 from flaxslim.specs import spec_for
 
@@ -30,6 +31,7 @@ class Choice:
     heads: bool
     threshold: float
     multiple_of: int
+    heads_multiple_of: int
 
     def plan(self, checkpoint: Checkpoint) -> Plan:
         """What would go, in the names that the tensors of a checkpoint have."""
@@ -39,7 +41,7 @@ class Choice:
             spec_of(checkpoint, "all" if self.heads else "ffn"),
             width=self.width,
             threshold=self.threshold,
-            multiple_of=self.multiple_of,
+            multiple_of={"f": self.multiple_of, "h": self.heads_multiple_of},
         )
 
 
@@ -79,11 +81,11 @@ def run(source: str, out: Path, options: Options) -> int:
         chosen = options.choice.plan(before)
     for note in before.notes:
         messages.print(f"note: {note}", markup=False, soft_wrap=True)
-    console.print(str(chosen), markup=False, soft_wrap=True)
+    console.print(in_flags(str(chosen)), markup=False, soft_wrap=True)
     if why := chosen.why_nothing:
         if chosen.blocked:
-            raise WidthError(why, mend="keep the model as it is until then")
-        messages.print(f"Nothing was written: {why}.", markup=False, soft_wrap=True)
+            raise WidthError(why, mend=mend_blocked(chosen))
+        messages.print(f"Nothing was written: {in_flags(why)}.", markup=False, soft_wrap=True)
         return NOTHING_DEAD
     if note := uncovered(before, written=True):
         messages.print(f"note: {note}", markup=False, soft_wrap=True)

@@ -89,7 +89,7 @@ def inspection(report: Any) -> Group:
     """The sites of a checkpoint and what would go."""
     plan = report.plan
     title = f"{report.source}: {report.model_type}, {', '.join(report.files)}"
-    heads = report.head_cuts
+    heads = report.heads
     channels = [cut for cut in plan.cuts if cut.site.pair.axis != "h"]
     asked = any(cut.site.pair.axis == "h" for cut in plan.cuts)
     totals = _table("", "now", "slimmed", "ratio")
@@ -102,7 +102,7 @@ def inspection(report: Any) -> Group:
             _ratio(resize.before, resize.after) if same else "",
         )
     _changes(totals, report)
-    notes = [f"note: {note}" for note in (*plan.blocked, *plan.notes, *report.notes)]
+    notes = [f"note: {note}" for note in report.all_notes]
     if not asked and (dead := sum(cut.dead for cut in heads)):
         notes.append(f"note: {dead} heads are dead; --heads --width per_layer cuts them")
     if not plan.removed:
@@ -110,7 +110,7 @@ def inspection(report: Any) -> Group:
     return Group(
         Text(title),
         _sites("FFN", "channels", channels, show_gone=True),
-        _sites("attention", "heads", heads, show_gone=asked),
+        *([_sites("attention", "heads", heads, show_gone=asked)] if heads else []),
         totals,
         *map(Text, notes),
     )

@@ -1,6 +1,7 @@
 """What goes wrong is said in one message that names the mend: no traceback, nothing written."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -124,6 +125,8 @@ def test_bloom_is_refused(run, broken, tmp_path):
     folder = broken("flax", "FlaxBloomForCausalLM", (40, 30))
     result = run("slim", folder, tmp_path / "out")
     _assert_explained(result, "hard-codes its width", "mend:")
+    assert re.search(r"mend: +pass --width per_layer", result.err)
+    assert 'width="' not in result.out + result.err
     assert not (tmp_path / "out").exists()
 
 

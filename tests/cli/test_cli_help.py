@@ -23,6 +23,7 @@ def test_main_help_lists_commands_and_exit_codes(run):
     for code in (0, 1, 2, 3, 4, 130):
         assert f"\n  {code} " in result.out
     assert "FLAXSLIM_TRACEBACK=1" in result.out
+    assert "cut the FFN channels and attention heads" in _words(result.out)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

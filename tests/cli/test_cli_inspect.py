@@ -80,6 +80,33 @@ def test_multiple_of_and_threshold(run, living_folder):
     assert wide["widths"]["intermediate_size"][1] == -(-width // 5) * 5
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("missing", "half a pair"), ("nan", "NaN")],
+)
+def test_what_is_wrong_with_heads_spares_those_who_did_not_ask(run, tmp_path, change, words):
+    params, cfg = tiny("FlaxBertForMaskedLM", DEAD)
+    query = params["bert"]["encoder"]["layer"]["0"]["attention"]["self"]["query"]
+    if change == "nan":
+        query["kernel"] = np.full_like(query["kernel"], np.nan)
+    else:
+        del query["kernel"]
+    folder = flaxslim.save(tmp_path / "broken", params, cfg)
+    report = json.loads(run("inspect", folder, "--json").out)
+    assert report["heads"] == []
+    assert [site["dead"] for site in report["sites"]] == list(DEAD)
+    (note,) = (note for note in report["notes"] if note.startswith("heads are not shown"))
+    assert words in note
+    assert "layer/0/attention/self/query/kernel" in note
+    table = run("inspect", folder)
+    assert table.code == 0
+    out = "".join(table.out.split())
+    assert "".join(note.split()) in out
+    assert "heads┃dead" not in out
+    assert run("slim", folder, tmp_path / "out", "--dry-run").code == 0
+    assert run("inspect", folder, "--heads").code == 1
+
+
 def test_bloom_is_shown_with_the_reason_why_nothing_goes(run, tmp_path):
     folder = flaxslim.save(tmp_path / "bloom", *tiny("FlaxBloomForCausalLM", (40, 30)))
     result = run("inspect", folder)
@@ -88,4 +115,5 @@ def test_bloom_is_shown_with_the_reason_why_nothing_goes(run, tmp_path):
     report = json.loads(run("inspect", folder, "--json").out)
     assert [site["dead"] for site in report["sites"]] == [40, 30]
     assert report["parameters"][0] == report["parameters"][1]
-    assert any("hard-codes its width" in note for note in report["notes"])
+    (note,) = (note for note in report["notes"] if "hard-codes its width" in note)
+    assert "--width per_layer" in note

@@ -128,6 +128,7 @@ def test_dead_channels_that_the_width_keeps_are_not_called_living(run, flax_fold
     assert f"Nothing was written: {sum(DEAD)} channels at 2 sites" in result.err
     assert "none can go" in result.err
     assert "multiple_of" in result.err
+    assert "--width per_layer asks less" in result.err
     assert not list(tmp_path.iterdir())
 
 
