@@ -17,11 +17,12 @@ def _blocks() -> list[tuple[str, str]]:
     return _BLOCK.findall(README.read_text(encoding="utf-8"))
 
 
-def test_code_prints_what_the_readme_says():
+def test_code_prints_what_the_readme_says(tmp_path, monkeypatch):
     """The ```python blocks are one program; an ```output block follows the code that prints it."""
     space: dict[str, object] = {"__name__": "readme"}
     blocks = _blocks()
     shown = 0
+    monkeypatch.chdir(tmp_path)  # it saves a model
     with jax.numpy_rank_promotion("allow"):  # the stock classes need it
         for number, (language, text) in enumerate(blocks):
             if language != "python":

@@ -36,14 +36,12 @@ def _pruned(source: Path, folder: Path, part: str = "all") -> Any:
     return spec
 
 
-def _in_a_new_process(code: str, *arguments: object) -> dict[str, np.ndarray]:
-    """Run `code`, which fills the dict `out`; what it holds then."""
-    out = Path(str(arguments[0])).parent / "out.npz"
-    script = f"import sys\\nout = {{}}\\n{textwrap.dedent(code)}\\nimport numpy\\n"
-    script = script.encode().decode("unicode_escape") + f"numpy.savez({str(out)!r}, **out)"
+def _in_a_new_process(code: str, *arguments: Path) -> dict[str, np.ndarray]:
+    """Run `code` on paths, `sys.argv[2:]`; what it writes to the file `sys.argv[1]`."""
+    out = arguments[0].parent / "out.npz"
     environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
+        [sys.executable, "-c", textwrap.dedent(code), str(out), *map(str, arguments)],
         check=True,
         env=environment,
         timeout=600,
@@ -53,24 +51,28 @@ def _in_a_new_process(code: str, *arguments: object) -> dict[str, np.ndarray]:
 
 
 _STORIES = """
-    import jax, numpy as np
+    import sys, jax, numpy as np
     from transformers import FlaxLlamaForCausalLM
     import flaxslim
 
-    folder, tokens = sys.argv[1:]
-    model = flaxslim.from_pretrained(FlaxLlamaForCausalLM, folder)
+    def perplexity_and_tokens(folder):
+        model, params = flaxslim.from_pretrained(FlaxLlamaForCausalLM, folder, _do_init=False)
+        run = jax.jit(lambda i, m: jax.nn.log_softmax(model(i, m, params=params).logits))
+        total, count = 0.0, 0
+        for some, hidden in zip(np.split(ids, 10), np.split(mask, 10)):
+            logs = np.asarray(run(some, hidden))[:, :-1]
+            picked = np.take_along_axis(logs, some[:, 1:, None].astype(int), -1)[..., 0]
+            total -= picked[hidden[:, 1:] == 1].sum(dtype=np.float64)
+            count += int((hidden[:, 1:] == 1).sum())
+        prompts = ids[:2, :4]
+        out = model.generate(prompts, params=params, max_new_tokens=200, do_sample=False)
+        return np.exp(total / count), count, out.sequences
+
+    out, zeroed, slim, tokens = sys.argv[1:]
     with np.load(tokens) as stories:
         ids, mask = stories["eval_ids"].astype("int32"), stories["eval_mask"]
-    run = jax.jit(lambda p, i, m: jax.nn.log_softmax(model(i, attention_mask=m, params=p).logits))
-    total, count = 0.0, 0
-    for some, hidden in zip(np.split(ids, 10), np.split(mask, 10)):
-        logs = np.asarray(run(model.params, some, hidden))[:, :-1]
-        picked = np.take_along_axis(logs, some[:, 1:, None].astype(int), -1)[..., 0]
-        total -= picked[hidden[:, 1:] == 1].sum(dtype=np.float64)
-        count += int((hidden[:, 1:] == 1).sum())
-    out["perplexity"] = np.exp(total / count)
-    out["count"] = count
-    out["tokens"] = model.generate(ids[:2, :4], max_new_tokens=200, do_sample=False).sequences
+    theirs, ours = map(perplexity_and_tokens, (zeroed, slim))
+    np.savez(out, perplexity=[theirs[0], ours[0]], count=ours[1], theirs=theirs[2], ours=ours[2])
 """
 
 
@@ -84,27 +86,32 @@ def test_stories_have_the_same_perplexity_and_go_on_with_the_same_tokens(data, t
     assert len({site.size for site in cut if site.pair.axis == "h"}) >= 3
     assert flaxslim.plan(after.params, after.config, "all", width="per_layer").removed == 0
     tokens = data / "stories260K" / "tinystories_tokens.npz"
-    theirs, ours = (_in_a_new_process(_STORIES, folder, tokens) for folder in (zeroed, slim))
-    assert ours["count"] == 31306
-    np.testing.assert_allclose(ours["perplexity"], theirs["perplexity"], rtol=1e-5)
-    assert ours["tokens"].shape == (2, 204)
-    np.testing.assert_array_equal(ours["tokens"], theirs["tokens"])
+    found = _in_a_new_process(_STORIES, zeroed, slim, tokens)
+    assert found["count"] == 31306
+    theirs, ours = found["perplexity"]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert found["ours"].shape == (2, 204)
+    np.testing.assert_array_equal(found["ours"], found["theirs"])
     assert before.params.keys() == after.params.keys()
 
 
 _SENTENCES = """
-    import json, jax, numpy as np
+    import json, sys, jax, numpy as np
     from transformers import AutoTokenizer, FlaxBertModel
     import flaxslim
 
-    folder, sentences = sys.argv[1:]
-    model = flaxslim.from_pretrained(FlaxBertModel, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    def embeddings(folder):
+        model = flaxslim.from_pretrained(FlaxBertModel, folder)
+        states = jax.jit(lambda b: model(**b).last_hidden_state)(batch)
+        mean = (np.asarray(states) * mask).sum(1) / mask.sum(1)
+        return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+
+    out, sentences, *folders = sys.argv[1:]
+    tokenizer = AutoTokenizer.from_pretrained(folders[-1])
     batch = dict(tokenizer(json.load(open(sentences)), padding=True, return_tensors="np"))
-    states = jax.jit(lambda p, b: model(**b, params=p).last_hidden_state)(model.params, batch)
     mask = batch["attention_mask"][..., None]
-    mean = (np.asarray(states) * mask).sum(1) / mask.sum(1)
-    out["embeddings"] = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+    zeroed, slim, dense = map(embeddings, folders)
+    np.savez(out, zeroed=zeroed, slim=slim, dense=dense)
 """
 
 
@@ -121,12 +128,10 @@ def test_sentences_have_the_same_embeddings(data, tmp_path):
     with (data / "stsb" / "sts-dev.csv").open(encoding="utf-8") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     (tmp_path / "sentences.json").write_text(json.dumps([row[5] for row in rows[:64]]))
-    theirs, ours, dense = (
-        _in_a_new_process(_SENTENCES, folder, tmp_path / "sentences.json")["embeddings"]
-        for folder in (zeroed, slim, _copy(data / "sentence-encoder", tmp_path / "dense"))
-    )
-    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
-    assert np.abs(dense - theirs).max() > 0.1
+    dense = _copy(data / "sentence-encoder", tmp_path / "dense")
+    found = _in_a_new_process(_SENTENCES, tmp_path / "sentences.json", zeroed, slim, dense)
+    assert np.abs(found["slim"] - found["zeroed"]).max() <= 1e-5 * np.abs(found["zeroed"]).max()
+    assert np.abs(found["dense"] - found["zeroed"]).max() > 0.1
 
 
 def _copy(source: Path, folder: Path) -> Path:
