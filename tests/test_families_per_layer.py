@@ -75,15 +75,7 @@ def _apart(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
     return max(float(np.abs(a[k] - b[k]).max() / np.abs(a[k]).max()) for k in clean)
 
 
-# One of each kind of composite; the others, which are slow to compile, in the long run.
-_ONE_OF_A_KIND = [
-    str(case)
-    for case in CASES
-    if case.short and ("EncoderDecoder" not in case.cls_name or str(case).endswith("+gpt2"))
-]
-
-
-@pytest.mark.parametrize("case", _marked(CASES, _ONE_OF_A_KIND))
+@pytest.mark.parametrize("case", _marked(CASES))
 def test_every_dead_channel_and_head_goes_and_the_stock_class_reloads(
     case: Case, tmp_path, record_property
 ):
@@ -184,8 +176,6 @@ _GENERATIVE = [
     and not str(case).endswith("-cross")
 ]
 _SHORT = (
-    "FlaxBloomForCausalLM",
-    "FlaxGemmaForCausalLM-grouped",
     "FlaxGPT2LMHeadModel-inner",
     "FlaxLlamaForCausalLM-grouped",
     "FlaxT5ForConditionalGeneration-gated",

@@ -234,13 +234,16 @@ def test_a_layout_that_makes_no_sense_is_refused(change, words):
 
 def test_a_layout_that_does_not_fit_the_tensors_is_refused(tmp_path):
     cls, cfg, params = slimmed("FlaxBertForMaskedLM")
-    cfg.flaxslim_layout["sites"]["encoder/layer/0/attention/output/dense"] = [0, 1, 2, 3]
     folder = flaxslim.save(tmp_path / "slim", params, cfg)
+    cfg.flaxslim_layout["sites"]["encoder/layer/0/attention/output/dense"] = [0, 1, 2, 3]
+    cfg.save_pretrained(folder)
     with pytest.raises(LayoutError, match="does not fit the tensors") as caught:
         flaxslim.from_pretrained(cls, folder)
     assert "attention" in str(caught.value)
     with pytest.raises(ConfigError, match="contradicts the tensors"):
         slim(params, cfg, "all", width="per_layer")
+    with pytest.raises(ConfigError, match="contradicts the tensors"):
+        flaxslim.save(tmp_path / "again", params, cfg)
 
 
 def test_the_stock_loader_fails_and_the_folder_leads_on(tmp_path):
