@@ -143,11 +143,7 @@ def check_companions(plan: Plan, leaves: Mapping[str, Any]) -> None:
     """Raise `PlanError` if an adapter or a scale that the plan does not know is at a cut kernel."""
     sites = [cut.site for cut in plan.cuts if cut.removed]
     known = {tensor.path for site in sites for tensor in site.tensors}
-    others = (path for path, _, _ in _scales.beside(sites, leaves))
-    scales = (path for path in others if _scales.COMPANION.fullmatch(path.rpartition("/")[2]))
-    unknown = list(
-        dict.fromkeys(p for p in (*_lora.beside(sites, leaves), *scales) if p not in known)
-    )
+    unknown = {*_lora.beside(sites, leaves), *_scales.companions(sites, leaves)} - known
     if unknown:
         raise PlanError(
             "the plan does not know what belongs to a kernel that is cut: a low-rank matrix, its "

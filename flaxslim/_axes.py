@@ -322,6 +322,8 @@ def _sizes(
                 path=path,
                 seen=shape,
                 expected=expected,
+                mend="correct the tensor or its pattern; where the config says a size, pass the "
+                "one that was saved with these parameters",
             )
         for factor in factors:
             if isinstance(factor, str):

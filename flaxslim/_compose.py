@@ -156,17 +156,8 @@ def _resizes(cuts: Sequence[Cut], known: Sequence[Resize]) -> tuple[Resize, ...]
     by_width: dict[str, list[Cut]] = {resize.width: [] for resize in known}
     for cut in cuts:
         if (expression := cut.site.pair.width_expression) is not None:
-            by_width.get(expression.key or str(expression), []).append(cut)
-    return tuple(
-        Resize(
-            width=width,
-            before=max(cut.site.size for cut in own),
-            after=max(cut.width for cut in own),
-            least=min(cut.width for cut in own),
-        )
-        for width, own in by_width.items()
-        if own
-    )
+            by_width.get(expression.label, []).append(cut)
+    return tuple(Resize.of(width, own) for width, own in by_width.items() if own)
 
 
 def expand(plan: Plan, tree: Any) -> Any:

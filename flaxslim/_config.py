@@ -252,6 +252,11 @@ class Width:
             return None
         return _number(cfg, term.key, self.prefix)
 
+    @property
+    def label(self) -> str:
+        """Its name: the key that is written, or the whole where a class hard-codes it."""
+        return self.key or str(self)
+
     def step(self, cfg: Any) -> int:
         """The config can only say multiples of this."""
         swiglu, first, _ = self._parts

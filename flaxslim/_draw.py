@@ -20,7 +20,7 @@ from flaxslim._errors import (
 )
 from flaxslim._nnx import modules
 from flaxslim._plan import PER_LAYER, Cut, Plan, channels
-from flaxslim._scales import COMPANION, beside
+from flaxslim._scales import beside, companions
 from flaxslim._spec import Pair, Site, SpecLike
 from flaxslim._tree import flatten
 from flaxslim._widths import Cluster, Target
@@ -100,7 +100,7 @@ def draw(
     leaves = flatten(params)
     _widths.check_entries(multiple_of, sites)
     _refuse_quantised(sites, cfg, leaves)
-    in_nnx = any(True for _ in modules(params))
+    in_nnx = any(modules(params))
     sized = cfg is not None or not in_nnx
     shared = frozenset[str]()
     if sized:
@@ -174,13 +174,12 @@ def _refuse_quantised(sites: Sequence[Site], cfg: Any, leaves: Mapping[str, Any]
             seen=str(_config.read(cfg, "quantization_config"))[:80],
             mend=mend,
         )
-    for path, _, _ in beside(sites, leaves):
-        if COMPANION.fullmatch(path.rpartition("/")[2]):
-            raise UnsupportedDtypeError(
-                "a kernel that would be cut is quantised: its scales stand beside it",
-                path=path,
-                mend=mend,
-            )
+    for path in companions(sites, leaves):
+        raise UnsupportedDtypeError(
+            "a kernel that would be cut is quantised: its scales stand beside it",
+            path=path,
+            mend=mend,
+        )
 
 
 def _check_arguments(width: str, multiple_of: Any, threshold: float) -> None:
@@ -291,7 +290,7 @@ def _groups(clusters: Sequence[Cluster], width: str, sized: bool) -> list[list[C
         site = cluster.sites[0]
         expression = site.pair.width_expression if sized else None
         # Without a key nothing says which sites must agree: those of one pair and size do.
-        key = (expression.key or str(expression)) if expression else (site.pair, site.size)
+        key = expression.label if expression else (site.pair, site.size)
         groups.setdefault(key, []).append(cluster)
     return list(groups.values())
 

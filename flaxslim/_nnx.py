@@ -40,13 +40,13 @@ def mended(tree: Any, plan: Plan, *, places: Iterable[str] = ("",), expanded: bo
 
     `places` are the paths of the copies of the parameters in it.
     """
-    nodes = dict(modules(tree))
+    nodes, left = dict(modules(tree)), plan.shapes
     for place in places if nodes else ():
         prefix = f"{place}/" if place else ""
         own = {at.removeprefix(prefix): node for at, node in nodes.items() if at.startswith(prefix)}
         own |= {"": nodes[place]} if place in nodes else {}
         for cut in plan.cuts:
-            _mend_layers(own, cut, plan.shapes, expanded)
+            _mend_layers(own, cut, left, expanded)
             _mend_modules(own, cut, expanded)
     return tree
 

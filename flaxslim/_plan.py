@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -114,6 +114,13 @@ class Resize:
     after: int
     least: int
 
+    @classmethod
+    def of(cls, width: str, cuts: Sequence[Cut]) -> "Resize":
+        """What becomes of a width that some cuts share."""
+        after = [cut.width for cut in cuts]
+        before = max(cut.site.size for cut in cuts)
+        return cls(width=width, before=before, after=max(after), least=min(after))
+
     def __str__(self) -> str:
         return self.counted("channels")
 
@@ -222,7 +229,7 @@ class Plan:
             numbers = (str(row[i]).rjust(widths[i]) for i in (1, 2, 3))
             lines.append("  ".join([row[0].ljust(widths[0]), *numbers, row[4]]).rstrip())
         expressions = ((pair.width_expression, pair.unit) for pair in self.spec)
-        units = {key.key or str(key): unit for key, unit in expressions if key}
+        units = {expression.label: unit for expression, unit in expressions if expression}
         lines += [resize.counted(units.get(resize.width, "channels")) for resize in self.resizes]
         gone = counted((cut.site, cut.removed) for cut in self.cuts)
         parameters = f"{self.removed_parameters:,} parameters"

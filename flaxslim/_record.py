@@ -283,8 +283,14 @@ def written(cfg: Any, spec: Spec | None, sites: Mapping[str, Recorded]) -> dict[
 
 
 def _how_to_load(cfg: Any) -> str:
-    names = _config.read(cfg, "architectures") if _config.has(cfg, "architectures") else None
-    if not names and not known(cfg):
+    if (name := class_name(cfg)) is None:
         return "flaxslim.module(YourModule, cfg)"
-    stem = names[0].removeprefix("Flax") if names else "AutoModel"
-    return f"flaxslim.from_pretrained(Flax{stem}, folder)"
+    return f"flaxslim.from_pretrained(Flax{name}, folder)"
+
+
+def class_name(cfg: Any) -> str | None:
+    """The class of transformers, without "Flax"; None for a model of one's own."""
+    names = _config.read(cfg, "architectures") if _config.has(cfg, "architectures") else None
+    if names:
+        return names[0].removeprefix("Flax")
+    return "AutoModel" if known(cfg) else None

@@ -33,23 +33,15 @@ def values(
     layouts: dict[str, _Layout] = {}
     for members in _by_key(cuts):
         pair, expression = members[0].site.pair, members[0].site.pair.width_expression
-        widths = [cut.width for cut in members]
         layout = layouts.setdefault(pair.config, _Layout(spec, cfg, pair.config))
         if expression is None:
             layout.say_again(members)
             continue
-        resizes.append(
-            Resize(
-                width=expression.key or str(expression),
-                before=max(cut.site.size for cut in members),
-                after=max(widths),
-                least=min(widths),
-            )
-        )
+        resizes.append(Resize.of(expression.label, members))
         if policy == "per_layer":
             base = _base(members, cfg, shared)
         else:
-            base = members[0] if max(widths) < members[0].site.size else None
+            base = members[0] if resizes[-1].after < members[0].site.size else None
         plain = expression.read(cfg) if base is None else base.width
         if base is not None and plain != expression.read(cfg):
             written |= _plain(expression, base, cfg)
@@ -66,7 +58,7 @@ def _by_key(cuts: Iterable[Cut]) -> list[list[Cut]]:
     groups: dict[Any, list[Cut]] = {}
     for cut in cuts:
         expression = cut.site.pair.width_expression
-        key = (expression.key or str(expression)) if expression else (cut.site.pair, cut.site.size)
+        key = expression.label if expression else (cut.site.pair, cut.site.size)
         groups.setdefault(key, []).append(cut)
     return list(groups.values())
 

@@ -41,6 +41,13 @@ def beside(sites: Sequence[Site], leaves: Mapping[str, Any]) -> Iterator[tuple[s
                     yield path, t, site
 
 
+def companions(sites: Sequence[Site], leaves: Mapping[str, Any]) -> Iterator[str]:
+    """The scales and the like in the folder of a kernel that is cut, which no spec names."""
+    for path, _, _ in beside(sites, leaves):
+        if COMPANION.fullmatch(path.rpartition("/")[2]):
+            yield path
+
+
 def tensor_of(path: str, shape: tuple[int, ...], kernel: Tensor, cut: Cut) -> Tensor | None:
     """A scale with its pattern; None for one that does not run along the axis of the cut.
 

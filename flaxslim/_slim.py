@@ -80,7 +80,7 @@ def slim(
         )
         return params, cfg
     small, new = apply(plan, params), resized(plan, cfg)
-    if any(True for _ in modules(small)):
+    if any(modules(small)):
         check_shapes(small, plan, new)
     if plan.blocked:
         warnings.warn(

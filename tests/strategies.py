@@ -262,3 +262,19 @@ def enable_x64() -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_enable_x64", False)
+
+
+# Attention with key/value groups, in four bare layers.
+GROUPED = Pair(
+    first="v",
+    second="o",
+    first_axes="d (g k)",
+    second_axes="(h k) d",
+    also={"q": "d (h k)", "k": "d (g k)"},
+    axis="h",
+    group="g",
+    width="heads",
+    group_width="groups",
+    sizes={"k": "size"},
+    activation="identity",
+)

@@ -11,7 +11,7 @@ from flax import nnx
 from flax.core import freeze
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import LAYOUTS, PLAIN, Net, gap, net, nets, quick, run
+from strategies import GROUPED, LAYOUTS, PLAIN, Net, gap, net, nets, quick, run
 
 from flaxslim import Pair, Plan, Spec, apply, expand, plan, slim
 from flaxslim._apply import resized
@@ -307,23 +307,7 @@ def test_stacked_layers_compose_and_expand_row_by_row(name, seed):
     assert_equal(apply(both, back), small)
 
 
-HEADS = Spec(
-    name="HEADS",
-    pairs=Pair(
-        first="v",
-        second="o",
-        first_axes="d (g k)",
-        second_axes="(h k) d",
-        also={"q": "d (h k)", "k": "d (g k)"},
-        axis="h",
-        group="g",
-        width="heads",
-        group_width="groups",
-        sizes={"k": "size"},
-        activation="identity",
-        ragged=True,
-    ),
-)
+HEADS = Spec(name="HEADS", pairs=dataclasses.replace(GROUPED, ragged=True))
 HEADS_CFG = {"heads": 6, "groups": 3, "size": 2}
 
 

@@ -16,6 +16,7 @@ from kill import kill
 
 import flaxslim
 from flaxslim.checkpoint import read
+from flaxslim.checkpoint._names import spec_named
 from flaxslim.cli import main
 from flaxslim.specs import spec_for
 
@@ -29,8 +30,7 @@ def _stock_rank_promotion():
 def _pruned(source: Path, folder: Path, part: str = "all") -> Any:
     """The checkpoint with another share of each layer dead: 10% to 80%."""
     before = read(source)
-    spec = spec_for(before.config, part)
-    spec = spec.torch() if before.naming == "torch" else spec
+    spec = spec_named(before.config, part, before.naming)
     params, _ = kill(before.params, spec.sites(before.params, before.config), low=0.1, high=0.8)
     flaxslim.save(folder, params, before.config, like=before)
     return spec

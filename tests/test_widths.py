@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import gap, nets, quick, run
+from strategies import GROUPED, gap, nets, quick, run
 
 from flaxslim import NothingRemovedWarning, Pair, Plan, Spec, apply, plan, slim
 from flaxslim._apply import resized
@@ -21,20 +21,7 @@ policies = st.sampled_from(POLICIES)
 
 FFN = Pair(at="layers/{i}", first="up", second="down", width="hidden")
 MLP = Spec(name="MLP", pairs=FFN)
-HEADS = Pair(
-    at="layers/{i}",
-    first="v",
-    second="o",
-    first_axes="d (g k)",
-    second_axes="(h k) d",
-    also={"q": "d (h k)", "k": "d (g k)"},
-    axis="h",
-    group="g",
-    width="heads",
-    group_width="groups",
-    sizes={"k": "size"},
-    activation="identity",
-)
+HEADS = dataclasses.replace(GROUPED, at="layers/{i}")
 ATTENTION = Spec(name="ATTENTION", pairs=HEADS)
 RAGGED = Spec(name="RAGGED", pairs=dataclasses.replace(HEADS, ragged=True))
 

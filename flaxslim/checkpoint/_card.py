@@ -4,8 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flaxslim import _config, _record
-from flaxslim.specs import known
+from flaxslim import _record
 
 HEADING = "## What flaxslim cut"
 _FENCE = re.compile(r" {0,3}(```|~~~)")
@@ -68,21 +67,13 @@ def how_to_load(cfg: Any, format: str) -> str:
     parts = list(_record.parts(cfg))
     if not any(_record.is_laid_out(cfg, part) for part in parts):
         return ""
-    name = _class_name(cfg)
+    name = _record.class_name(cfg)
     if name is None:
         return _OF_ONES_OWN.strip()
     text = _IN_FLAX.replace("CLASS", f"Flax{name}")
     if format == "torch" and not any(_record.sites(cfg, part) for part in parts):
         text += _IN_TORCH.replace("CLASS", name)
     return text.strip()
-
-
-def _class_name(cfg: Any) -> str | None:
-    """The class of transformers, without "Flax"; None for a model of one's own."""
-    names = _config.read(cfg, "architectures") if _config.has(cfg, "architectures") else None
-    if names:
-        return names[0].removeprefix("Flax")
-    return "AutoModel" if known(cfg) else None
 
 
 _OF_ONES_OWN = """

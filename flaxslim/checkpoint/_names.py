@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from flaxslim._errors import ConfigError
+from flaxslim._spec import Spec
 from flaxslim._tree import flatten
 from flaxslim.checkpoint._leaf import Leaf, nest
+from flaxslim.specs import spec_for
 
 # Distinct sizes, so that the shape which comes back says how the axes were permuted.
 _PRIMES = (2, 3, 5, 7, 11, 13)
@@ -127,6 +129,12 @@ def naming_of(paths: Iterable[str]) -> str:
     """
     last = {path.replace(".", "/").rsplit("/", 1)[-1] for path in paths}
     return "torch" if "weight" in last and not last & {"kernel", "embedding"} else "flax"
+
+
+def spec_named(cfg: Any, part: str, naming: str) -> Spec:
+    """The spec of a config's family (see `spec_for`), in PyTorch names if `naming` is "torch"."""
+    spec = spec_for(cfg, part)
+    return spec.torch() if naming == "torch" else spec
 
 
 def to_flax(params: Any, cfg: Any = None, model_class: type | None = None) -> dict[str, Any]:

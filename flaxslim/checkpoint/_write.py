@@ -21,13 +21,13 @@ from flaxslim.checkpoint._names import (
     dotted,
     naming_of,
     some,
+    spec_named,
     to_torch,
     to_torch_like,
     warn_of_missing,
     without_place,
 )
 from flaxslim.checkpoint._read import Checkpoint, read
-from flaxslim.specs import spec_for
 
 FORMATS = ("flax", "flax-safetensors", "torch")
 _SHARD = 5 * 10**9
@@ -102,9 +102,7 @@ def save(
 def _refuse_contradiction(params: Any, cfg: Any) -> None:
     """Raise `ConfigError` or `SiteShapeError` for a config of other sizes than the tensors have."""
     try:
-        spec = spec_for(cfg, "all")
-        spec = spec.torch() if naming_of(flatten(params)) == "torch" else spec
-        sites = spec.sites(params, cfg)
+        sites = spec_named(cfg, "all", naming_of(flatten(params))).sites(params, cfg)
     except FlaxslimError:  # of no known family, or not all of it
         return
     check_config(sites, cfg)

@@ -12,15 +12,13 @@ from flaxslim._draw import plan
 from flaxslim._errors import WidthError
 from flaxslim._plan import Plan
 from flaxslim._slim import mend_blocked
-from flaxslim._spec import Spec
 from flaxslim.checkpoint import Checkpoint, read, save, to_flax
 from flaxslim.checkpoint._atomic import check_target
-from flaxslim.checkpoint._names import unused
+from flaxslim.checkpoint._names import spec_named, unused
 from flaxslim.checkpoint._write import refuse_loss
 from flaxslim.cli import NOT_PROVEN, NOTHING_DEAD, _table
 from flaxslim.cli._console import console, in_flags, messages
 from flaxslim.cli._verify import prove_checkpoints, uncovered
-from flaxslim.specs import spec_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +36,7 @@ class Choice:
         return plan(
             checkpoint.params,
             checkpoint.config,
-            spec_of(checkpoint, "all" if self.heads else "ffn"),
+            spec_named(checkpoint.config, "all" if self.heads else "ffn", checkpoint.naming),
             width=self.width,
             threshold=self.threshold,
             multiple_of={"f": self.multiple_of, "h": self.heads_multiple_of},
@@ -55,12 +53,6 @@ class Options:
     verify: bool
     dry_run: bool
     revision: str | None
-
-
-def spec_of(checkpoint: Checkpoint, part: str) -> Spec:
-    """The spec of a checkpoint's family, in the names that its tensors have."""
-    spec = spec_for(checkpoint.config, part)
-    return spec.torch() if checkpoint.naming == "torch" else spec
 
 
 def run(source: str, out: Path, options: Options) -> int:
