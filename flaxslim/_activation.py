@@ -1,20 +1,29 @@
-"""Activations by their Hugging Face names, in float64 on the host.
+"""Activations by their Hugging Face names or as expressions, in float64 on the host.
 
 Only their values at single points matter here: act(0) for the rules that need a silent channel,
 and act(b) for the constant that a channel with bias b and no input puts out.
+
+An expression is arithmetic (`+ - * / **`), one comparison at a time, and functions of `x` by their
+names in JAX: `"x * tanh(log1p(exp(x)))"`, `"where(x > 0, x, 0.01 * x)"`. A comparison is 1 or 0.
+It is read as a tree and never run as Python.
 """
 
+import ast
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from flaxslim import _config
+from flaxslim._errors import SpecError, nearest
 
 Activation = Callable[[np.ndarray], np.ndarray]
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])
 
 
 def _gelu(x: np.ndarray) -> np.ndarray:
@@ -89,4 +98,188 @@ def activation_name(where: str | None, cfg: Any, prefix: str = "") -> str | None
 
 def activation(where: str | None, cfg: Any, prefix: str = "") -> Activation | None:
     """The function behind `activation_name`, or None if it is unknown."""
-    return ACTIVATIONS.get(activation_name(where, cfg, prefix) or "")
+    return named(activation_name(where, cfg, prefix))
+
+
+@functools.cache
+def named(name: str | None) -> Activation | None:
+    """The function of a name, or of an expression; None if it is unknown.
+
+    >>> named("relu2")(np.array([3.0])), named("where(x > 1, x, -x)")(np.array([3.0, 0.5]))
+    (array([9.]), array([ 3. , -0.5]))
+    """
+    if name is None or name in ACTIVATIONS or not is_expression(name):
+        return ACTIVATIONS.get(name or "")
+    try:
+        return compiled(name)
+    except SpecError:  # a name in a config with characters of its own: "quick-gelu"
+        return None
+
+
+def check(where: str | None) -> None:
+    """Raise `SpecError` if the activation of a pair is an expression that cannot be read."""
+    if where is not None and where.startswith(("config.", "jax.")):
+        where = where.partition(" or ")[2] or None
+    if where is not None and where not in ACTIVATIONS and is_expression(where):
+        compiled(where)
+
+
+# --- expressions ------------------------------------------------------------------------------
+
+_FUNCTIONS: dict[str, tuple[int, Callable[..., Any]]] = {
+    "abs": (1, np.abs),
+    "atan": (1, np.arctan),
+    "cbrt": (1, np.cbrt),
+    "ceil": (1, np.ceil),
+    "cos": (1, np.cos),
+    "cosh": (1, np.cosh),
+    "erf": (1, _erf),
+    "erfc": (1, _erfc),
+    "exp": (1, np.exp),
+    "exp2": (1, np.exp2),
+    "expm1": (1, np.expm1),
+    "floor": (1, np.floor),
+    "is_finite": (1, np.isfinite),
+    "isnan": (1, np.isnan),
+    "log": (1, np.log),
+    "log1p": (1, np.log1p),
+    "logaddexp": (2, np.logaddexp),
+    "logistic": (1, _sigmoid),
+    "maximum": (2, np.maximum),
+    "minimum": (2, np.minimum),
+    "round": (1, np.round),  # halves to even
+    "rsqrt": (1, lambda x: 1 / np.sqrt(x)),
+    "sign": (1, np.sign),
+    "sin": (1, np.sin),
+    "sinh": (1, np.sinh),
+    "sqrt": (1, np.sqrt),
+    "square": (1, np.square),
+    "tan": (1, np.tan),
+    "tanh": (1, np.tanh),
+    "where": (3, lambda condition, a, b: np.where(condition != 0, a, b)),
+}
+_NUMBERS = {"inf": math.inf, "nan": math.nan, "pi": math.pi}
+_OPERATORS: dict[type, Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+_ALLOWED = (
+    "the name of an activation, or an expression of x, numbers, + - * / **, one comparison at a "
+    f"time, and {', '.join(_FUNCTIONS)}"
+)
+
+
+def is_expression(name: str) -> bool:
+    """Whether an activation is said by an expression, and not by a name.
+
+    >>> is_expression("x"), is_expression("2 * x"), is_expression("gelu_new")
+    (True, True, False)
+    """
+    return name == "x" or not name.isidentifier()
+
+
+@functools.cache
+def compiled(text: str) -> Activation:
+    """An expression in `x` as a function of a float64 array.
+
+    Raises `SpecError`, with what it does not know, if it cannot be read.
+    """
+    try:
+        body = ast.parse(text.strip(), mode="eval").body
+        _check(body, text)
+    except (SyntaxError, ValueError, MemoryError, OverflowError, RecursionError) as error:
+        raise _unreadable(text, f"{type(error).__name__}: {error}") from error
+
+    def function(x: np.ndarray) -> np.ndarray:
+        x = np.asarray(x, np.float64)
+        with np.errstate(all="ignore"):  # the branch of a `where` that is not taken may overflow
+            value = _value(body, x)
+        return np.array(np.broadcast_to(value, x.shape))
+
+    return function
+
+
+def _check(node: ast.expr, text: str) -> None:
+    """Raise `SpecError` unless a part of an expression, and all below it, can be read."""
+    match node:
+        case ast.Name(id=name):
+            if name != "x" and name not in _NUMBERS:
+                raise _unknown(text, name, ["x", *_NUMBERS])
+        case ast.Constant(value=value):
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise _unreadable(text, repr(value))
+            float(value)  # which no whole number beyond 1e308 is
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=keywords):
+            if name not in _FUNCTIONS:
+                raise _unknown(text, name, [*_FUNCTIONS, *ACTIVATIONS])
+            count = _FUNCTIONS[name][0]
+            if len(arguments) != count or keywords:
+                raise _unreadable(text, f"{ast.unparse(node)}; {name} takes {count} values")
+        case ast.BinOp(op=op) | ast.UnaryOp(op=op) | ast.Compare(ops=[op]) if (
+            type(op) in _OPERATORS
+        ):
+            pass
+        case _:
+            if isinstance(node, ast.Call):
+                node = node.func
+            raise _unreadable(text, ast.unparse(node))
+    for child in _operands(node):
+        _check(child, text)
+
+
+def _operands(node: ast.expr) -> list[ast.expr]:
+    match node:
+        case ast.Call(args=arguments):
+            return arguments
+        case ast.BinOp(left=left, right=right) | ast.Compare(left=left, comparators=[right]):
+            return [left, right]
+        case ast.UnaryOp(operand=operand):
+            return [operand]
+        case _:
+            return []
+
+
+def _value(node: ast.expr, x: np.ndarray) -> Any:
+    """What a part of an expression that was checked comes to, in float64."""
+    operands = [_value(child, x) for child in _operands(node)]
+    match node:
+        case ast.Name(id=name):
+            return x if name == "x" else np.float64(_NUMBERS[name])
+        case ast.Constant(value=value):
+            return np.float64(value)  # pyright: ignore[reportArgumentType]
+        case ast.Call(func=ast.Name(id=name)):
+            result = _FUNCTIONS[name][1](*operands)
+        case ast.BinOp(op=op) | ast.UnaryOp(op=op) | ast.Compare(ops=[op]):
+            result = _OPERATORS[type(op)](*operands)
+        case _:
+            raise AssertionError(ast.dump(node))
+    return np.asarray(result, np.float64)  # of bools, too
+
+
+def _unknown(text: str, name: str, known: list[str]) -> SpecError:
+    return SpecError(
+        f"the activation of a pair names {name!r}, which is unknown",
+        seen=f"activation={text!r}",
+        expected=_ALLOWED,
+        near=nearest(name, known),
+    )
+
+
+def _unreadable(text: str, what: str) -> SpecError:
+    return SpecError(
+        f"the activation of a pair cannot be read: {what}",
+        seen=f"activation={text!r}",
+        expected=_ALLOWED,
+        near=nearest(text, ACTIVATIONS),
+    )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from flaxslim import _bits, _lora, _record, _resize, _scales, _tree
-from flaxslim._activation import ACTIVATIONS
+from flaxslim._activation import named
 from flaxslim._axes import namespace
 from flaxslim._dead import added_by_constants, evidence, first_is_constant
 from flaxslim._errors import PlanError, nearest
@@ -192,7 +192,7 @@ def _check_biases(cut: Cut, leaves: Mapping[str, Any]) -> None:
 def _folded(cut: Cut, leaves: Mapping[str, Any], bias: Any) -> Any:
     """bias + sum over folded j of constant_j * row_j, in float64, stored as the bias was."""
     site, folded = cut.site, cut.folded
-    seen = evidence(site, leaves, ACTIVATIONS.get(cut.activation or ""))
+    seen = evidence(site, leaves, named(cut.activation))
     if (folded & ~first_is_constant(seen)).any():
         channel = np.argwhere(folded & ~first_is_constant(seen))[0][-1]
         raise PlanError(

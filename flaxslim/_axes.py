@@ -10,6 +10,7 @@ A pattern names the dimensions of an array, in order, in the manner of einops::
     "e d f"      experts, likewise
     "d (h k)"    heads of k columns each, side by side; k must be known (`Axes.known`)
     "h k d"      heads on an axis of their own
+    "x y d f"    a convolution with a window of (x, y), which no bias has
 
 One rule serves them all: *remove index i along axis f wherever f occurs*.
 """
@@ -34,6 +35,9 @@ Dimension = tuple[str | int, ...]
 
 # Along these each index has channels of its own: layers that are scanned, experts.
 STACK = ("l", "e")
+
+# The window of a convolution: a second layer sums over it, whatever the channels are.
+WINDOW = ("x", "y", "z")
 
 
 def namespace(x: Any) -> Any:

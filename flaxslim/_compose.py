@@ -146,6 +146,7 @@ def _as_before(cut: Cut, shapes: Mapping[str, tuple[int, ...]]) -> Cut:
         first_biases=tuple(map(old, site.first_biases)),
         second=old(site.second),
         second_bias=old(site.second_bias),
+        readers=tuple(map(old, site.readers)),
         also=tuple(map(old, site.also)),
     )
     return dataclasses.replace(cut, site=site)

@@ -219,6 +219,11 @@ class Width:
         return bool(swiglu), first, second
 
     @property
+    def keyed(self) -> bool:
+        """Whether it names a config key at all; "64" is 64 without one."""
+        return re.search(r"[A-Za-z_]", self.expression) is not None
+
+    @property
     def key(self) -> str | None:
         """The config key that is written; None if the width is hard-coded in the model."""
         name = self._parts[1].key

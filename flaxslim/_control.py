@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxslim._compare import Reference, compare
-from flaxslim._dead import first_norms
+from flaxslim._dead import first_norms, second_norms
 from flaxslim._errors import UnsupportedTreeError
 from flaxslim._proof import Control, ControlRow
 from flaxslim._spec import Site
@@ -30,11 +30,9 @@ class Run(Protocol):
 
 
 def norms(site: Site, leaves: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each channel: its columns and biases (parts, s, f), and its second rows (s, f)."""
+    """Of each channel: its columns and biases (parts, s, f), and all rows that read it (s, f)."""
     columns, biases = first_norms(site, leaves)
-    axes = site.second.axes
-    rows = axes.norm(leaves[site.second.path], site.pair.axis, axes.stack)
-    return columns, biases, rows.reshape(site.rows, site.size)
+    return columns, biases, np.hypot.reduce(second_norms(site, leaves))
 
 
 def bar(measured: float, tolerance: float, first: Mapping[str, Reference]) -> float:
@@ -106,7 +104,7 @@ def by_site(
 
 
 def _living(site: Site, leaves: Mapping[str, Any]) -> np.ndarray:
-    """The channels whose second row is not zero, those that weigh most first.
+    """The channels that something reads, those that weigh most first.
 
     Of a stacked site they are counted through, row after row.
     """
@@ -127,21 +125,24 @@ def _wrong_cut(
     run: Run, first: Mapping[str, Reference], site: Site, ranks: np.ndarray, bar: float
 ) -> ControlRow:
     """One channel taken away, another if it is silent on these inputs (relu), then more."""
-    path, axes = site.second.path, site.second.axes
-    kernel = flatten(run.params)[path]
+    leaves, axis, stack = flatten(run.params), site.pair.axis, site.second.axes.stack
     best = (-1.0, 0)
     for channels in _trials(ranks):
         mask = np.zeros(site.rows * site.size, bool)
         mask[channels] = True
         mask = mask.reshape(site.rows, site.size)
-        cut = axes.zero(kernel, site.pair.axis, mask, axes.stack)
-        relative = _difference(run, first, {path: cut})
+        cut = {t.path: t.axes.zero(leaves[t.path], axis, mask, stack) for t in site.reading}
+        relative = _difference(run, first, cut)
         best = max(best, (relative, len(channels)), key=lambda found: found[0])
         if relative > bar:
             break
     relative, count = best
     return ControlRow(
-        site=path, channels=count, living=len(ranks), relative=relative, seen=relative > bar
+        site=site.second.path,
+        channels=count,
+        living=len(ranks),
+        relative=relative,
+        seen=relative > bar,
     )
 
 

@@ -4,11 +4,12 @@ A hidden channel j of `y = act(x @ W1 + b1) @ W2 + b2` may be cut when what it a
 without x. Each rule says of which channels it knows that. A channel is dead if any rule does, and
 the constant that it puts into the second layer, times its second row, is folded into b2.
 
-  (i)    every second-layer row that it feeds is zero
+  (i)    every row that it feeds is zero: of the second layer, and of each other reader
   (ii)   gated: its up column and bias are zero, or its gate column and bias are and act(0) = 0
   (iii)  plain: its first column and bias are zero, and act(0) = 0
   (iv)   its first column (gated: both columns) is zero and the bias is b: the constant is act(b)
-         (gated: act(b_gate) * b_up), which must be zero if there is no second bias to fold into
+         (gated: act(b_gate) * b_up), which must be zero if there is no second bias to fold into,
+         or if the channel has other readers
 
 An attention head is such a channel too, plain and without an activation: W1 and b1 are its value
 projection, W2 its rows of the output projection. Its output is an average of values, by weights
@@ -29,7 +30,7 @@ import numpy as np
 
 from flaxslim import _bits
 from flaxslim._activation import Activation
-from flaxslim._axes import Axes
+from flaxslim._axes import WINDOW, Axes
 from flaxslim._errors import UnsupportedDtypeError
 from flaxslim._lora import idle
 from flaxslim._spec import Site, Tensor
@@ -45,7 +46,8 @@ class Evidence:
         gated one.
       bare: no low-rank matrix adds to the row that reads the channel, `(s, f)`.
       first_bias: as many of `(s, f, m)`: of a head, m = k values.
-      foldable: there is a second bias to fold a constant into, and a constant is one.
+      foldable: there is a second bias to fold a constant into, a constant is one, and nothing
+        else reads it.
     """
 
     second_zero: np.ndarray
@@ -75,7 +77,8 @@ class Evidence:
         # Only where it is asked for: of other channels it may overflow.
         known = np.logical_and.reduce(self.first_zero)[..., None]
         value = self.activation(np.where(known, self.first_bias[0], 0.0))
-        return value * self.first_bias[1] if self.gated else value
+        with np.errstate(invalid="ignore", over="ignore"):
+            return value * self.first_bias[1] if self.gated else value
 
 
 Rule = Callable[[Evidence], np.ndarray]
@@ -108,7 +111,9 @@ def first_is_constant(e: Evidence) -> np.ndarray:
         return e.none
     # Without a second bias only a constant of zero may go: a relu of a bias below zero.
     # What a low-rank matrix adds to a row depends on a scale that no tensor holds.
-    return known & ((e.foldable & e.bare) | (e.constants == 0).all(axis=-1))
+    # An expression may have no value at a bias: log(0).
+    defined = np.isfinite(e.constants).all(axis=-1)
+    return known & defined & ((e.foldable & e.bare) | (e.constants == 0).all(axis=-1))
 
 
 RULES: Mapping[str, Rule] = {
@@ -143,8 +148,8 @@ def evidence(
 ) -> Evidence:
     """What a tree says about the channels of a site.
 
-    The second kernel is read once, the first ones hardly at all. Raises `TracedError`,
-    `UnsupportedDtypeError`, and `NonFiniteError` for NaN or infinity in the second kernel or a
+    What reads the channels is read once, the first kernels hardly at all. Raises `TracedError`,
+    `UnsupportedDtypeError`, and `NonFiniteError` for NaN or infinity in what reads them or in a
     bias. The first kernels are not searched for them here: that is done where their columns are
     cut (`apply`), while they are in the cache.
     """
@@ -156,8 +161,11 @@ def evidence(
     for kernel, tensor in site.lora:
         if not idle(tensor.path, leaves):
             lora.setdefault(kernel, []).append(tensor)
-    zero, *added = (_zero_seconds(leaves[t.path], t, site) for t in with_lora(site.second, lora))
-    bare = np.logical_and.reduce([np.ones_like(zero), *added])
+    read = [
+        [_zero_seconds(leaves[m.path], m, site) for m in with_lora(t, lora)] for t in site.reading
+    ]
+    zero = np.logical_and.reduce([own for own, *_ in read])
+    bare = np.logical_and.reduce([np.ones_like(zero), *(m for _, *added in read for m in added)])
     return Evidence(
         second_zero=zero & bare,
         bare=bare,
@@ -171,7 +179,7 @@ def evidence(
         first_bias=_biases(site, leaves),
         gated=site.pair.gated,
         activation=activation,
-        foldable=foldable and site.second_bias is not None,
+        foldable=foldable and site.second_bias is not None and not site.readers,
     )
 
 
@@ -200,11 +208,8 @@ def mark(
         dead = dead | new
     weak = seen.none
     if threshold > 0:
-        norm = site.second.axes.norm(
-            leaves[site.second.path], site.pair.axis, site.second.axes.stack
-        )
-        norm = norm.reshape(dead.shape)
-        small = norm <= threshold * norm.max(axis=-1, keepdims=True, initial=0.0)
+        norms = second_norms(site, leaves)
+        small = (norms <= threshold * norms.max(axis=-1, keepdims=True, initial=0.0)).all(axis=0)
         weak = small & seen.bare & ~dead
         rules["threshold"] = int(weak.sum())
         dead = dead | weak
@@ -312,6 +317,13 @@ def first_norms(site: Site, leaves: Mapping[str, Any]) -> tuple[np.ndarray, np.n
     return np.stack(columns), np.stack(biases)
 
 
+def second_norms(site: Site, leaves: Mapping[str, Any]) -> np.ndarray:
+    """The L2 norm of what reads each channel: float64 `(r, s, f)`, the second and each reader."""
+    axis, stack = site.pair.axis, site.second.axes.stack
+    norms = [t.axes.norm(leaves[t.path], axis, stack) for t in site.reading]
+    return np.stack([norm.reshape(site.rows, site.size) for norm in norms])
+
+
 def added_by_constants(
     seen: Evidence, site: Site, second: Any, bias: Any, folded: np.ndarray
 ) -> np.ndarray:
@@ -324,6 +336,7 @@ def added_by_constants(
     value = site.first_biases[0]
     inside = [n for n in (value.axes if value else axes).names if n in pair.inner]
     inside = [n for n in inside if n not in (pair.axis, pair.group)]
+    inside += [n for n in axes.names if n in WINDOW]
     front = [axes.position(name) for name in (*stack, pair.axis, *inside)]
     channels = np.flatnonzero(folded.any(axis=0))
     rows = axes.split(axes.take(second, pair.axis, channels))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flaxslim import _bits, _config, _record, _resize, _widths
-from flaxslim._activation import ACTIVATIONS, activation, activation_name
+from flaxslim._activation import activation, activation_name, named
 from flaxslim._dead import RULES, Marks, mark
 from flaxslim._errors import (
     ConfigError,
@@ -74,13 +74,14 @@ def plan(
 
 
 def check_finite(plan: Plan, leaves: Mapping[str, Any]) -> None:
-    """Raise `NonFiniteError` for NaN or infinity in what `draw` did not read: all but the seconds.
+    """Raise `NonFiniteError` for NaN or infinity in what `draw` did not read.
 
+    That is all but the kernels that read the channels.
     A channel that nothing reads is not dead if it is NaN: zero times NaN is NaN.
     """
     for cut in plan.cuts:
         for tensor in cut.site.cut:
-            if tensor is not cut.site.second:
+            if not cut.site.reads(tensor):
                 _bits.check_finite(leaves[tensor.path], tensor)
 
 
@@ -146,9 +147,7 @@ def check_dead(plan: Plan, leaves: Mapping[str, Any]) -> None:
     """Raise `PlanError` if an exact plan, made for other parameters, would cut living channels."""
     for cut in plan.cuts if plan.exact else ():
         folded = cut.folded
-        found = mark(
-            cut.site, leaves, ACTIVATIONS.get(cut.activation or ""), foldable=bool(folded.any())
-        )
+        found = mark(cut.site, leaves, named(cut.activation), foldable=bool(folded.any()))
         living = ~found.dead | (found.folded & ~folded)
         living[np.arange(len(living))[:, None], cut.kept] = False
         if living.any():

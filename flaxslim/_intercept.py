@@ -216,6 +216,8 @@ def _with(cfg: Any, key: str, value: Any) -> Any:
 
 def _set_features(module: Any, dims: tuple[int | None, ...]) -> None:
     """`features` (or the `shape` of an einsum layer) by the sizes of the kernel that change."""
+    if isinstance(module, linen.BatchNorm):
+        return  # it takes its size from its input
     name = "features" if hasattr(module, "features") else "shape"
     old = getattr(module, name, None)
     if isinstance(old, int):

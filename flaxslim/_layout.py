@@ -251,7 +251,7 @@ def _told(
     run = real if not ghost else {**real, pair.axis: 1, **({pair.group: 1} if pair.group else {})}
     run_groups = (1,) if ghost and pair.group else groups
     root = place.rstrip("/")
-    parents = {name.rpartition("/")[0] for name in pair.tables}
+    tables = {_module_of(name): axes for name, axes in pair.tables.items()}
 
     def at(path: str) -> str:
         found = beside(root.lstrip("/"), path) if path else root.lstrip("/")
@@ -261,7 +261,7 @@ def _told(
     owners = {
         **dict.fromkeys(pair.firsts, pair.first_axes),
         **pair.also,
-        **{name.rpartition("/")[0]: axes for name, axes in pair.tables.items()},
+        **tables,
     }
     for path, pattern in owners.items():
         if path in pair.modules:
@@ -278,12 +278,13 @@ def _told(
                 outputs=outputs,
             ),
         )
-    if width == 0:
-        read = [dim for dim in Axes(pair.second_axes).dimensions if {*dim} & carried]
+    reading = {pair.second: pair.second_axes, **pair.readers}
+    for path, pattern in reading.items() if width == 0 else ():
+        read = [dim for dim in Axes(pattern).dimensions if {*dim} & carried]
         inputs = next(i for i, dim in enumerate(read) if pair.axis in dim) - len(read)
-        yield at(pair.second), Told(empty=True, inputs=inputs if ghost else None)
+        yield at(path), Told(empty=True, inputs=inputs if ghost else None)
     for path in {*pair.modules, *pair.arguments}:
-        early = path in parents or path in owners
+        early = path in owners
         # What makes tensors makes them without a head, and gives out one of zeros.
         told_sizes = (real, groups) if early else (run, run_groups)
         yield (
@@ -298,6 +299,15 @@ def _told(
                 arguments=tuple(_arguments(pair, cfg, path, heads)),
             ),
         )
+
+
+def _module_of(table: str) -> str:
+    """The module that owns a table, in whichever collection of its it lies.
+
+    >>> _module_of("batch_stats:bn/mean"), _module_of("../relative_bias/embedding")
+    ('bn', '../relative_bias')
+    """
+    return table.rpartition(":")[2].rpartition("/")[0]
 
 
 def _groups(pair: Pair, cfg: Any, name: str, size: _record.Recorded) -> tuple[int, ...]:

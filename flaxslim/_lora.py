@@ -118,7 +118,8 @@ def matrices(leaves: Mapping[str, Any]) -> Loras:
 def low_rank(kernel: Tensor, pair: Pair, loras: Loras, *, reads: bool) -> Iterator[Tensor]:
     """The matrices beside a kernel that have the axis of the pair.
 
-    `reads`: the channels are what the kernel reads (a second layer), not what it writes.
+    `reads`: the channels are what the kernel reads (a second layer, or another reader), not what
+    it writes.
     """
     for m, shape in loras.get(kernel.path, ()):
         if m.has_axis(reads=reads):
@@ -137,8 +138,8 @@ def beside(sites: Iterable[Site], leaves: Mapping[str, Any]) -> Iterator[str]:
     near = kernels(leaves) if named else {}
     magnitudes = {kernel: path for path, folder in named for kernel in near.get(folder, ())}
     for site in sites:
-        for kernel in (*site.first, *site.also, site.second):
-            reads = kernel is site.second
+        for kernel in (*site.first, *site.also, *site.reading):
+            reads = site.reads(kernel)
             folder = kernel.path.rpartition("/")[0].removeprefix("params/")
             own = [m for m, _ in loras.get(kernel.path, ())]
             own += [m for m in apart if folder and m.folder.endswith(f"/{folder}")]

@@ -18,9 +18,10 @@ from jax.tree_util import tree_flatten_with_path
 
 from flaxslim import _config
 from flaxslim._axes import Axes
+from flaxslim._config import Width
 from flaxslim._errors import LayoutError, PlanError, nearest
 from flaxslim._plan import Cut, Plan
-from flaxslim._sites import beside
+from flaxslim._sites import beside, table_path
 from flaxslim._spec import measure
 from flaxslim._tree import flatten, name_of
 
@@ -54,7 +55,7 @@ def mended(tree: Any, plan: Plan, *, places: Iterable[str] = ("",), expanded: bo
 def _mend_layers(
     nodes: Mapping[str, Any], cut: Cut, left: Mapping[str, tuple[int, ...]], expanded: bool
 ) -> None:
-    tables = {beside(cut.site.root, name) for name in cut.site.pair.tables}
+    tables = {table_path(cut.site.root, name) for name in cut.site.pair.tables}
     for tensor in cut.site.cut:
         node = nodes.get(tensor.path.rpartition("/")[0])
         # What owns a cache is no layer; what owns an embedding is.
@@ -124,7 +125,8 @@ def check_shapes(module: Any, plan: Plan, cfg: Any) -> None:
                 expected=expected,
                 mend="make a new plan for this module",
             )
-    if cfg is None and any(pair.sizes for pair in plan.spec):
+    sizes = (expression for pair in plan.spec for expression in pair.sizes.values())
+    if cfg is None and any(Width(expression=expression).keyed for expression in sizes):
         return  # a stored plan may come without the config that the spec needs
     found = {site.second.path: site for site in plan.spec.bind(module, cfg)[0]}
     for cut in plan.cuts:

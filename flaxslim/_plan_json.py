@@ -149,6 +149,8 @@ def _site_to_dict(site: Site, pair: int) -> dict[str, Any]:
         "first_biases": [_tensor_to_list(t) for t in site.first_biases],
         "second": _tensor_to_list(site.second),
         "second_bias": _tensor_to_list(site.second_bias),
+        # Only where the pair names some: plans without them are as they ever were.
+        **({"readers": [_tensor_to_list(t) for t in site.readers]} if site.pair.readers else {}),
         "also": [_tensor_to_list(t) for t in site.also],
         "lora": [[kernel, _tensor_to_list(t)] for kernel, t in site.lora],
         "stack": list(site.stack),
@@ -172,16 +174,18 @@ def _check_size(site: Site) -> None:
 def _cut(data: Mapping[str, Any], pairs: Sequence[Any]) -> Cut:
     _check_kinds(data, _CUT_KINDS, str(data["root"]))
     _check_kinds(data["rules"], dict.fromkeys(data["rules"], int), f"{data['root']}: rules")
+    pair = pairs[data["pair"]]
     site = Site(
         root=data["root"],
         name=data["name"],
         layer=data["layer"],
-        pair=pairs[data["pair"]],
+        pair=pair,
         size=data["size"],
         first=tuple(_tensor(t) for t in data["first"]),
         first_biases=tuple(t and _tensor(t) for t in data["first_biases"]),
         second=_tensor(data["second"]),
         second_bias=data["second_bias"] and _tensor(data["second_bias"]),
+        readers=tuple(_tensor(t) for t in (data["readers"] if pair.readers else ())),
         also=tuple(_tensor(t) for t in data["also"]),
         lora=tuple((kernel, _tensor(t)) for kernel, t in data["lora"]),
         stack=tuple(data["stack"]),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flaxslim import _record
-from flaxslim._axes import Axes
+from flaxslim._axes import WINDOW, Axes
 from flaxslim._config import Width
 from flaxslim._errors import (
     AxisPatternError,
@@ -189,15 +189,20 @@ def _site(
         bias(name, g, first_axes.bias(carried)) for name, g in zip(pair.firsts, given, strict=True)
     )
     second = tensor(found.kernels[pair.second], second_axes)
-    outside = {*second_axes.names} - {pair.axis, *pair.inner}
+    outside = {*second_axes.names} - {pair.axis, *pair.inner, *WINDOW}
     second_bias = bias(pair.second, pair.second_bias, second_axes.bias(outside))
+    readers = tuple(
+        tensor(found.kernels[layer], Axes(pattern, known))
+        for layer, pattern in pair.readers.items()
+    )
     also: list[Tensor] = []
     for layer, pattern in pair.also.items():
         axes = Axes(pattern, known)
         also += [tensor(found.kernels[layer], axes)]
         also += filter(None, [bias(layer, None, axes.bias(carried))])
     for name, pattern in pair.tables.items():
-        if leaves.get(path := beside(found.root, name)) is not None:
+        path = table_path(found.root, name)
+        if path is not None and leaves.get(path) is not None:
             also.append(tensor(path, Axes(pattern, known)))
 
     sizes = second.axes.sizes(second.shape)
@@ -212,12 +217,14 @@ def _site(
         first_biases=first_biases,
         second=second,
         second_bias=second_bias,
+        readers=readers,
         also=tuple(also),
         lora=tuple(
             (t.path, matrix)
-            for t in (*first, *also, second)
+            for layers, reads in (((*first, *also), False), ((second, *readers), True))
+            for t in layers
             if len(t.shape) > 1
-            for matrix in low_rank(t, pair, loras, reads=t is second)
+            for matrix in low_rank(t, pair, loras, reads=reads)
         ),
         stack=tuple(sizes[name] for name in second_axes.stack),
     )
@@ -232,20 +239,34 @@ def beside(root: str, name: str) -> str:
     return "/".join(parts)
 
 
+def table_path(root: str, name: str) -> str | None:
+    """The path of a table that a pair names; None if there can be none.
+
+    A root has the same path in another collection of Linen, where it lies in a collection at all.
+
+    >>> table_path("params/block_0", "batch_stats:bn/mean"), table_path("block_0", "../bias")
+    ('batch_stats/block_0/bn/mean', 'bias')
+    """
+    collection, colon, path = name.partition(":")
+    if not colon:
+        return beside(root, name)
+    top, _, place = root.partition("/")
+    return f"{collection}/{beside(place, path)}" if top == "params" else None
+
+
 def _known(pair: Pair, cfg: Any) -> tuple[tuple[str, int], ...]:
-    if not pair.sizes:
-        return ()
-    if cfg is None:
-        raise ConfigError(
-            f"the config is needed to tell the sizes of {', '.join(pair.sizes)}",
-            path=pair.at or None,
-            expected="a config with " + ", ".join(pair.sizes.values()),
-            mend="pass it: slim(params, cfg, ...), spec.sites(params, cfg)",
-        )
-    known = {
-        name: Width(expression=expression, prefix=pair.config).read(cfg)
+    widths = {
+        name: Width(expression=expression, prefix=pair.config)
         for name, expression in pair.sizes.items()
     }
+    if asked := [name for name, width in widths.items() if width.keyed and cfg is None]:
+        raise ConfigError(
+            f"the config is needed to tell the sizes of {', '.join(asked)}",
+            path=pair.at or None,
+            expected="a config with " + ", ".join(pair.sizes[name] for name in asked),
+            mend="pass it: slim(params, cfg, ...), spec.sites(params, cfg)",
+        )
+    known = {name: width.read(cfg) for name, width in widths.items()}
     if wrong := [name for name, size in known.items() if size < 1]:
         raise ConfigError(
             f"the config says that axis {wrong[0]!r} has no size",
@@ -346,7 +367,8 @@ def _tie(found: Sequence[tuple[Site, _Found]], leaves: Mapping[str, Any]) -> lis
 
 def _tables(site: Site, leaves: Mapping[str, Any]) -> set[str]:
     """The tables that a site uses."""
-    return {beside(site.root, name) for name in site.pair.tables} & leaves.keys()
+    paths = (table_path(site.root, name) for name in site.pair.tables)
+    return {path for path in paths if path is not None and path in leaves}
 
 
 def _taken(tensor: Tensor, sites: Iterable[Site]) -> bool:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from flax.core import FrozenDict
 
-from flaxslim._axes import STACK, Axes
+from flaxslim import _activation
+from flaxslim._axes import STACK, WINDOW, Axes
 from flaxslim._config import Width
 from flaxslim._errors import AxisPatternError, SpecError
 
-_MAPPINGS = ("also", "tables", "sizes", "modules", "arguments")
+_MAPPINGS = ("readers", "also", "tables", "sizes", "modules", "arguments")
 
 # What a field of a Pair may hold, by its annotation; and what to type, where that is not plain.
 _KINDS: dict[Any, Callable[[Any], bool]] = {
@@ -40,6 +41,7 @@ _EXAMPLES = {
     "first_bias": '"up_bias"',
     "width": '"intermediate_size" or "4*hidden_size"',
     "group_width": '"num_key_value_heads"',
+    "readers": '{"gate_head": "f o"}',
     "also": '{"query": "d (h k)"}',
     "tables": '{"relative_attention_bias/embedding": "b h"}',
     "sizes": '{"k": "hidden_size/num_attention_heads"}',
@@ -78,7 +80,11 @@ class Pair:
       first_bias, second_bias: the biases, where they are not `<layer>/bias`. One that may be
         absent ends in "?".
       width: the config key of the number of channels (see `flaxslim._config`), if there is one.
-      activation: its name ("relu"), or where the config holds it ("config.hidden_act").
+      readers: other layers that read the hidden channels, with their patterns:
+        `{"gate_head": "f o"}`. They are cut along, and a channel that nothing reads is one that
+        none of them reads. Nothing but zero is ever folded into a bias then.
+      activation: its name ("relu"), where the config holds it ("config.hidden_act"), or an
+        expression in `x` ("x * tanh(log1p(exp(x)))", see `flaxslim._activation`).
       gated: the hidden value is act(gate) * up. Gate and up are two first layers, or the two
         halves of one whose pattern has a factor 2.
       axis: the prunable axis in the patterns.
@@ -92,7 +98,9 @@ class Pair:
         `{"query": "d (h k)", "key": "d (g k)"}`.
       tables: tensors that may be there and are cut along, such as a relative position bias per
         head: `{"relative_attention_bias/embedding": "b h"}`. One that fewer sites own than use
-        it is shared by its stack, whose sites then keep the same heads.
+        it is shared by its stack, whose sites then keep the same heads. A name may begin with
+        another collection of Linen, in which the layer root has the same path below "params":
+        `{"batch_stats:bn/mean": "f"}`.
       parts: of a fused first layer (a literal factor in its pattern), which parts are the hidden
         value: `(2,)` of `"d (3 h k)"`.
       group, group_width: the axis of key/value groups in the patterns, and its config key.
@@ -123,6 +131,7 @@ class Pair:
     second_axes: str = "f d"
     first_bias: str | tuple[str, ...] | None = None
     second_bias: str | None = None
+    readers: Mapping[str, str] = FrozenDict()
     width: str | None = None
     activation: str | None = None
     gated: bool = False
@@ -155,7 +164,9 @@ class Pair:
         for width in (self.width, self.group_width, *self.sizes.values()):
             if width is not None:
                 Width(expression=width)
+        _activation.check(self.activation)
         self._check_axes()
+        self._check_readers()
         self._check_modules()
         if self.first_bias is not None and len(as_tuple(self.first_bias)) != len(self.firsts):
             raise AxisPatternError(
@@ -193,8 +204,22 @@ class Pair:
                 expected="a literal factor in the pattern, and parts counted from 0",
             )
 
+    def _check_readers(self) -> None:
+        for name, pattern in self.readers.items():
+            if self.axis not in Axes(pattern).names:
+                raise AxisPatternError(
+                    f"what reads the channels has no axis {self.axis!r}",
+                    seen=f"readers={{{name!r}: {pattern!r}}}",
+                )
+            if name in (*self.firsts, self.second, *self.also):
+                raise SpecError(
+                    "a reader is a layer beside the others of its pair, and cannot be one of them",
+                    seen=f"{name!r} in readers=, and in first=, second= or also=",
+                )
+
     def _check_modules(self) -> None:
-        patterns = (self.first_axes, self.second_axes, *self.also.values(), *self.tables.values())
+        others = (*self.readers.values(), *self.also.values(), *self.tables.values())
+        patterns = (self.first_axes, self.second_axes, *others)
         known = {name for pattern in patterns for name in Axes(pattern).names}
         for attributes in self.modules.values():
             for name, size in attributes.items():
@@ -229,14 +254,14 @@ class Pair:
     @property
     def layers(self) -> tuple[str, ...]:
         """All layers that must be there, each once."""
-        return tuple(dict.fromkeys((*self.firsts, *self.also, self.second)))
+        return tuple(dict.fromkeys((*self.firsts, *self.also, self.second, *self.readers)))
 
     @property
     def inner(self) -> frozenset[str]:
         """The axes over which the second layer sums: the channels, and what is inside of them."""
         shared = {*Axes(self.first_axes).names} & {*Axes(self.second_axes).names}
         own = {self.axis, *filter(None, (self.group,))}
-        return frozenset((shared | own) - {"d", *STACK})
+        return frozenset((shared | own) - {"d", *STACK, *WINDOW})
 
     @property
     def width_expression(self) -> Width | None:
@@ -256,7 +281,8 @@ class Pair:
         at = f"{place}: " if place else ""
         gated = ", gated" if self.gated else ""
         also = f", with {', '.join(self.also)}" if self.also else ""
-        return f'{at}{first} -> {act}{self.second} "{self.second_axes}"{also}{gated}{width}'
+        read = f", also read by {', '.join(self.readers)}" if self.readers else ""
+        return f'{at}{first} -> {act}{self.second} "{self.second_axes}"{read}{also}{gated}{width}'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -277,7 +303,7 @@ class Site:
       name: what a layout calls the site: the second layer, by path from `at` on.
       layer: the number that `{i}` stands for, if the pair's `at` has one such place.
       size: the number of channels.
-      first, first_biases, second, second_bias: as in `Pair`.
+      first, first_biases, second, second_bias, readers: as in `Pair`.
       also: other tensors that are cut along: of the layers and tables that `Pair` names.
       lora: (kernel, tensor): the low-rank matrix beside a kernel that has the axis too.
       stack: the sizes of the axes `l` and `e`.
@@ -294,6 +320,7 @@ class Site:
     second_bias: Tensor | None
     name: str = ""
     layer: int | None = None
+    readers: tuple[Tensor, ...] = ()
     also: tuple[Tensor, ...] = ()
     lora: tuple[tuple[str, Tensor], ...] = ()
     stack: tuple[int, ...] = ()
@@ -304,7 +331,16 @@ class Site:
     def cut(self) -> tuple[Tensor, ...]:
         """The tensors that lose channels (the second bias does not)."""
         biases = filter(None, self.first_biases)
-        return (*self.first, *biases, *self.also, *(t for _, t in self.lora), self.second)
+        return (*self.first, *biases, *self.also, *(t for _, t in self.lora), *self.reading)
+
+    @property
+    def reading(self) -> tuple[Tensor, ...]:
+        """The kernels that read the channels: the second, and that of each reader."""
+        return (self.second, *self.readers)
+
+    def reads(self, tensor: Tensor) -> bool:
+        """Whether a tensor of the site reads the channels, and not writes them."""
+        return any(tensor is t for t in self.reading)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -374,6 +410,7 @@ class Spec:
                 kernel="weight",
                 first_axes=str(Axes(p.first_axes).reversed()),
                 second_axes=str(Axes(p.second_axes).reversed()),
+                readers={layer: str(Axes(axes).reversed()) for layer, axes in p.readers.items()},
                 also={layer: str(Axes(axes).reversed()) for layer, axes in p.also.items()},
                 tables={_torch_table(name): axes for name, axes in p.tables.items()},
             )
@@ -384,15 +421,15 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: only what differs from a Pair's defaults."""
-        return {"name": self.name, "pairs": [_as_dict(pair) for pair in self]}
+        from flaxslim._spec_text import to_dict
+
+        return to_dict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Spec":
-        pairs: list[dict[str, Any]] = [
-            {k: tuple(v) if isinstance(v, list) else v for k, v in pair.items()}
-            for pair in data["pairs"]
-        ]
-        return cls(name=data["name"], pairs=tuple(Pair(**pair) for pair in pairs))
+        from flaxslim._spec_text import from_dict
+
+        return from_dict(data)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -400,6 +437,25 @@ class Spec:
     @classmethod
     def from_json(cls, text: str) -> "Spec":
         return cls.from_dict(json.loads(text))
+
+    def source(self) -> str:
+        """The Python that makes this spec, as a person would write it.
+
+        >>> print(Spec(name="MLP", pairs=Pair(first="Dense_0", second="Dense_1")).source())
+        from flaxslim import Pair, Spec
+        <BLANKLINE>
+        MLP = Spec(
+            name="MLP",
+            pairs=Pair(
+                first="Dense_0",
+                second="Dense_1",
+            ),
+        )
+        <BLANKLINE>
+        """
+        from flaxslim._spec_text import source
+
+        return source(self)
 
     def sites(self, params: Any, cfg: Any = None) -> tuple[Site, ...]:
         """Every place where a pair of this spec occurs in the tree, in natural order.
@@ -449,16 +505,10 @@ def _product(shape: Iterable[int]) -> int:
 
 
 def _torch_table(name: str) -> str:
-    return name.removesuffix("embedding") + "weight" if name.endswith("/embedding") else name
-
-
-def _as_dict(pair: Pair) -> dict[str, Any]:
-    fields = dataclasses.fields(pair)
-    values = {f.name: getattr(pair, f.name) for f in fields}
-    return {f.name: _plain(values[f.name]) for f in fields if values[f.name] != f.default}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(child) for key, child in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    """A table by its PyTorch name; there the statistics of a batch norm stand beside its weight."""
+    collection, _, path = name.rpartition(":")
+    place, slash, last = path.rpartition("/")
+    if collection == "batch_stats" and last in ("mean", "var"):
+        return f"{place}{slash}running_{last}"
+    renamed = slash and last in ("embedding", "scale") and not collection
+    return f"{place}/weight" if renamed else name

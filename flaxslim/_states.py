@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flaxslim import _bits, _lora, _scales, _tree
-from flaxslim._activation import ACTIVATIONS
+from flaxslim._activation import named
 from flaxslim._apply import check_fits, folded_biases, taken
 from flaxslim._copies import Copy, Names, Place, copies, splits
 from flaxslim._dead import added_by_constants, evidence, first_is_constant, mark
@@ -99,6 +99,7 @@ def _moved(cut: Cut, paths: Mapping[str, str]) -> Cut:
         first_biases=tuple(map(moved, cut.site.first_biases)),
         second=moved(cut.site.second),
         second_bias=moved(cut.site.second_bias),
+        readers=tuple(map(moved, cut.site.readers)),
         also=tuple(map(moved, cut.site.also)),
         lora=tuple((paths[kernel], moved(matrix)) for kernel, matrix in cut.site.lora),
     )
@@ -236,7 +237,7 @@ def _check_adapter(
         )
         if not lora or not cut.removed:
             continue
-        act, foldable = ACTIVATIONS.get(cut.activation or ""), bool(cut.folded.any())
+        act, foldable = named(cut.activation), bool(cut.folded.any())
         site = dataclasses.replace(cut.site, lora=(*cut.site.lora, *lora))
         alone = mark(cut.site, params, act, plan.threshold, foldable=foldable)
         adapted = {path: leaves[path] for path, p in copy.places.items() if p.matrix is not None}
@@ -264,7 +265,7 @@ def _refuse_unknown(copy: Copy, cut: Cut, leaves: Mapping[str, Any]) -> None:
     """Raise `PlanError` if it matters whether a copy holds parameters: for a constant in it."""
     site, bias = cut.site, cut.site.second_bias
     assert bias is not None
-    seen = evidence(site, leaves, ACTIVATIONS.get(cut.activation or ""))
+    seen = evidence(site, leaves, named(cut.activation))
     constant = cut.folded & first_is_constant(seen)
     if not constant.any():
         return
@@ -289,7 +290,7 @@ def _warn_of_living(plan: Plan, copy: Copy, leaves: Mapping[str, Any], *, fold: 
         paths = [own.get(tensor.path) for tensor in cut.site.tensors]
         if not cut.removed or not all(p and leaves[p].dtype in _bits.FLOATS for p in paths):
             continue
-        act, folded = ACTIVATIONS.get(cut.activation or ""), cut.folded
+        act, folded = named(cut.activation), cut.folded
         foldable = fold and bool(folded.any())
         marks = mark(_moved(cut, own).site, leaves, act, plan.threshold, foldable=foldable)
         living += int(((~marks.dead | (marks.folded & ~folded)) & _gone(cut)).sum())
@@ -321,7 +322,7 @@ def _cut_along(path: str, place: Place, array: Any, cuts: _Cuts) -> list[tuple[C
         if place.is_parameter:
             found.append((cut, dataclasses.replace(tensor, path=path)))
         elif place.matrix is not None:
-            if place.matrix.has_axis(reads=tensor is cut.site.second):
+            if place.matrix.has_axis(reads=cut.site.reads(tensor)):
                 matrix = _lora.tensor_of(place.matrix, shape, tensor, cut.site.pair)
                 found.append((cut, dataclasses.replace(matrix, path=path)))
         elif (own := _scales.tensor_of(path, shape, tensor, cut)) is not None:

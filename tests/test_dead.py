@@ -5,6 +5,7 @@ Each property is checked on a network computed by plain numpy in float64, before
 
 import dataclasses
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ from strategies import (
     run,
 )
 
-from flaxslim import Pair, Spec, _bits, apply, plan, slim
+from flaxslim import Pair, Plan, Spec, _bits, apply, plan, slim
+from flaxslim._activation import activation
 from flaxslim._errors import NonFiniteError, UnsupportedDtypeError
 from flaxslim._tree import flatten, replace
 
@@ -510,3 +512,216 @@ def test_a_silent_constant_needs_no_second_bias():
         for t in (tree, slimmed)
     )
     np.testing.assert_allclose(after, before, rtol=0, atol=1e-12)
+
+
+# --- several readers --------------------------------------------------------------------------
+
+Tree = dict[str, dict[str, np.ndarray]]
+
+
+def read_twice(
+    seed: int = 0, f: int = 6, *, bias: bool = True, stack: tuple[int, ...] = ()
+) -> Tree:
+    """An MLP whose channels `down` and `side` read."""
+    rng = np.random.default_rng(seed)
+    tree = {
+        "up": {"kernel": rng.normal(size=(*stack, 3, f)), "bias": rng.normal(size=(*stack, f))},
+        "down": {"kernel": rng.normal(size=(*stack, f, 2)), "bias": rng.normal(size=(*stack, 2))},
+        "side": {"kernel": rng.normal(size=(*stack, f, 4)), "bias": rng.normal(size=(*stack, 4))},
+    }
+    if not bias:
+        del tree["up"]["bias"]
+    return tree
+
+
+def reading(activation: str | None = "relu", stack: str = "", **changes: Any) -> Spec:
+    pair = Pair(
+        first="up",
+        second="down",
+        first_axes=f"{stack} d f".strip(),
+        second_axes=f"{stack} f d".strip(),
+        readers={"side": f"{stack} f o".strip()},
+        activation=activation,
+    )
+    return Spec(name="READ", pairs=dataclasses.replace(pair, **changes))
+
+
+def both(tree: Tree, act: Any) -> np.ndarray:
+    """What both readers put out, one beside the other."""
+    h = np.random.default_rng(9).normal(size=(*tree["up"]["kernel"].shape[:-2], 5, 3))
+    h = act(h @ tree["up"]["kernel"] + tree["up"].get("bias", np.zeros(1))[..., None, :])
+    outs = [h @ tree[n]["kernel"] + tree[n]["bias"][..., None, :] for n in ("down", "side")]
+    return np.concatenate(outs, axis=-1)
+
+
+def test_a_channel_goes_only_if_none_of_its_readers_reads_it():
+    tree = read_twice()
+    tree["down"]["kernel"][[0, 1, 2]] = 0
+    tree["side"]["kernel"][[1, 2, 3]] = 0
+    p = plan(tree, spec=reading(None))
+    assert (p.cuts[0].keep, p.cuts[0].rules) == ((0, 3, 4, 5), {"i": 2})
+    small = apply(p, tree)
+    assert {n: small[n]["kernel"].shape for n in small} == {
+        "up": (3, 4), "down": (4, 2), "side": (4, 4),
+    }  # fmt: skip
+    assert small["side"]["bias"] is tree["side"]["bias"]
+    relu = lambda x: np.maximum(x, 0)  # noqa: E731
+    assert gap(both(small, relu), both(tree, relu)) <= 1e-12
+    assert p.removed_parameters == 2 * (3 + 1 + 2 + 4)
+
+
+def test_a_channel_that_is_silent_goes_whatever_reads_it():
+    tree = read_twice()
+    for channel, bias in enumerate((0, -0.5, 0.5)):
+        tree["up"]["kernel"][:, channel] = 0
+        tree["up"]["bias"][channel] = bias
+    p = plan(tree, spec=reading("relu"))
+    # The third is a constant, which each of its readers takes up in a bias of its own.
+    assert (p.cuts[0].keep, p.cuts[0].rules) == ((2, 3, 4, 5), {"iii": 1, "iv": 1})
+    assert p.cuts[0].folds == ()
+    small = apply(p, tree)
+    np.testing.assert_array_equal(small["down"]["bias"], tree["down"]["bias"])
+    relu = lambda x: np.maximum(x, 0)  # noqa: E731
+    assert gap(both(small, relu), both(tree, relu)) <= 1e-12
+
+
+@pytest.mark.parametrize("stack", ["l", "e", "l e"])
+def test_the_readers_of_stacked_layers_are_judged_row_by_row(stack):
+    shape = (2, 3)[: len(stack.split())]
+    tree = read_twice(stack=shape)
+    rows = list(np.ndindex(*shape))
+    for number, row in enumerate(rows):
+        tree["down"]["kernel"][row][[number % 3, 3, 5]] = 0
+        tree["side"]["kernel"][row][[number % 3, 3, 4]] = 0
+    p = plan(tree, spec=reading(stack=stack), width="per_layer")
+    assert p.cuts[0].keep == tuple(
+        tuple(j for j in range(6) if j not in (number % 3, 3)) for number in range(len(rows))
+    )
+    small = apply(p, tree)
+    assert small["side"]["kernel"].shape == (*shape, 4, 4)
+    relu = lambda x: np.maximum(x, 0)  # noqa: E731
+    assert gap(both(small, relu), both(tree, relu)) <= 1e-12
+
+
+def test_a_reader_may_have_experts_that_share_the_channels():
+    tree = read_twice()
+    tree["side"] = {"kernel": np.ones((2, 6, 4))}
+    tree["down"]["kernel"][[0, 1]] = 0
+    tree["side"]["kernel"][:, 0] = 0
+    tree["side"]["kernel"][1, 1] = 0
+    p = plan(tree, spec=reading(readers={"side": "e f o"}))
+    assert p.cuts[0].keep == (1, 2, 3, 4, 5)
+    assert apply(p, tree)["side"]["kernel"].shape == (2, 5, 4)
+
+
+def test_a_threshold_gives_up_only_what_is_small_for_every_reader():
+    tree = read_twice()
+    tree["down"]["kernel"][[0, 1]] *= 1e-6
+    tree["side"]["kernel"][[1, 2]] *= 1e-6
+    p = plan(tree, spec=reading(), threshold=1e-3)
+    assert (p.cuts[0].keep, p.cuts[0].rules) == ((0, 2, 3, 4, 5), {"threshold": 1})
+    assert not p.exact
+
+
+@pytest.mark.parametrize("place", ["side/kernel", "down/kernel", "up/kernel"])
+def test_a_nan_in_a_reader_is_refused(place):
+    tree = read_twice()
+    flatten(tree)[place][0, 0] = np.nan
+    with pytest.raises(NonFiniteError) as caught:
+        plan(tree, spec=reading())
+    assert caught.value.path == place
+
+
+# --- activations that are expressions ---------------------------------------------------------
+
+EXPRESSIONS: dict[str, Any] = {
+    "x * tanh(log1p(exp(x)))": lambda x: jax.nn.mish(x),
+    "x * logistic(1.702 * x)": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "0.5 * x * erfc(-x * rsqrt(2.0))": lambda x: jax.nn.gelu(x, approximate=False),
+    "x * (1 + erf(x / sqrt(2))) / 2": lambda x: jax.nn.gelu(x, approximate=False),
+    "where(x > 0, x, 0.01 * x)": jax.nn.leaky_relu,
+    "where(x <= 0, expm1(x), x)": jax.nn.elu,
+    "minimum(maximum(x + 3, 0), 6) / 6 * x": jax.nn.hard_swish,
+    "logaddexp(x, 0)": jax.nn.softplus,
+    "maximum(x, 0) ** 2": lambda x: jax.nn.relu(x) ** 2,
+    "square(maximum(x, 0))": lambda x: jax.nn.relu(x) ** 2,
+    "x / (1 + abs(x))": jax.nn.soft_sign,
+    "(x > 0) - (x < 0)": jnp.sign,
+    "-(x != 0) * is_finite(x) + isnan(x)": lambda x: -(x != 0).astype(float),
+    "exp2(x) - 1": lambda x: jnp.exp2(x) - 1,
+    "cbrt(sign(x) * floor(abs(x))) + ceil(x) - round(x)": lambda x: (
+        jnp.cbrt(jnp.sign(x) * jnp.floor(abs(x))) + jnp.ceil(x) - jnp.round(x)
+    ),
+    "sin(x) * cos(x) + tan(x / 9) - atan(x) + sinh(x / 9) * cosh(x / 9)": lambda x: (
+        jnp.sin(x) * jnp.cos(x) + jnp.tan(x / 9) - jnp.arctan(x) + jnp.sinh(x / 9) * jnp.cosh(x / 9)
+    ),
+    "where(x == inf, pi, log(abs(x) + 1))": lambda x: jnp.log(abs(x) + 1),
+    "x": lambda x: x,
+    "+x - 3e-1": lambda x: x - 0.3,
+    "2": lambda x: 2 + 0 * x,
+}
+
+
+@pytest.mark.parametrize("text", EXPRESSIONS)
+def test_an_expression_is_the_function_that_it_says(text):
+    x = np.concatenate([np.linspace(-5, 5, 42), [0.0, 0.5, 1.5, -0.5]])
+    function = activation(text, None)
+    assert function is not None
+    assert function is activation(text, None)
+    with enable_x64():
+        expected = np.asarray(EXPRESSIONS[text](jnp.asarray(x)), np.float64)
+    assert function(x).dtype == np.float64
+    np.testing.assert_allclose(function(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("text", EXPRESSIONS)
+def test_large_values_raise_no_warning(text):
+    function = activation(text, None)
+    assert function is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert function(np.array([[-1e300, 1e300], [-800.0, 800.0]])).shape == (2, 2)
+
+
+def test_a_config_may_hold_what_is_no_expression():
+    assert activation("config.act", {"act": "quick-gelu"}) is None
+    assert activation("config.act", {"act": "2 * x"}) is not None
+    assert activation("config.act or x * y", {"act": "relu"}) is not None
+
+
+def mish(x: np.ndarray) -> np.ndarray:
+    return x * np.tanh(np.log1p(np.exp(x)))
+
+
+MISH = Pair(first="up", second="down", activation="x * tanh(log1p(exp(x)))")
+
+
+def test_the_rules_go_by_an_expression_too():
+    tree = read_twice()
+    del tree["side"]
+    tree["up"]["kernel"][:, [0, 2]] = 0
+    tree["up"]["bias"][0] = 0
+    spec = Spec(name="MISH", pairs=MISH)
+    p = Plan.from_json(plan(tree, spec=spec).to_json())
+    (cut,) = p.cuts
+    assert (cut.rules, cut.folds, cut.keep) == ({"iii": 1, "iv": 1}, (2,), (1, 3, 4, 5))
+    assert cut.activation == MISH.activation
+    small, _ = slim(tree, plan=p)  # which checks it
+    averaged = apply(p, {"ema": tree}, like=tree)["ema"]
+    x = np.random.default_rng(1).normal(size=(5, 3))
+    before, after, average = (
+        mish(x @ t["up"]["kernel"] + t["up"]["bias"]) @ t["down"]["kernel"] + t["down"]["bias"]
+        for t in (tree, small, averaged)
+    )
+    assert max(gap(after, before), gap(average, before)) <= 1e-12
+
+
+@pytest.mark.parametrize("text", ["log(x)", "x / x", "exp(x)"])
+def test_a_constant_that_is_no_number_is_not_folded(text):
+    tree = read_twice()
+    tree["up"]["kernel"][:, 1] = 0
+    tree["up"]["bias"][1] = 1e4 if text == "exp(x)" else 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        p = plan(tree, spec=reading(text, readers={}))
+    assert p.removed == 0

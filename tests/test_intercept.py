@@ -399,3 +399,54 @@ def test_a_spec_whose_module_lacks_the_attribute_is_refused():
     with pytest.raises(LayoutError, match="neither features nor a shape") as caught:
         module(Other, cfg, spec=MLP).init(jax.random.key(0), jnp.ones((1, 6)))
     assert caught.value.path == "Block_0/Dense_0"
+
+
+READ = Spec(
+    name="READ",
+    pairs=Pair(
+        at="Reads_{i}",
+        first="up",
+        second="down",
+        readers={"side": "f o"},
+        width="hidden",
+        activation="relu",
+    ),
+)
+
+
+class Reads(nn.Module):
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        h = nn.relu(nn.Dense(self.hidden, name="up")(x))
+        return nn.Dense(x.shape[-1], name="down")(h) * nn.Dense(x.shape[-1], name="side")(h)
+
+
+class ReadNet(nn.Module):
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        for _ in range(3):
+            x = x + Reads(self.hidden)(x)
+        return x
+
+
+@pytest.mark.parametrize("counts", [(1, 5, 3), (8, 0, 8)])
+def test_layers_with_two_readers_run_at_a_layout(counts):
+    x = jax.random.normal(jax.random.key(1), (5, 6))
+    params: Any = ReadNet(hidden=8).init(jax.random.key(0), x)
+    for i, count in enumerate(counts):
+        for name in ("down", "side"):
+            layer = params["params"][f"Reads_{i}"][name]
+            layer["kernel"] = layer["kernel"].at[:count].set(0.0)
+    small, cfg = slim(params, {"hidden": 8}, READ, width="per_layer")
+    widths = [small["params"][f"Reads_{i}"]["side"]["kernel"].shape[0] for i in range(3)]
+    assert widths == [8 - count for count in counts]
+    made = module(ReadNet, cfg)
+    close(ReadNet(hidden=8).apply(params, x), made.apply(small, x))
+    shapes = jax.eval_shape(made.init, jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, small)
+    fresh: Any = made.init(jax.random.key(0), x)  # an empty kernel is drawn, too
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, small)

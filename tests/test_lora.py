@@ -655,3 +655,32 @@ def test_adapters_that_the_plan_does_not_know_are_not_left_beside_an_expanded_ke
     small["down"] |= {"lora_a": np.ones((5, 2)), "lora_b": np.ones((2, 3))}
     with pytest.raises(PlanError, match="does not know what belongs to a kernel"):
         expand(made, small)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_of_another_reader_is_one_that_reads(name):
+    """Its A has the channels, which count as read; beside or apart from the parameters."""
+    names, made = NAMES[name], {**dead_rows(), "side": layers(seed=3)["down"]}
+    made["side"].w[DEAD] = 0
+    (pair,) = names.spec
+    side = pair.second.replace("down", "side")
+    pair = dataclasses.replace(pair, readers={side: pair.second_axes})
+    spec = Spec(name="READ", pairs=pair)
+    tree = names.pack(made)
+    assert plan(tree, spec=spec).removed == 0
+    made["side"].a[DEAD] = 0
+    tree = names.pack(made)
+    p = plan(tree, spec=spec)
+    assert p.removed == len(DEAD)
+    small = shapes_of(apply(p, tree))
+    ours, theirs = (
+        {path.replace(n, "down"): shape for path, shape in small.items() if n in path}
+        for n in ("side", "down")
+    )
+    assert ours == theirs
+    params = names.pack(made, only="wc")
+    assert shapes_of(apply(plan(params, spec=spec), tree, like=params)) == small
+
+
+def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in flatten(tree).items()}

@@ -532,3 +532,26 @@ def test_an_attribute_that_is_computed_is_refused():
     pair = dataclasses.replace(*BONSAI_QWEN3_HEADS, modules={"": {"num_kv_heads": "g"}})
     with pytest.raises(LayoutError, match="cannot be set"):
         slim(model, None, Spec(name="WRONG", pairs=pair))
+
+
+class TwoReaders(nnx.Module):
+    def __init__(self, hidden: int, rngs: nnx.Rngs):
+        self.up = nnx.Linear(3, hidden, rngs=rngs)
+        self.down = nnx.Linear(hidden, 2, rngs=rngs)
+        self.side = nnx.Linear(hidden, 4, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        h = jax.nn.relu(self.up(x))
+        return self.down(h), self.side(h)
+
+
+def test_each_layer_that_reads_the_channels_says_its_new_inputs():
+    model = TwoReaders(6, nnx.Rngs(0))
+    model.down.kernel[...] = model.down.kernel[...].at[jnp.array([1, 2])].set(0)
+    model.side.kernel[...] = model.side.kernel[...].at[jnp.array([2, 3])].set(0)
+    pair = Pair(first="up", second="down", readers={"side": "f o"}, activation="relu")
+    small, _ = slim(model, None, Spec(name="TWO", pairs=pair))
+    assert attributes(small) == attributes(TwoReaders(5, nnx.Rngs(0)))
+    x = jnp.arange(12.0).reshape(4, 3)
+    for ours, theirs in zip(small(x), model(x), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from hypothesis import given
-from strategies import LAYOUTS, gap, net, nets, quick, run
+from strategies import LAYOUTS, enable_x64, gap, net, nets, quick, run
 from transformers import BertConfig, CLIPConfig, GPT2Config
 
 import flaxslim
@@ -412,3 +413,137 @@ def test_two_pairs_that_contradict_each_other_are_refused():
     with pytest.raises(LayoutError, match="two pairs of the spec") as caught:
         layout.at(("up",))
     assert caught.value.path == "/up"
+
+
+# --- several readers --------------------------------------------------------------------------
+
+READ = Spec(
+    name="READ",
+    pairs=Pair(first="up", second="down", readers={"side": "f o"}, activation="relu", width="f"),
+)
+
+
+def read_twice(params, x):
+    h = jax.nn.relu(x @ params["up"]["kernel"] + params["up"]["bias"])
+    y = h @ params["down"]["kernel"] + params["down"]["bias"]
+    return y, h @ params["side"]["kernel"]
+
+
+def read_params() -> dict[str, dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    shapes = {"up": (5, 12), "down": (12, 4), "side": (12, 3)}
+    tree: dict[str, dict[str, Any]] = {
+        name: {"kernel": rng.normal(size=shape), "bias": rng.normal(size=shape[1])}
+        for name, shape in shapes.items()
+    }
+    del tree["side"]["bias"]
+    tree["down"]["kernel"][[0, 3, 5]] = 0
+    tree["side"]["kernel"][[3, 5, 7]] = 0
+    return tree
+
+
+def test_what_two_layers_read_goes_if_neither_reads_it():
+    x = np.random.default_rng(1).normal(size=(8, 5))
+    with enable_x64():
+        params = jax.tree.map(jnp.asarray, read_params())
+        small, cfg = slim(params, {"f": 12}, READ)
+        assert cfg == {"f": 10}
+        shapes = {path: leaf.shape for path, leaf in flatten(small).items()}
+        assert shapes == {
+            "up/kernel": (5, 10),
+            "up/bias": (10,),
+            "down/kernel": (10, 4),
+            "down/bias": (4,),
+            "side/kernel": (10, 3),
+        }
+        left = plan(params, {"f": 12}, READ).origins["down/kernel"].tolist()
+        assert left == [0, 1, 2, 4, 6, 7, 8, 9, 10, 11]
+        before, after = read_twice(params, x), read_twice(small, x)
+        assert max(
+            gap(np.asarray(a), np.asarray(b)) for a, b in zip(after, before, strict=True)
+        ) < (1e-12)
+        proof = flaxslim.verify(
+            (params, {"f": 12}), (small, cfg), read_twice, inputs=x, spec=READ, repeats=0
+        )
+    proof.raise_if_failed()
+    assert proof.relative <= 1e-12
+    assert proof.control is not None
+    (row,) = proof.control.rows
+    assert (row.living, row.seen) == (10, True)
+
+
+def test_a_channel_that_only_another_reader_reads_is_seen_by_the_control():
+    params = read_params()
+    params["down"]["kernel"][:] = 0
+    x = np.random.default_rng(1).normal(size=(8, 5)).astype(np.float32)
+    small, cfg = slim(params, {"f": 12}, READ)
+    assert cfg == {"f": 9}
+    proof = flaxslim.verify(
+        (params, {"f": 12}), (small, cfg), read_twice, inputs=x, spec=READ, repeats=0
+    )
+    proof.raise_if_failed()
+
+
+def test_a_plan_with_readers_is_stored_composed_undone_and_applied_to_a_state():
+    params = read_params()
+    p = Plan.from_json(plan(params, {"f": 12}, READ).to_json())
+    assert p == plan(params, {"f": 12}, READ)
+    broken = p.to_dict()
+    del broken["cuts"][0]["readers"]
+    with pytest.raises(PlanError, match="not the JSON of a plan"):
+        Plan.from_dict(broken)
+    small, cfg = slim(params, {"f": 12}, plan=p)
+    again = flaxslim.expand(p, small)
+    jax.tree.map(np.testing.assert_array_equal, again["side"], params["side"])
+    more = jax.tree.map(np.copy, small)
+    more["down"]["kernel"][0] = more["side"]["kernel"][0] = 0
+    second = plan(more, cfg, READ)
+    whole = second @ p
+    assert whole.removed == 3
+    assert apply(whole, params)["side"]["kernel"].shape == (9, 3)
+    state = optax.adam(1e-3).init(jax.tree.map(jnp.asarray, params))
+    moments: Any = apply(p, state, like=params)[0]
+    assert jax.tree.map(jnp.shape, moments.mu) == jax.tree.map(np.shape, small)
+    living = copy.deepcopy(params)
+    living["side"]["kernel"][3] = 1
+    with pytest.raises(PlanError, match="1 channels that are alive here"):
+        slim(living, {"f": 12}, plan=p)
+
+
+def test_the_statistics_of_a_batch_norm_are_cut_with_its_channels():
+    class Normed(nn.Module):
+        hidden: int
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(self.hidden, name="up")(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=True, name="bn")(x))
+            return nn.Dense(2, name="down")(x)
+
+    pair = Pair(
+        first="up",
+        second="down",
+        width="hidden",
+        tables=dict.fromkeys(("bn/scale", "bn/bias"), "f")
+        | {f"batch_stats:bn/{name}": "f" for name in ("mean", "var")},
+    )
+    spec = Spec(name="NORMED", pairs=pair)
+    x = jax.random.normal(jax.random.key(1), (4, 3))
+    variables = Normed(hidden=6).init(jax.random.key(0), x)
+    leaves = flatten(variables)
+    variables = replace(
+        variables,
+        {
+            "params/down/kernel": leaves["params/down/kernel"].at[jnp.array([0, 4])].set(0),
+            "batch_stats/bn/mean": jnp.arange(6.0),
+        },
+    )
+    before: Any = Normed(hidden=6).apply(variables, x)
+    small, cfg = slim(variables, {"hidden": 6}, spec)
+    np.testing.assert_array_equal(small["batch_stats"]["bn"]["mean"], [1, 2, 3, 5])
+    slimmed: Any = Normed(**cfg).apply(small, x)
+    np.testing.assert_allclose(slimmed, before, rtol=1e-5, atol=1e-6)
+    # By a layout, too, where a batch norm is told nothing: it takes its size from its input.
+    small, cfg = slim(variables, {"hidden": 6, "flaxslim_layout": None}, spec, width="per_layer")
+    after = flaxslim.module(Normed, cfg, spec=spec).apply(small, x)
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-6)

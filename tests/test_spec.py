@@ -1,6 +1,8 @@
 """Specs as values, and how they bind to a tree."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -20,9 +22,13 @@ from flaxslim._errors import (
     TracedError,
 )
 from flaxslim._tree import flatten
-from flaxslim.specs import FAMILIES
+from flaxslim.specs import FAMILIES, _libraries
 
 SPECS = {f"{name}-{spec.name}": spec for name, both in FAMILIES.items() for spec in both}
+SHIPPED = {
+    **SPECS,
+    **{name: spec for name, spec in vars(_libraries).items() if isinstance(spec, Spec)},
+}
 
 
 def dense(n: int, m: int, *, bias: bool = True) -> dict:
@@ -91,6 +97,8 @@ def test_specs_can_be_printed():
         ("tables", {"bias": None}),
         ("also", ["query"]),
         ("also", "query"),
+        ("readers", ["gate"]),
+        ("readers", {"gate": 1}),
         ("modules", ["x"]),
         ("modules", {"self": "h"}),
         ("arguments", {"self": {"head_mask": 1}}),
@@ -153,6 +161,7 @@ def test_a_torch_tree_is_the_transposed_flax_tree(layout):
         ({"first": "up", "second": "down", "gated": True}, "a gate and an up layer"),
         ({"first": ("a", "b", "c"), "second": "down", "gated": True}, "a gate and an up layer"),
         ({"first": ("a", "b"), "second": "down", "first_bias": "x"}, "as many first biases"),
+        ({"first": "up", "second": "down", "readers": {"gate": "d o"}}, "has no axis 'f'"),
     ],
 )
 def test_a_pair_that_makes_no_sense_is_refused(arguments, message):
@@ -401,3 +410,278 @@ def test_an_axis_without_a_size_is_refused(size):
     with pytest.raises(ConfigError) as caught:
         plan(tree, {"head_dim": size}, Spec(name="HEADS", pairs=pair))
     assert "head_dim" in str(caught.value)
+
+
+def test_an_axis_whose_size_is_a_number_needs_no_config():
+    pair = Pair(
+        first="up", second="down", first_axes="d (h k)", second_axes="(h k) d", axis="h",
+        sizes={"k": "4"},
+    )  # fmt: skip
+    tree = {"up": dense(3, 8, bias=False), "down": dense(8, 3, bias=False)}
+    (site,) = Spec(name="HEADS", pairs=pair).sites(tree)
+    assert site.size == 2
+    mixed = dataclasses.replace(pair, sizes={"k": "4", "d": "hidden"})
+    with pytest.raises(ConfigError, match="the sizes of d\n") as caught:
+        Spec(name="HEADS", pairs=mixed).sites(tree)
+    assert caught.value.expected == "a config with hidden"
+
+
+# --- other readers ----------------------------------------------------------------------------
+
+READ = Pair(first="up", second="down", readers={"gate_head": "f o", "table": "o f"})
+
+
+def read_tree() -> dict:
+    table = np.ones((5, 3), np.float32)
+    return {"up": dense(2, 3), "down": dense(3, 2), "gate_head": dense(3, 4), "table": table}
+
+
+def test_readers_are_layers_of_the_pair():
+    (site,) = Spec(name="READ", pairs=READ).sites({"params": {"block": read_tree()}})
+    assert READ.layers == ("up", "down", "gate_head", "table")
+    assert [t.path.removeprefix("params/block/") for t in site.readers] == [
+        "gate_head/kernel",
+        "table",
+    ]
+    # Their biases have no channels.
+    assert {t.path.removeprefix("params/block/") for t in site.cut} == {
+        "up/kernel",
+        "up/bias",
+        "down/kernel",
+        "gate_head/kernel",
+        "table",
+    }
+    assert [site.reads(t) for t in site.cut] == [False, False, True, True, True]
+
+
+def test_readers_are_printed_reversed_and_stored():
+    assert str(READ) == 'up "d f" -> down "f d", also read by gate_head, table'
+    spec = Spec(name="READ", pairs=READ)
+    assert next(iter(spec.torch())).readers == {"gate_head": "o f", "table": "f o"}
+    assert Spec.from_json(spec.to_json()) == spec
+    assert _executed(spec) == spec
+
+
+def test_a_reader_must_be_there():
+    tree = read_tree()
+    del tree["gate_head"]
+    with pytest.raises(IncompletePairError, match="gate_head is not") as caught:
+        Spec(name="READ", pairs=READ).sites(tree)
+    assert caught.value.path == "gate_head/kernel"
+
+
+def test_a_reader_of_another_size_is_refused():
+    tree = {**read_tree(), "gate_head": dense(4, 4)}
+    with pytest.raises(SiteShapeError, match="disagree about the number of channels") as caught:
+        Spec(name="READ", pairs=READ).sites(tree)
+    assert caught.value.path == "gate_head/kernel"
+
+
+@pytest.mark.parametrize("name", ["up", "down", "query"])
+def test_a_reader_is_a_layer_of_its_own(name):
+    with pytest.raises(SpecError, match="cannot be one of them"):
+        Pair(first="up", second="down", also={"query": "d f"}, readers={name: "f d"})
+
+
+def test_a_reader_does_not_read_groups():
+    with pytest.raises(AxisPatternError, match="has no axis 'h'"):
+        Pair(
+            first="v", second="o", first_axes="d (g k)", second_axes="(h k) d", axis="h", group="g",
+            readers={"gate": "(g k) d"},
+        )  # fmt: skip
+
+
+# --- tables in other collections --------------------------------------------------------------
+
+NORMED = Pair(
+    at="block_{i}",
+    first="up",
+    second="down",
+    tables={
+        "bn/scale": "f",
+        "batch_stats:bn/mean": "f",
+        "batch_stats:../bn/mean": "f",
+        "cache:state": "f",
+    },
+)
+
+
+def normed_tree() -> dict:
+    three = np.ones(3, np.float32)
+    block = {"up": dense(2, 3), "down": dense(3, 2), "bn": {"scale": three}}
+    return {
+        "params": {"enc": {"block_0": block}},
+        "batch_stats": {"enc": {"block_0": {"bn": {"mean": three}}, "bn": {"mean": three}}},
+    }
+
+
+def test_a_table_may_lie_in_another_collection():
+    spec = Spec(name="NORMED", pairs=NORMED)
+    (site,) = spec.sites(normed_tree())
+    assert [t.path for t in site.also] == [
+        "params/enc/block_0/bn/scale",
+        "batch_stats/enc/block_0/bn/mean",
+        "batch_stats/enc/bn/mean",
+    ]
+    small, _ = slim({**normed_tree(), "params": _with_dead(normed_tree()["params"])}, spec=spec)
+    assert {flatten(small)[t.path].shape for t in site.also} == {(2,)}
+    # Without collections there are no others.
+    (site,) = spec.sites(normed_tree()["params"])
+    assert [t.path for t in site.also] == ["enc/block_0/bn/scale"]
+
+
+def _with_dead(params: dict) -> dict:
+    params["enc"]["block_0"]["down"]["kernel"][1] = 0
+    return params
+
+
+def test_the_statistics_of_a_batch_norm_have_names_of_their_own_in_torch():
+    (pair,) = Spec(name="NORMED", pairs=NORMED).torch()
+    assert pair.tables == {
+        "bn/weight": "f",
+        "bn/running_mean": "f",
+        "../bn/running_mean": "f",
+        "cache:state": "f",
+    }
+
+
+# --- activations that are expressions ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x * tahn(x)", "names 'tahn', which is unknown"),
+        ("x * y", "names 'y', which is unknown"),
+        ("nn.relu", "cannot be read: nn.relu"),
+        ("nn.relu(x)", "cannot be read: nn.relu"),
+        ("__import__('os').getcwd()", "cannot be read"),
+        ("lambda x: x", "cannot be read"),
+        ("x if x > 0 else 0", "cannot be read"),
+        ("[x]", "cannot be read"),
+        ("0 < x < 1", "cannot be read"),
+        ("x and 1", "cannot be read"),
+        ("x @ x", "cannot be read"),
+        ("x // 2", "cannot be read"),
+        ("tanh(x, x)", "tanh takes 1 values"),
+        ("where(x > 0, x)", "where takes 3 values"),
+        ("maximum(x, b=0)", "maximum takes 2 values"),
+        ("tanh(*x)", "cannot be read"),
+        ("'x'", "cannot be read"),
+        ("True * x", "cannot be read: True"),
+        ("2j * x", "cannot be read"),
+        ("x *", "SyntaxError"),
+        ("", "SyntaxError"),
+        ("1" + 400 * "0" + " * x", "OverflowError"),
+        ("-" * 5000 + "x", "cannot be read"),
+        ("config.act or x * y", "names 'y'"),
+    ],
+)
+def test_an_activation_that_cannot_be_read_is_refused(text, message):
+    with pytest.raises(SpecError) as caught:
+        Pair(first="up", second="down", activation=text)
+    assert message in str(caught.value)
+    assert "tanh" in str(caught.value.expected)
+
+
+def test_what_an_unknown_name_may_have_meant_is_said():
+    with pytest.raises(SpecError) as caught:
+        Pair(first="up", second="down", activation="x * tahn(x)")
+    assert "tanh" in caught.value.near
+
+
+@pytest.mark.parametrize("name", ["mish", "jax.nn", "config.hidden_act", "jax.config.acts", None])
+def test_names_of_activations_are_left_alone(name):
+    assert Pair(first="up", second="down", activation=name).activation == name
+
+
+# --- source -----------------------------------------------------------------------------------
+
+
+def _executed(spec: Spec) -> Spec:
+    names: dict = {}
+    exec(spec.source(), names)
+    return next(value for value in names.values() if isinstance(value, Spec))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_source_of_a_spec_makes_it(name):
+    spec = SHIPPED[name]
+    assert _executed(spec) == spec
+    part = spec.under(tree="decoder", config="decoder")
+    assert _executed(part) == part
+
+
+def test_the_source_of_a_spec_is_what_a_person_writes():
+    spec = Spec(
+        name="Mine, 2",
+        pairs=(
+            Pair(
+                at="block_{i}",
+                first=("gate", "up"),
+                second="down",
+                first_axes="l d f",
+                second_axes="l f d",
+                gated=True,
+                width="hidden",
+                activation='where(x > 0, x, "a")'.replace('"a"', "0.1 * x"),
+                readers={"gate_head": "l f o"},
+            ),
+            Pair(first=("qkv",), second="o", parts=(0,), first_axes="d (3 f)"),
+        ),
+    )
+    assert (
+        spec.source()
+        == """\
+from flaxslim import Pair, Spec
+
+Mine__2 = Spec(
+    name="Mine, 2",
+    pairs=(
+        Pair(
+            at="block_{i}",
+            first=("gate", "up"),
+            first_axes="l d f",
+            second="down",
+            second_axes="l f d",
+            readers={"gate_head": "l f o"},
+            width="hidden",
+            activation="where(x > 0, x, 0.1 * x)",
+            gated=True,
+        ),
+        Pair(
+            first=("qkv",),
+            first_axes="d (3 f)",
+            second="o",
+            parts=(0,),
+        ),
+    ),
+)
+"""
+    )
+    assert LLAMA_FFN.source().startswith("from flaxslim import Pair, Spec\n\nLLAMA_FFN = Spec(\n")
+
+
+def test_sources_are_laid_out_as_ruff_does_it(tmp_path):
+    for name, spec in SHIPPED.items():
+        (tmp_path / f"{name}.py").write_text(spec.source())
+    odd = Pair(first="it's", second='"', at="a\\b", sizes={"k": "4"}, also={"x" * 99: "f"})
+    (tmp_path / "odd.py").write_text(Spec(name="é", pairs=odd).source())
+    assert _executed(Spec(name="class", pairs=odd)) == Spec(name="class", pairs=odd)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ruff",
+            "format",
+            "--isolated",
+            "--line-length=100",
+            "--check",
+            "--diff",
+            tmp_path,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout

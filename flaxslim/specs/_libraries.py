@@ -30,6 +30,7 @@ def _scanned(pair: Pair, axis: int, **changes: Any) -> Pair:
         pair,
         first_axes=stacked(pair.first_axes),
         second_axes=stacked(pair.second_axes),
+        readers={name: stacked(axes) for name, axes in pair.readers.items()},
         also={name: stacked(axes) for name, axes in pair.also.items()},
         tables={name: stacked(axes) for name, axes in pair.tables.items()},
         **changes,
