@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from flaxslim._apply import apply as apply
     from flaxslim._compat import clip_compat as clip_compat
     from flaxslim._compose import expand as expand
+    from flaxslim._discover import axis_rule as axis_rule
+    from flaxslim._discover import discover as discover
+    from flaxslim._discover import explain as explain
     from flaxslim._draw import plan as plan
     from flaxslim._errors import DeadKeptWarning as DeadKeptWarning
+    from flaxslim._errors import DiscoveryWarning as DiscoveryWarning
     from flaxslim._errors import FlaxslimError as FlaxslimError
     from flaxslim._errors import NothingRemovedWarning as NothingRemovedWarning
     from flaxslim._intercept import layout as layout
@@ -121,8 +125,14 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "_apply": ("apply",),
     "_compat": ("clip_compat",),
-    "_errors": ("DeadKeptWarning", "FlaxslimError", "NothingRemovedWarning"),
+    "_errors": (
+        "DeadKeptWarning",
+        "DiscoveryWarning",
+        "FlaxslimError",
+        "NothingRemovedWarning",
+    ),
     "_compose": ("expand",),
+    "_discover": ("axis_rule", "discover", "explain"),
     "_draw": ("plan",),
     "_intercept": ("layout", "module"),
     "_plan": ("Plan",),

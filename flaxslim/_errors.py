@@ -72,6 +72,14 @@ class SpecError(FlaxslimError, TypeError):
     """What was given for `spec`, or for a field of a `Pair`, is none."""
 
 
+class DiscoveryError(FlaxslimError, ValueError):
+    """A function cannot be traced, or nothing in what it computes can be cut exactly."""
+
+
+class DiscoveryWarning(UserWarning):
+    """Something that `discover` could not tell, and that its user must say or prove."""
+
+
 class UnsupportedTreeError(FlaxslimError, TypeError):
     """The parameters are in a container that cannot be walked."""
 

@@ -1,0 +1,190 @@
+"""What was discovered of a function: the spec, the groups behind it, and why not more."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from flaxslim._discover._function import Function, Walked, walked
+from flaxslim._discover._groups import Group, Verdict, groups
+from flaxslim._discover._keys import with_keys
+from flaxslim._discover._pairs import Tree, written
+from flaxslim._discover._retrace import Difference, checked
+from flaxslim._errors import DiscoveryError, nearest
+from flaxslim._spec import Pair, Spec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Discovery:
+    """What a trace of a function shows of the axes of its parameters.
+
+    Attributes:
+      pairs: the pairs of the spec, each with the groups that it stands for.
+      groups: all groups of axes, with the verdict on each.
+      shapes: the shapes of the parameters.
+      notes: what a user must know: keys that were not found, widths that could not be tried.
+      unknown: primitives without a rule, and where they are.
+    """
+
+    pairs: tuple[tuple[Pair, tuple[Group, ...]], ...]
+    groups: tuple[Group, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    notes: tuple[str, ...]
+    unknown: Mapping[str, str]
+
+    def spec(self, name: str) -> Spec:
+        """The exact groups as a spec; `DiscoveryError` if there are none."""
+        if not self.pairs:
+            raise DiscoveryError(
+                f"nothing in the {len(self.shapes)} tensors can be cut exactly",
+                seen="; ".join(self._reasons()[:3]) or None,
+                mend="flaxslim.explain(fn, params) says of each axis why not",
+            )
+        return Spec(name=name, pairs=tuple(pair for pair, _ in self.pairs))
+
+    def _reasons(self) -> list[str]:
+        counts = Counter(
+            f"{group.reason.why} ({group.reason.place})" for group in self.groups if group.reason
+        )
+        return [why for why, _ in counts.most_common()]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.pairs)} kinds of pairs that can be cut exactly"]
+        for pair, own in self.pairs:
+            sizes = sorted({group.size for group in own})
+            lines.append(f"  {len(own)} x {pair}, {' or '.join(map(str, sizes))} {pair.unit}")
+        for verdict, title in _TITLES.items():
+            chosen = [group for group in self.groups if group.verdict is verdict]
+            lines += [title] if chosen else []
+            lines += [f"  {line}" for line in _counted(chosen)]
+        lines += [f"no rule for {name}: {place}" for name, place in self.unknown.items()]
+        return "\n".join([*lines, *self.notes])
+
+    def explain(self, path: str) -> str:
+        """With what each axis of a tensor is tied, whether it can be cut, and why not."""
+        if path not in self.shapes:
+            near = [name for name in self.shapes if name.endswith(f"/{path}")]
+            if len(near) != 1:
+                raise DiscoveryError(
+                    "there is no such parameter",
+                    path=path,
+                    near=near[:3] or nearest(path, self.shapes),
+                    mend="give the whole path; only floating point tensors are followed",
+                )
+            (path,) = near
+        shape = self.shapes[path]
+        parts = [f"{path} {shape}."]
+        for axis, size in enumerate(shape):
+            parts += list(self._axis(path, axis, size))
+        return " ".join(parts)
+
+    def _axis(self, path: str, axis: int, size: int) -> Iterator[str]:
+        own = [
+            group
+            for group in self.groups
+            if any(m.path == path and m.dimension == axis for m in group.members)
+        ]
+        if not own:
+            yield f"Axis {axis} has size {size}."
+        for group in own:
+            factor = "" if group.size == size else f", of which {group.size}"
+            yield f"Axis {axis} ({size}{factor}) {_ties(group, path)}{self._verdict(group, path)}."
+
+    def _verdict(self, group: Group, path: str) -> str:
+        pair = next((pair for pair, own in self.pairs if group in own), None)
+        if pair is not None:
+            act = f", with activation {pair.activation}" if pair.activation else ""
+            rows = " and ".join(group.seconds)
+            return f" It can be cut exactly: channels go whose rows in {rows} are zero{act}"
+        if group.verdict is Verdict.INNER:
+            return (
+                " It could be cut exactly, but lies inside of another axis, so the spec has it not"
+            )
+        reason = group.reason
+        why = f"{reason.why} ({reason.place})" if reason else "no axis pattern can say it"
+        if group.verdict is Verdict.APPROXIMATE:
+            return f" It can be cut only approximately: {why}"
+        return f" It cannot be cut: {why}"
+
+
+_TITLES = {
+    Verdict.INNER: "exact, but inside of another axis",
+    Verdict.APPROXIMATE: "approximate only",
+    Verdict.UNUSED: "not summed over",
+    Verdict.REFUSED: "refused",
+}
+
+
+def _ties(group: Group, path: str) -> str:
+    others = [p for p in group.paths if p != path]
+    if not others:
+        return "is tied with no other."
+    shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+    return f"is tied with {shown}."
+
+
+def _counted(chosen: Sequence[Group]) -> list[str]:
+    """One line for each reason, with an example."""
+    by_reason: dict[str, list[Group]] = {}
+    for group in chosen:
+        why = f"{group.reason.why} ({group.reason.place})" if group.reason else ""
+        by_reason.setdefault(why, []).append(group)
+    return [
+        f"{len(own)} x {own[0].paths[0]} axis {own[0].members[0].dimension} ({own[0].size})"
+        + (f": {why}" if why else "")
+        for why, own in by_reason.items()
+    ]
+
+
+def discovered(
+    fn: Function, cfg: Any = None, rebuild: Callable[[Any], Any] | None = None
+) -> Discovery:
+    """Trace a function, group the axes of its parameters, and judge them."""
+    seen = walked(fn)
+    found = groups(seen.walk, seen.dims)
+    tree = Tree(dims=seen.dims, leaves=fn.params, walk=seen.walk)
+    made = written(found, tree)
+    pairs, notes, refused = _tried(seen, made.pairs)
+    replaced = {
+        **{g: g.refused(why, g.sums[0].place) for g, why in made.failed.items()},
+        **refused,
+    }
+    pairs, more = with_keys(pairs, cfg, rebuild, fn.params)
+    if seen.unused:
+        some = ", ".join(seen.unused[:3])
+        notes.append(f"the function does not use {len(seen.unused)} of the parameters: {some}")
+    return Discovery(
+        pairs=tuple(pairs),
+        groups=tuple(replaced.get(group, group) for group in found),
+        shapes={path: tuple(fn.params[path].shape) for path in seen.dims},
+        notes=(*notes, *more),
+        unknown={name: str(place) for name, place in seen.walk.unknown.items()},
+    )
+
+
+def _tried(
+    seen: Walked, pairs: Sequence[tuple[Pair, tuple[Group, ...]]]
+) -> tuple[list[tuple[Pair, tuple[Group, ...]]], list[str], dict[Group, Group]]:
+    """The pairs at whose other widths the function is the same, or cannot run at all."""
+
+    def tried(chosen: Sequence[tuple[Pair, tuple[Group, ...]]]) -> Any:
+        own = [group for _, members in chosen for group in members]
+        return checked(seen.function, seen.closed, seen.dims, own)
+
+    if not pairs or (whole := tried(pairs)) is None:
+        return list(pairs), [], {}
+    kept, stiff, refused = [], [], {}
+    for one in pairs:
+        result = whole if len(pairs) == 1 else tried([one])
+        if isinstance(result, Difference):
+            refused |= {g: g.refused(result.why, result.place) for g in one[1]}
+            continue
+        kept.append(one)
+        stiff += [one[0]] if result is not None else []
+    notes = []
+    if stiff:
+        notes.append(
+            f"the function does not run at another width of {len(stiff)} of its pairs, so a number "
+            "that follows from the width would not be seen: prove each cut with flaxslim.verify"
+        )
+    return kept, notes, refused

@@ -1,0 +1,323 @@
+"""The piece of a function between the first layers of a pair and the second: its activation.
+
+Walked back from what the second layer reads, each value is either an elementwise function of
+values, or the output of a first layer. What comes out is a formula, which is recognised by its
+values as an activation with a name, or is written out: `"x * tanh(log1p(exp(x)))"`.
+"""
+
+import ast
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+
+from flaxslim._activation import ACTIVATIONS, compiled
+from flaxslim._discover._atoms import Atom, roots
+from flaxslim._discover._groups import Group
+from flaxslim._discover._trace import Node, Sum, Value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """The output of a first layer: of a fused one, its part; with the bias that is added to it."""
+
+    path: str
+    part: int | None = None
+    bias: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Formula:
+    """What the second layer reads of a channel.
+
+    `sources` are the first layers, the gate before the up layer; `activation` is None if the
+    formula is not of the form act(x) or act(gate) * up.
+    """
+
+    sources: tuple[Source, ...]
+    activation: str | None = None
+    gated: bool = False
+
+
+def formula(group: Group) -> Formula:
+    """What all sums over a group read, if they read the same."""
+    found = [
+        _formula(read, group)
+        for total in group.sums
+        for second in group.seconds
+        for read in _read(total, second)
+    ]
+    first, *others = found or [Formula(sources=())]
+    if any(other != first for other in others):
+        sources = dict.fromkeys(source for each in found for source in each.sources)
+        return Formula(sources=tuple(sources))
+    return first
+
+
+def _read(total: Sum, second: str) -> list[Node]:
+    """What a sum multiplies with a parameter."""
+    if len(total.args) == 2:
+        one, other = total.args
+        return [one.node] if second in other.weights else [other.node] * (second in one.weights)
+    (value,) = total.args
+    if second not in value.weights:
+        return []
+    args = value.node.args if value.node.kind == "mul" else ()
+    return [next((a for a in args if a.kind != "param"), Node("opaque"))]
+
+
+class _Unclear(Exception):
+    """A value is no function of the first layers alone."""
+
+
+def _formula(node: Node, group: Group) -> Formula:
+    walk = _Back(group)
+    try:
+        tree = walk.tree(node)
+    except _Unclear:
+        return Formula(sources=tuple(walk.sources))
+    names = [source for source in walk.sources if source in _symbols(tree)]
+    if len(names) == 1:
+        return Formula(sources=(names[0],), activation=_named(tree, {names[0]: "x"}))
+    if len(names) == 2:
+        for gate, up in (names, names[::-1]):
+            if _is_linear(tree, gate, up):
+                act = _named(tree, {gate: "x", up: 1.0})
+                return Formula(sources=(gate, up), activation=act, gated=act is not None)
+    return Formula(sources=tuple(names))
+
+
+# --- back through the function ----------------------------------------------------------------
+
+Tree = tuple[object, ...] | Source | float
+
+_BINARY: Mapping[str, type[ast.operator]] = {
+    "add": ast.Add, "add_any": ast.Add, "sub": ast.Sub, "mul": ast.Mult, "div": ast.Div,
+    "pow": ast.Pow,
+}  # fmt: skip
+_COMPARE: Mapping[str, type[ast.cmpop]] = {
+    "lt": ast.Lt, "le": ast.LtE, "gt": ast.Gt, "ge": ast.GtE, "eq": ast.Eq, "ne": ast.NotEq,
+}  # fmt: skip
+_CALLS = {name: name for name in (
+    "abs", "atan", "cbrt", "ceil", "cos", "cosh", "erf", "erfc", "exp", "exp2", "expm1", "floor",
+    "is_finite", "log", "log1p", "logistic", "round", "rsqrt", "sign", "sin", "sinh", "sqrt",
+    "square", "tan", "tanh",
+)} | {"max": "maximum", "min": "minimum"}  # fmt: skip
+_SIZE = 200  # of a formula, in operations
+
+
+class _Back:
+    """Walks back from a value to the first layers of a group."""
+
+    def __init__(self, group: Group):
+        self.group, self.own = group, {*group.paths}
+        self.sources: dict[Source, None] = {}
+        self._known: dict[Node, Tree] = {}
+
+    def tree(self, node: Node) -> Tree:
+        if node not in self._known:
+            if len(self._known) > _SIZE:
+                raise _Unclear
+            self._known[node] = self._tree(node)
+        return self._known[node]
+
+    def _tree(self, node: Node) -> Tree:
+        if node.kind == "number":
+            return float(node.data)
+        if node.kind == "part":
+            return _in_part(self.tree(node.args[0]), node.data, self.sources)
+        if (path := self._layer(node)) is not None:
+            return self._source(path)
+        if node.kind == "sum":
+            return self._averaged(node)
+        if node.kind in ("add", "add_any"):
+            for one, other in (node.args, node.args[::-1]):
+                path = self._layer(one)
+                if path is not None and other.kind == "param" and other.data in self.own:
+                    return self._source(path, other.data)
+        if node.kind in (*_BINARY, *_COMPARE, *_CALLS, "neg", "integer_pow", "select_n", "clamp"):
+            return (node, *(self.tree(arg) for arg in node.args))
+        raise _Unclear
+
+    def _source(self, path: str, bias: str | None = None) -> Source:
+        source = Source(path=path, bias=bias)
+        self.sources[source] = None
+        return source
+
+    def _layer(self, node: Node) -> str | None:
+        """The parameter of a first layer whose output this is."""
+        if node.kind == "sum":
+            total: Sum = node.data
+            if self.group.atom not in [a for dim in total.dims for a in roots(dim)]:
+                weights = [value for value in total.args if value.weights & self.own]
+                if len(weights) == 1 and len(total.args) == 2:
+                    return _only(weights[0].weights & self.own)
+        if node.kind == "pick":
+            picked: Value = node.data
+            return _only(picked.weights & self.own)
+        return None
+
+    def _averaged(self, node: Node) -> Tree:
+        """Values averaged by weights that sum to one: what is constant stays so."""
+        total: Sum = node.data
+        if len(total.args) != 2:
+            raise _Unclear
+        for weights, values in (total.args, total.args[::-1]):
+            if _sums_to_one(weights.node, _classes(total)):
+                return self.tree(values.node)
+        raise _Unclear
+
+
+def _only(names: Collection[str]) -> str | None:
+    return next(iter(names)) if len(names) == 1 else None
+
+
+def _classes(total: Sum) -> list[Atom]:
+    return [atom for dim in total.dims for atom in roots(dim)]
+
+
+def _sums_to_one(node: Node, over: Sequence[Atom]) -> bool:
+    """Whether a value is x / sum(x) along some axes: a softmax."""
+    if node.kind != "div":
+        return False
+    value, by = node.args
+    return by.kind == "sum" and by.args == (value,) and _classes(by.data) == list(over)
+
+
+def _in_part(tree: Tree, part: int, sources: dict[Source, None]) -> Tree:
+    """A formula of a part of fused layers."""
+    if isinstance(tree, Source):
+        if tree.part is not None:
+            raise _Unclear
+        sources.pop(tree, None)
+        new = dataclasses.replace(tree, part=part)
+        sources[new] = None
+        return new
+    if isinstance(tree, tuple):
+        return (tree[0], *(_in_part(arg, part, sources) for arg in tree[1:]))  # pyright: ignore
+    return tree
+
+
+def _symbols(tree: Tree) -> set[Source]:
+    if isinstance(tree, Source):
+        return {tree}
+    if isinstance(tree, tuple):
+        return set().union(*(_symbols(arg) for arg in tree[1:]))  # pyright: ignore
+    return set()
+
+
+# --- which function it is ---------------------------------------------------------------------
+
+# Those that go by several names by the one that is the best known.
+_NAMES = (
+    "identity", "relu", "gelu", "gelu_pytorch_tanh", "silu", "quick_gelu", "tanh", "sigmoid",
+    "relu2", "relu6", "softplus",
+)  # fmt: skip
+_POINTS = np.concatenate([np.linspace(-6, 6, 241), [-30.0, -10.0, 10.0, 30.0]])
+
+
+def _named(tree: Tree, names: Mapping[Source, str | float]) -> str | None:
+    """The name of a function, or itself as an expression in x; None if it cannot be written."""
+    text = _text(tree, names)
+    if text is None:
+        return None
+    values = compiled(text)(_POINTS)
+    for name in _NAMES:
+        if _close(values, ACTIVATIONS[name](_POINTS)):
+            return name
+    return text
+
+
+def _close(one: np.ndarray, other: np.ndarray) -> bool:
+    # The constants in a program are rounded to float32.
+    return bool(np.allclose(one, other, rtol=1e-5, atol=1e-5, equal_nan=True))
+
+
+def _is_linear(tree: Tree, gate: Source, up: Source) -> bool:
+    """Whether a function of two values is a function of the first, times the second."""
+    texts = [_text(tree, {gate: "x", up: value}) for value in (1.0, 0.0, -2.3, 0.7, 11.0)]
+    if None in texts:
+        return False
+    one, *others = (compiled(text)(_POINTS) for text in texts if text is not None)
+    return all(
+        np.allclose(value, up * one, rtol=1e-9, atol=1e-12)
+        for value, up in zip(others, (0.0, -2.3, 0.7, 11.0), strict=True)
+    )
+
+
+def _text(tree: Tree, names: Mapping[Source, str | float]) -> str | None:
+    try:
+        return ast.unparse(_expression(tree, names, [_SIZE]))
+    except _Unclear:
+        return None
+
+
+def _expression(tree: Tree, names: Mapping[Source, str | float], left: list[int]) -> ast.expr:
+    left[0] -= 1
+    if left[0] < 0:  # a value that is used often is written out each time
+        raise _Unclear
+    if isinstance(tree, Source):
+        value = names[tree]
+        return ast.Name(id=value) if isinstance(value, str) else _constant(value)
+    if not isinstance(tree, tuple):
+        return _constant(tree)
+    node = tree[0]
+    assert isinstance(node, Node)
+    args = [_expression(arg, names, left) for arg in tree[1:]]  # pyright: ignore
+    kind = node.kind
+    if kind in _BINARY:
+        return _folded(ast.BinOp(left=args[0], op=_BINARY[kind](), right=args[1]))
+    if kind in _COMPARE:
+        return ast.Compare(left=args[0], ops=[_COMPARE[kind]()], comparators=args[1:])
+    if kind == "neg":
+        return ast.UnaryOp(op=ast.USub(), operand=args[0])
+    if kind == "integer_pow":
+        return ast.BinOp(left=args[0], op=ast.Pow(), right=_constant(float(node.data["y"])))
+    if kind == "select_n" and len(args) == 3:
+        if _is_nan_test(args[0]):
+            return args[1]
+        return _called("where", [args[0], args[2], args[1]])
+    if kind == "clamp":
+        return _called("minimum", [_called("maximum", [args[1], args[0]]), args[2]])
+    if kind in _CALLS:
+        return _called(_CALLS[kind], args)
+    raise _Unclear
+
+
+def _folded(op: ast.BinOp) -> ast.expr:
+    """Without a factor of one, or a term of zero."""
+    if isinstance(op.op, ast.Mult | ast.Add):
+        neutral = 1 if isinstance(op.op, ast.Mult) else 0
+        if _is_number(op.left, neutral):
+            return op.right
+        return op.left if _is_number(op.right, neutral) else op
+    return op.left if isinstance(op.op, ast.Sub) and _is_number(op.right, 0) else op
+
+
+def _is_number(expr: ast.expr, value: float) -> bool:
+    return isinstance(expr, ast.Constant) and expr.value == value
+
+
+def _is_nan_test(test: ast.expr) -> bool:
+    """`x != x`, which of finite numbers is never true."""
+    if not isinstance(test, ast.Compare) or not isinstance(test.ops[0], ast.NotEq):
+        return False
+    return ast.dump(test.left) == ast.dump(test.comparators[0])
+
+
+def _called(name: str, args: list[ast.expr]) -> ast.expr:
+    return ast.Call(func=ast.Name(id=name), args=args, keywords=[])
+
+
+def _constant(value: float) -> ast.expr:
+    """A number, as short as float32 can tell it."""
+    if not np.isfinite(value):
+        return ast.Name(id="nan") if np.isnan(value) else _signed(ast.Name(id="inf"), value)
+    short = float(str(np.float32(value)))
+    value = short if np.float32(value) == value else value
+    number = int(value) if value == int(value) and abs(value) < 1e6 else value
+    return _signed(ast.Constant(value=abs(number)), value)
+
+
+def _signed(expr: ast.expr, value: float) -> ast.expr:
+    return ast.UnaryOp(op=ast.USub(), operand=expr) if value < 0 else expr

@@ -1,0 +1,208 @@
+"""Groups of parameter axes that must be cut together, and the verdict on each."""
+
+import dataclasses
+import enum
+import math
+from collections.abc import Iterable, Mapping
+
+from flaxslim._discover._atoms import Atom, Dim, Dims, Reason, roots
+from flaxslim._discover._place import Place
+from flaxslim._discover._trace import Sum, Walk
+
+
+class Verdict(enum.Enum):
+    """What may be done with a group."""
+
+    EXACT = "exact"
+    INNER = "inner"  # exact, but it lies inside of another, such as the values of a head
+    APPROXIMATE = "approximate"  # summed between two computed values: head dim of q and k
+    REFUSED = "refused"
+    UNUSED = "unused"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Member:
+    """Where a tensor has the axis of a group: the dimension, and the factor in it."""
+
+    path: str
+    dimension: int
+    factor: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Group:
+    """Axes of parameters that must be cut together.
+
+    Attributes:
+      atom: the class of the axis.
+      members: where parameters have it.
+      sums: the sums over it.
+      seconds: of each sum, the parameter whose zero row makes its term zero.
+      stack: axes that all values with this axis have too: along them each index has channels of
+        its own (experts, scanned layers).
+      factors: the classes of each dimension of a member, by path and number.
+    """
+
+    atom: Atom
+    members: tuple[Member, ...]
+    sums: tuple[Sum, ...]
+    verdict: Verdict
+    reason: Reason | None = None
+    seconds: tuple[str, ...] = ()
+    stack: tuple[Atom, ...] = ()
+    factors: Mapping[tuple[str, int], tuple[Atom, ...]] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
+
+    @property
+    def size(self) -> int:
+        return self.atom.size
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(member.path for member in self.members))
+
+    def refused(self, why: str, place: Place, verdict: Verdict = Verdict.REFUSED) -> "Group":
+        reason = Reason(why=why, place=place, order=0)
+        return dataclasses.replace(self, verdict=verdict, reason=reason)
+
+
+def groups(walk: Walk, params: Mapping[str, Dims]) -> tuple[Group, ...]:
+    """All groups of the axes of some parameters, those first that come first in the tree."""
+    members: dict[Atom, list[Member]] = {}
+    for path, dims in params.items():
+        for number, dim in enumerate(dims):
+            for factor, atom in enumerate(roots(dim)):
+                member = Member(path=path, dimension=number, factor=factor)
+                members.setdefault(atom, []).append(member)
+    sums: dict[Atom, list[Sum]] = {}
+    for total in walk.sums:
+        for atom in _atoms(total.dims):
+            sums.setdefault(atom, []).append(total)
+    counted = {a.size for a in sums if a.uniform}
+    stacks = _stacks(walk, params, members)
+    found = [
+        dataclasses.replace(
+            _judged(walk, atom, tuple(own), tuple(sums.get(atom, ())), stacks[atom], counted),
+            factors={(m.path, m.dimension): tuple(roots(params[m.path][m.dimension])) for m in own},
+        )
+        for atom, own in members.items()
+    ]
+    return tuple(_without_inner(found))
+
+
+def _atoms(dims: Iterable[Dim]) -> dict[Atom, None]:
+    return {atom: None for dim in dims for atom in roots(dim)}
+
+
+def _stacks(
+    walk: Walk, params: Mapping[str, Dims], wanted: Mapping[Atom, object]
+) -> dict[Atom, tuple[Atom, ...]]:
+    """For each class the others that all values have which have it."""
+    common: dict[Atom, dict[Atom, None]] = {}
+
+    def see(dims: Dims, around: Dim = ()) -> None:
+        shown = [atom for dim in dims for atom in roots(dim)]
+        if not shown:
+            return
+        everything = dict.fromkeys([*shown, *roots(around)])
+        for atom in shown:
+            if atom not in wanted:
+                continue
+            before = common.get(atom)
+            if before is None:
+                common[atom] = everything
+            elif len(before) > 1:
+                common[atom] = {a: None for a in before if a in everything}
+
+    for dims in params.values():
+        see(dims)
+    for seen in walk.seen:
+        see(seen.dims, seen.around)
+    return {atom: tuple(a for a in own if a is not atom) for atom, own in common.items()}
+
+
+def _judged(
+    walk: Walk,
+    atom: Atom,
+    members: tuple[Member, ...],
+    sums: tuple[Sum, ...],
+    stack: tuple[Atom, ...],
+    counted: set[int],
+) -> Group:
+    group = Group(atom=atom, members=members, sums=sums, verdict=Verdict.EXACT, stack=stack)
+    own = {member.path for member in members}
+    if atom.reason is not None:
+        return dataclasses.replace(group, verdict=Verdict.REFUSED, reason=atom.reason)
+    if not sums:
+        where = Place(primitive="no operation")
+        return group.refused(
+            "nothing sums over it, so nothing would drop it", where, Verdict.UNUSED
+        )
+    seconds: list[str] = []
+    for total in sums:
+        readers = [sorted(value.weights & own) for value in total.args]
+        readers = [names for names in readers if names]
+        if not readers:
+            if len(total.args) == 2:
+                why = "it is summed over between two computed values, not with a parameter"
+                return group.refused(why, total.place, Verdict.APPROXIMATE)
+            return group.refused("it is summed over, not with a parameter", total.place)
+        known = [names for names in readers if {*names} & {*seconds}]
+        if not known:
+            seconds.append(readers[-1][0])
+    if len(own) < len(members):
+        twice = next(m.path for m in members if sum(o.path == m.path for o in members) > 1)
+        return group.refused(f"{twice} has it twice, which no axis pattern can say", sums[0].place)
+    if len(own) == 1:
+        return group.refused("no other parameter has it", sums[0].place)
+    for total, number, place in walk.scaled:
+        if any(total is mine for mine in sums) and _is_a_count(number, total, atom):
+            why = f"the sum over it is scaled by {number:g}, which follows from its size"
+            return group.refused(why, place)
+    if atom.size in counted:
+        why = f"the code sums over another axis of {atom.size}, which may count the channels"
+        return group.refused(why, sums[0].place)
+    return dataclasses.replace(group, seconds=tuple(dict.fromkeys(seconds)))
+
+
+def _is_a_count(number: float, total: Sum, atom: Atom) -> bool:
+    """Whether a number is a size of the sum, its root, or one over these."""
+    sizes = {atom.size, math.prod(a.size for a in _atoms(total.dims))}
+    powers = (size**power for size in sizes for power in (1, -1, 0.5, -0.5))
+    return any(math.isclose(number, value, rel_tol=1e-4) for value in powers)
+
+
+def _lies_inside(group: Group) -> bool:
+    """Whether some tensor has it in one dimension with an axis that all its values have too."""
+    return any(
+        atom in group.stack and not atom.literal
+        for member in group.members
+        for atom in group.factors[member.path, member.dimension][: member.factor]
+    )
+
+
+def _without_inner(found: list[Group]) -> list[Group]:
+    """Of two exact groups that one parameter sums over together, mark the inner one.
+
+    The channels inside of a head can go only from all heads alike, and few classes can say so.
+    """
+    exact = {group.atom: group for group in found if group.verdict is Verdict.EXACT}
+    inner = {atom for atom, group in exact.items() if _lies_inside(group)}
+    for one in exact.values():
+        for total in one.sums:
+            order = [a for a in _atoms(total.dims) if a in exact]
+            for other in (exact[a] for a in order if a is not one.atom):
+                mine, theirs = {*one.paths}, {*other.paths}
+                left = order.index(other.atom) < order.index(one.atom)
+                clash = any(
+                    m.path == o.path and m.dimension == o.dimension
+                    for m in one.members
+                    for o in other.members
+                )
+                if mine < theirs or (left and (clash if mine == theirs else not mine > theirs)):
+                    inner.add(one.atom)
+    return [
+        dataclasses.replace(group, verdict=Verdict.INNER) if group.atom in inner else group
+        for group in found
+    ]

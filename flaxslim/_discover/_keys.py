@@ -1,0 +1,213 @@
+"""The config key that says a width: by tracing at another value, or by the number that it holds."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from flaxslim import _config
+from flaxslim._activation import activation_name, named
+from flaxslim._discover._atoms import size_of
+from flaxslim._discover._groups import Group
+from flaxslim._spec import Pair
+from flaxslim._tree import flatten
+
+# A config, and the shapes of the parameters of the model that it stands for.
+Rebuild = Callable[[Any], Any]
+
+
+def with_keys(
+    pairs: Sequence[tuple[Pair, tuple[Group, ...]]],
+    cfg: Any,
+    rebuild: Rebuild | None,
+    leaves: Mapping[str, Any],
+) -> tuple[list[tuple[Pair, tuple[Group, ...]]], list[str]]:
+    """The pairs with the keys of their widths and activations, and how these were found."""
+    if cfg is None:
+        return list(pairs), []
+    numbers = dict(_numbers(cfg))
+    changed = _changes(cfg, rebuild, leaves, numbers, pairs) if rebuild is not None else {}
+    new, notes = [], []
+    for pair, groups in pairs:
+        width, how = _width(pair, groups, numbers, changed)
+        notes += [f"{_name(pair)}: {how}"] if how else []
+        group_width = None
+        if pair.group is not None:
+            group_width = _by_name(groups[0].size, numbers, "key_value") or _only(
+                groups[0].size, numbers
+            )
+        sizes = {
+            name: _size(int(size), width, groups[0].size, numbers, pair)
+            for name, size in pair.sizes.items()
+        }
+        tied = width is not None and any(f"/{width}" in size for size in sizes.values())
+        new.append(
+            (
+                dataclasses.replace(
+                    pair,
+                    width=width,
+                    group_width=group_width if width is not None else None,
+                    sizes=sizes,
+                    activation=_activation(pair.activation, cfg),
+                    fixed=tied or pair.fixed,
+                ),
+                groups,
+            )
+        )
+    return new, notes
+
+
+def _name(pair: Pair) -> str:
+    return "/".join(filter(None, (pair.at, pair.second)))
+
+
+def _numbers(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The numbers in a config by key, nested ones too, and what is None."""
+    for key in _config.keys(cfg):
+        value = _config.read(cfg, key)
+        if (isinstance(value, int | float) and not isinstance(value, bool)) or value is None:
+            yield prefix + key, value
+        elif (_config.keys(value) if not isinstance(value, str | list | tuple) else ()) and (
+            prefix.count(".") < 3
+        ):
+            yield from _numbers(value, f"{prefix}{key}.")
+
+
+def size_of_channels(pair: Pair, group: Group) -> int:
+    """The number of channels of a pair: of heads in groups, that of the heads."""
+    if pair.group is None:
+        return group.size
+    dim = group.factors[next((m.path, m.dimension) for m in group.members
+                             if m.path == group.seconds[0])]  # fmt: skip
+    inside = math.prod(int(size) for size in pair.sizes.values()) if pair.sizes else 1
+    return size_of(dim) // inside if inside else group.size
+
+
+# --- by another value -------------------------------------------------------------------------
+
+
+def _changes(
+    cfg: Any,
+    rebuild: Rebuild,
+    leaves: Mapping[str, Any],
+    numbers: Mapping[str, Any],
+    pairs: Sequence[tuple[Pair, tuple[Group, ...]]],
+) -> dict[str, dict[tuple[str, int], int]]:
+    """By key, which dimensions have another size when it has another value, and which."""
+    sizes = {size_of_channels(pair, group) for pair, groups in pairs for group in groups}
+    before = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    found = {}
+    for key, value in numbers.items():
+        for trial in _trials(value, sizes):
+            try:
+                shapes = flatten(rebuild(_config.replace(cfg, {key: trial})))
+                after = {path: tuple(leaf.shape) for path, leaf in shapes.items()}
+            except Exception:  # a class refuses some values as it likes
+                continue
+            if after.keys() != before.keys():
+                continue
+            moved = {
+                (path, axis): after[path][axis]
+                for path in before
+                if len(before[path]) == len(after[path])
+                for axis in range(len(before[path]))
+                if before[path][axis] != after[path][axis]
+            }
+            if moved:
+                found[f"{key}={trial}"] = moved
+    return found
+
+
+def _trials(value: Any, sizes: set[int]) -> list[int]:
+    """Other values of a key that may be the width: of one that is it, or that is not set."""
+    if value is None:
+        return sorted({size // 2 for size in sizes if size > 1})[:3]
+    return [value // 2 if value % 2 == 0 else value - 1] if value in sizes and value > 1 else []
+
+
+def _by_change(
+    groups: Sequence[Group], changed: Mapping[str, dict[tuple[str, int], int]]
+) -> list[str]:
+    """The keys at whose other value all axes of these groups change, and none that they lack."""
+    wanted = {(m.path, m.dimension) for group in groups for m in group.members}
+    return list(dict.fromkeys(
+        setting.partition("=")[0] for setting, moved in changed.items()
+        if wanted <= moved.keys() and _scales(groups, moved, int(setting.partition("=")[2]))
+    ))  # fmt: skip
+
+
+def _scales(groups: Sequence[Group], moved: Mapping[tuple[str, int], int], trial: int) -> bool:
+    """Whether the axes change as the channels do, whatever else is in their dimensions."""
+    for group in groups:
+        for (path, axis), atoms in group.factors.items():
+            inside = size_of(atoms) // group.size
+            if moved[path, axis] != inside * trial:
+                return False
+    return True
+
+
+# --- by the number ----------------------------------------------------------------------------
+
+
+def _width(
+    pair: Pair,
+    groups: Sequence[Group],
+    numbers: Mapping[str, Any],
+    changed: Mapping[str, dict[tuple[str, int], int]],
+) -> tuple[str | None, str]:
+    """The width of a pair, and what is to be said of how it was found."""
+    size = size_of_channels(pair, groups[0])
+    keys = _by_change(groups, changed)
+    if len(keys) == 1:
+        (key,) = keys
+        if numbers[key] is None:
+            multiple = [k for k, v in numbers.items() if v and size == 4 * v]
+            return (f"{key} or 4*{multiple[0]}" if multiple else key), ""
+        return key, ""
+    if pair.axis == "h" and (key := _by_name(size, numbers, "head")):
+        return key, f"its width {key} is the only number of heads in the config that is {size}"
+    if key := _only(size, numbers):
+        return key, f"its width {key} is the only key of the config that is {size}"
+    many = [k for k, value in numbers.items() if value == size]
+    if many:
+        return None, f"which of {', '.join(many)} is its width {size} is not known: set width="
+    return None, f"no key of the config is its width {size}: set width="
+
+
+def _only(size: int, numbers: Mapping[str, Any]) -> str | None:
+    keys = [key for key, value in numbers.items() if value == size]
+    return keys[0] if len(keys) == 1 else None
+
+
+def _by_name(size: int, numbers: Mapping[str, Any], word: str) -> str | None:
+    """The key of that number with a word in its name; of several, the one without more words."""
+    keys = [key for key, value in numbers.items() if value == size and word in key]
+    if word == "head":
+        keys = [key for key in keys if "key_value" not in key and "dim" not in key]
+    return keys[0] if len(keys) == 1 else None
+
+
+def _size(size: int, width: str | None, count: int, numbers: Mapping[str, Any], pair: Pair) -> str:
+    """The size of an axis beside the channels as the config says it, or as a number."""
+    if width is not None and " " not in width and numbers.get(width):
+        whole = [k for k, value in numbers.items() if value == size * numbers[width]]
+        plain = [k for k, value in numbers.items() if value == size and "head" in k]
+        if len(whole) == 1 and not plain:
+            return f"{whole[0]}/{width}"
+        if len(plain) == 1:
+            return plain[0]
+    return str(size)
+
+
+def _activation(act: str | None, cfg: Any) -> str | None:
+    """Where the config names the activation, if one key does."""
+    if act is None:
+        return None
+    function = named(act)
+    keys = [
+        key
+        for key in _config.keys(cfg)
+        if "act" in key and isinstance(_config.read(cfg, key), str)
+        if function is not None and named(activation_name(f"config.{key}", cfg)) is function
+    ]
+    return f"config.{keys[0]}" if len(keys) == 1 else act

@@ -1,0 +1,407 @@
+"""Groups written as the pairs of a spec, as a person would have written them.
+
+One group is one `Pair` at a concrete place; pairs that differ in the numbers of their layers alone
+are one, with `{i}`. Whatever is written is bound to the tree again, and only what binds to the very
+tensors of its groups is kept.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from flaxslim._axes import WINDOW
+from flaxslim._discover._atoms import Atom, Dims, roots, size_of
+from flaxslim._discover._formula import Formula, Source, formula
+from flaxslim._discover._groups import Group, Verdict
+from flaxslim._discover._rules import SCANNED
+from flaxslim._discover._rules import WINDOW as WINDOW_REASON
+from flaxslim._discover._trace import Walk
+from flaxslim._errors import FlaxslimError
+from flaxslim._spec import Pair, Site, Spec
+
+# Collections of Linen beside "params" whose tensors a layer has too.
+_PARAMS = "params"
+
+
+class Unwritable(Exception):
+    """A group cannot be said as a `Pair`; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tree:
+    """The parameters that were traced: their dimensions as atoms, and what the walk saw of them."""
+
+    dims: Mapping[str, Dims]
+    leaves: Mapping[str, Any]
+    walk: Walk
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written:
+    """What became of the exact groups: pairs with the groups that each stands for, or why none."""
+
+    pairs: tuple[tuple[Pair, tuple[Group, ...]], ...]
+    failed: Mapping[Group, str]
+
+
+def written(found: Sequence[Group], tree: Tree) -> Written:
+    """The exact groups as pairs, folded over the layers."""
+    within = _within(found)
+    inside = {*within.values()}
+    failed: dict[Group, str] = {}
+    single: dict[Group, Pair] = {}
+    for group in found:
+        if group.verdict is not Verdict.EXACT or group in inside:
+            continue
+        try:
+            pair = _pair(group, within.get(group), tree)
+            _check([pair], [group], tree)
+            single[group] = pair
+        except (Unwritable, FlaxslimError) as error:
+            failed[group] = str(error).partition("\n")[0]
+    folded: dict[Pair, list[Group]] = {}
+    for group, pair in single.items():
+        folded.setdefault(_with_places(pair), []).append(group)
+    pairs: list[tuple[Pair, tuple[Group, ...]]] = []
+    for pair, members in folded.items():
+        try:
+            _check([pair], members, tree)
+            pairs.append((pair, tuple(members)))
+        except (Unwritable, FlaxslimError):  # the same names hold something else elsewhere
+            pairs += [(single[group], (group,)) for group in members]
+    return Written(pairs=tuple(pairs), failed=failed)
+
+
+def _check(pairs: Sequence[Pair], groups: Sequence[Group], tree: Tree) -> None:
+    """Raise unless the pairs bind to the tensors of the groups, all of them and no others."""
+    sites = Spec(name="DISCOVERED", pairs=tuple(pairs)).sites(dict(tree.leaves))
+    bound = sorted(_axes_of_site(site) for site in sites)
+    if bound != sorted(_axes_of_group(group) for group in groups):
+        raise Unwritable("the names of its tensors stand for others too")
+
+
+def _axes_of_site(site: Site) -> list[tuple[str, int]]:
+    return sorted({(t.path, t.axes.dimension(site.axis(t))) for t in site.cut})
+
+
+def _axes_of_group(group: Group) -> list[tuple[str, int]]:
+    return sorted({(member.path, member.dimension) for member in group.members})
+
+
+# --- heads in groups --------------------------------------------------------------------------
+
+
+def _within(found: Sequence[Group]) -> dict[Group, Group]:
+    """For key/value groups, the heads in them: an axis always right inside of theirs.
+
+    Both are exact: a group can go with all its heads, and each head by itself. (The values of a
+    head lie in the same way inside of it, but its keys do not know of them: see `_groups`.)
+    """
+    own = {group.atom: group for group in found}
+    within: dict[Group, Group] = {}
+    for inner in found:
+        if inner.verdict is not Verdict.INNER:
+            continue
+        outers = {
+            dims[m.factor - 1] if m.factor else None
+            for m in inner.members
+            for dims in [inner.factors[m.path, m.dimension]]
+        }
+        outer = own.get(next(iter(outers))) if len(outers) == 1 else None  # pyright: ignore
+        if outer is None or outer.verdict is not Verdict.EXACT or inner.seconds != outer.seconds:
+            continue
+        firsts = {source.path for source in formula(outer).sources}
+        if firsts and not firsts & {*inner.paths}:
+            within[outer] = inner
+    return within
+
+
+# --- one group --------------------------------------------------------------------------------
+
+
+def _pair(group: Group, heads: Group | None, tree: Tree) -> Pair:
+    writer = _Writer(group, heads, tree)
+    return writer.pair()
+
+
+class _Writer:
+    """Writes one group as a pair at a concrete place."""
+
+    def __init__(self, group: Group, heads: Group | None, tree: Tree):
+        self.group, self.heads, self.tree = group, heads, tree
+        self.second, *self.readers = group.seconds
+        self.formula = _usable(formula(group), group, tree)
+        self.firsts = self._firsts()
+        self.inner = self._inner(self.firsts[0])
+        self.axis = "h" if self.inner or heads is not None else "f"
+        self.stack = self._stack()
+        self.sizes: dict[str, int] = {}
+
+    def pair(self) -> Pair:
+        first, second = self.firsts[0], self.second
+        root = _root([_layer(path) for path in (*self.firsts, *self.group.seconds)])
+        axes = {path: self._pattern(path) for path in self.group.paths}
+        if any(axes[path] != axes[first] for path in self.firsts):
+            raise Unwritable("the layers whose product it is have different shapes")
+        biases = {source.path: source.bias for source in self.formula.sources}
+        layers = {_layer(path) for path in (*self.firsts, *self.group.seconds)}
+        taken = {*self.firsts, *self.group.seconds, *filter(None, biases.values())}
+        also: dict[str, str] = {}
+        for path in self.group.paths:
+            if path not in taken and path.endswith("/kernel"):
+                also[_below(root, _layer(path))] = axes[path]
+                layers.add(_layer(path))
+                taken.add(path)
+        taken |= {f"{layer}/bias" for layer in layers - {_layer(p) for p in self.group.seconds}}
+        tables = {_table(root, p): axes[p] for p in self.group.paths if p not in taken}
+        first_bias = tuple(biases.get(path) for path in self.firsts)
+        usual = tuple(f"{_layer(path)}/bias" for path in self.firsts)
+        own = [b for b, u in zip(first_bias, usual, strict=True) if b is not None and b != u]
+        bias = _bias_of(self.group, second, self.tree.walk)
+        parts = self._parts()
+        return Pair(
+            at=root,
+            first=_one_or_more([_below(root, _layer(path)) for path in self.firsts]),
+            second=_below(root, _layer(second)),
+            first_axes=axes[first],
+            second_axes=axes[second],
+            first_bias=_one_or_more([_below(root, b or f"{u}?") for b, u in
+                                     zip(first_bias, usual, strict=True)]) if own else None,
+            second_bias=_below(root, bias) if bias and bias != f"{_layer(second)}/bias" else None,
+            activation=self.formula.activation,
+            gated=self.formula.gated,
+            axis=self.axis,
+            also=also,
+            readers={_below(root, _layer(path)): axes[path] for path in self.readers},
+            tables=tables,
+            parts=parts,
+            group="g" if self.heads is not None else None,
+            sizes={name: str(size) for name, size in sorted(self.sizes.items())},
+            ragged=False,
+        )  # fmt: skip
+
+    def _firsts(self) -> list[str]:
+        sources = list(dict.fromkeys(source.path for source in self.formula.sources))
+        sources = [path for path in sources if path not in self.group.seconds]
+        if self.formula.activation is None:
+            sources = sources[:1]
+        if sources:
+            return sources
+        # Whatever else has it; a layer rather than a tensor by itself.
+        others = [path for path in self.group.paths if path not in self.group.seconds]
+        if not others:
+            raise Unwritable("nothing has it but the layers that read it")
+        return [
+            max(
+                others,
+                key=lambda path: (
+                    path.endswith("/kernel"),
+                    len(self._inner(path)),  # of attention the values rather than the keys
+                    len(self.tree.dims[path]),
+                ),
+            )
+        ]
+
+    def _inner(self, first: str) -> list[Atom]:
+        """What is inside of a channel: summed over with it, and in the first layer too."""
+        summed = [
+            atom
+            for total in self.group.sums
+            if any(self.second in value.weights for value in total.args)
+            for dim in total.dims
+            for atom in roots(dim)
+        ]
+        own = {atom for dim in self.tree.dims[first] for atom in roots(dim)}
+        outside = {self.group.atom, *self.group.stack} - {
+            a for a in self.group.stack if a in summed and self._after(a)
+        }
+        heads = {self.heads.atom} if self.heads is not None else set()
+        return [a for a in dict.fromkeys(summed) if a in own and a not in outside | heads]
+
+    def _after(self, atom: Atom) -> bool:
+        """Whether it stands behind the group's own axis in the second layer."""
+        order = [a for dim in self.tree.dims[self.second] for a in roots(dim)]
+        return order.index(atom) > order.index(self.group.atom) if atom in order else False
+
+    def _stack(self) -> dict[Atom, str]:
+        """Names of the axes along which each index has channels of its own."""
+        names: dict[Atom, str] = {}
+        for atom in self.group.stack:
+            alone = all(
+                [*roots(dim)] == [atom]
+                for path in self.group.paths
+                for dim in self.tree.dims[path]
+                if atom in roots(dim)
+            )
+            scanned = atom.reason is not None and atom.reason.why == SCANNED
+            name = "l" if scanned else "e"
+            everywhere = all(
+                any(atom in roots(dim) for dim in self.tree.dims[path]) for path in self.group.paths
+            )
+            if alone and everywhere and atom not in self.inner and name not in names.values():
+                names[atom] = name
+        return names
+
+    def _pattern(self, path: str) -> str:
+        """The axis pattern of a tensor."""
+        dims = [roots(dim) for dim in self.tree.dims[path]]
+        words = [self._dimension(path, atoms) for atoms in dims]
+        # Names that first and second layer share would be those of axes inside of a channel.
+        window, others = iter(WINDOW), iter("abc" if path in self.firsts else "opqr")
+        unnamed = [number for number, word in enumerate(words) if word is None]
+        outside = [number for number in unnamed if dims[number] and not _is_window(dims[number])]
+        for number in unnamed:  # the last is the embedding, as a person would call it
+            if number not in outside:
+                words[number] = next(window, None)
+            else:
+                words[number] = "d" if number == outside[-1] else next(others, None)
+        if None in words:
+            raise Unwritable("it has too many dimensions for an axis pattern")
+        return " ".join(filter(None, words))
+
+    def _dimension(self, path: str, atoms: Sequence[Atom]) -> str | None:
+        """The name of a dimension, if it is one that matters."""
+        if self.group.atom in atoms:
+            return self._composite(path, atoms)
+        if len(atoms) == 1 and atoms[0] in self.stack:
+            return self.stack[atoms[0]]
+        if len(atoms) == 1 and atoms[0].literal:
+            return str(atoms[0].size)
+        if atoms and all(atom in self.inner for atom in atoms):
+            return self._inside(atoms, known=False)
+        return None
+
+    def _composite(self, path: str, atoms: Sequence[Atom]) -> str:
+        """The dimension with the group's own axis, and what else is in it."""
+        words: list[str] = []
+        beside: list[Atom] = []
+        for number, atom in enumerate(atoms):
+            own = atom is self.group.atom
+            heads = self.heads is not None and atom is self.heads.atom
+            # Of a layer that only goes along it does not matter what its parts are.
+            literal = atom.literal and path in (*self.firsts, *self.group.seconds)
+            if not (own or heads or literal):
+                beside.append(atom)
+                continue
+            words += [self._inside(beside, known=True)] if beside else []
+            beside = []
+            if own:
+                behind = self.heads is not None and self.heads.atom in atoms[number:]
+                words.append("g" if self.heads is not None and not behind else self.axis)
+            elif literal:
+                words.append(str(atom.size))
+        words += [self._inside(beside, known=True)] if beside else []
+        return words[0] if len(words) == 1 else f"({' '.join(words)})"
+
+    def _inside(self, atoms: Sequence[Atom], *, known: bool) -> str:
+        """A name for an axis beside the channels; in one dimension its size must be known."""
+        size = size_of(atoms)
+        name = "k" if size == size_of(self.inner) else f"n{size}"
+        if known:
+            self.sizes[name] = size
+        return name
+
+    def _parts(self) -> tuple[int, ...]:
+        parts = tuple(s.part for s in self.formula.sources if s.part is not None)
+        if self.formula.activation is None or not parts:
+            return ()
+        return () if self.formula.gated and parts == (0, 1) else parts
+
+
+def _is_window(atoms: Sequence[Atom]) -> bool:
+    return any(atom.reason is not None and atom.reason.why == WINDOW_REASON for atom in atoms)
+
+
+def _usable(form: Formula, group: Group, tree: Tree) -> Formula:
+    """The formula, without its activation where a rule of `_dead` would be wrong by it.
+
+    The rules also fold what is constant into the second bias, so that the trace must show that
+    this is added to the sum, and nothing else happens to that.
+    """
+    second, others = group.seconds[0], group.seconds[1:]
+    plain = Formula(sources=form.sources)
+    if form.activation is None:
+        return plain
+    # One layer, two factors of one, or two layers.
+    if {*form.sources} & {Source(path=p) for p in others}:
+        return plain
+    biases = {source.bias for source in form.sources} - {None}
+    extra = [p for p in group.paths if len(tree.dims[p]) == 1 and p not in biases]
+    if [p for p in extra if any(p == f"{_layer(s.path)}/bias" for s in form.sources)]:
+        return plain  # a bias that is no bias
+    usual = f"{_layer(second)}/bias"
+    added = _bias_of(group, second, tree.walk)
+    if added is None and usual in tree.leaves:
+        return plain
+    literal = any(
+        atom.literal for dim in tree.dims[second] for atom in roots(dim) if group.atom in roots(dim)
+    )
+    if added is not None and (literal or len(tree.dims[added]) != 1):
+        return plain
+    return form
+
+
+def _bias_of(group: Group, second: str, walk: Walk) -> str | None:
+    """The parameter that is added to every sum with the second layer, and is all that follows."""
+    sums = [t for t in group.sums if any(second in value.weights for value in t.args)]
+    uses = [walk.uses.get(total, []) for total in sums]
+    first = uses[0][0] if uses and uses[0] else None
+    if first is None or any(use != [first] for use in uses) or not all(t.plain for t in sums):
+        return None
+    return first
+
+
+# --- paths ------------------------------------------------------------------------------------
+
+
+def _layer(path: str) -> str:
+    return path.removesuffix("/kernel")
+
+
+def _below(root: str, path: str) -> str:
+    return path.removeprefix(f"{root}/") if root else path
+
+
+def _root(layers: Collection[str]) -> str:
+    """The folder that all layers are in."""
+    split = [layer.split("/")[:-1] for layer in layers]
+    shared = []
+    for names in zip(*split, strict=False):
+        if len({*names}) > 1:
+            break
+        shared.append(names[0])
+    return "/".join(shared)
+
+
+def _table(root: str, path: str) -> str:
+    """A tensor by its path from the root, perhaps by way of "..", or in another collection."""
+    collection, _, rest = path.partition("/")
+    top, _, inside = root.partition("/")
+    if top == _PARAMS and collection != _PARAMS and rest:
+        return f"{collection}:{_relative(inside, rest)}"
+    return _relative(root, path)
+
+
+def _relative(root: str, path: str) -> str:
+    names, steps = root.split("/") if root else [], []
+    while names and not path.startswith("/".join(names) + "/"):
+        names.pop()
+        steps.append("..")
+    rest = path.removeprefix("/".join(names) + "/") if names else path
+    return "/".join([*steps, rest])
+
+
+def _one_or_more(names: Iterable[str]) -> str | tuple[str, ...]:
+    names = tuple(names)
+    return names[0] if len(names) == 1 else names
+
+
+def _with_places(pair: Pair) -> Pair:
+    """The same pair at `{i}` instead of a number."""
+    letters = iter("ijkmnopq")
+    at = re.sub(
+        r"(?<![^/_])\d+(?=/|$)", lambda _: f"{{{next(letters, 'r')}}}", pair.at
+    )  # layer/0, block_0; but dinov2
+    at = at.removeprefix("params/")
+    return dataclasses.replace(pair, at=at)
