@@ -139,7 +139,7 @@ def _judged(
         return group.refused(
             "nothing sums over it, so nothing would drop it", where, Verdict.UNUSED
         )
-    seconds: list[str] = []
+    seconds: dict[str, None] = {}
     for total in sums:
         readers = [sorted(value.weights & own) for value in total.args]
         readers = [names for names in readers if names]
@@ -148,22 +148,22 @@ def _judged(
                 why = "it is summed over between two computed values, not with a parameter"
                 return group.refused(why, total.place, Verdict.APPROXIMATE)
             return group.refused("it is summed over, not with a parameter", total.place)
-        known = [names for names in readers if {*names} & {*seconds}]
-        if not known:
-            seconds.append(readers[-1][0])
+        if not any(name in seconds for names in readers for name in names):
+            seconds[readers[-1][0]] = None
     if len(own) < len(members):
         twice = next(m.path for m in members if sum(o.path == m.path for o in members) > 1)
         return group.refused(f"{twice} has it twice, which no axis pattern can say", sums[0].place)
     if len(own) == 1:
         return group.refused("no other parameter has it", sums[0].place)
-    for total, number, place in walk.scaled:
-        if any(total is mine for mine in sums) and _is_a_count(number, total, atom):
-            why = f"the sum over it is scaled by {number:g}, which follows from its size"
-            return group.refused(why, place)
+    for total in sums:
+        for number, place in walk.scaled.get(total, ()):
+            if _is_a_count(number, total, atom):
+                why = f"the sum over it is scaled by {number:g}, which follows from its size"
+                return group.refused(why, place)
     if atom.size in counted:
         why = f"the code sums over another axis of {atom.size}, which may count the channels"
         return group.refused(why, sums[0].place)
-    return dataclasses.replace(group, seconds=tuple(dict.fromkeys(seconds)))
+    return dataclasses.replace(group, seconds=tuple(seconds))
 
 
 def _is_a_count(number: float, total: Sum, atom: Atom) -> bool:

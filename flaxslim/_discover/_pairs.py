@@ -6,6 +6,7 @@ tensors of its groups is kept.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from flaxslim._discover._rules import SCANNED
 from flaxslim._discover._rules import WINDOW as WINDOW_REASON
 from flaxslim._discover._trace import Walk
 from flaxslim._errors import FlaxslimError
-from flaxslim._spec import Pair, Site, Spec
+from flaxslim._spec import Pair, Spec
 
 # Collections of Linen beside "params" whose tensors a layer has too.
 _PARAMS = "params"
@@ -36,6 +37,14 @@ class Tree:
     leaves: Mapping[str, Any]
     walk: Walk
 
+    @functools.cached_property
+    def folders(self) -> dict[str, list[str]]:
+        """The tensors of each layer."""
+        found: dict[str, list[str]] = {}
+        for path in self.leaves:
+            found.setdefault(path.rpartition("/")[0], []).append(path)
+        return found
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Written:
@@ -48,45 +57,93 @@ class Written:
 def written(found: Sequence[Group], tree: Tree) -> Written:
     """The exact groups as pairs, folded over the layers."""
     within = _within(found)
-    inside = {*within.values()}
+    heads = {*within.values()}
     failed: dict[Group, str] = {}
     single: dict[Group, Pair] = {}
+    folded: dict[Pair, list[Group]] = {}
     for group in found:
-        if group.verdict is not Verdict.EXACT or group in inside:
+        if group.verdict is not Verdict.EXACT or group in heads:
             continue
         try:
-            pair = _pair(group, within.get(group), tree)
-            _check([pair], [group], tree)
-            single[group] = pair
-        except (Unwritable, FlaxslimError) as error:
-            failed[group] = str(error).partition("\n")[0]
-    folded: dict[Pair, list[Group]] = {}
-    for group, pair in single.items():
-        folded.setdefault(_with_places(pair), []).append(group)
+            single[group] = _pair(group, within.get(group), tree)
+            folded.setdefault(_folded(group, single[group], tree), []).append(group)
+        except Unwritable as error:
+            failed[group] = str(error)
     pairs: list[tuple[Pair, tuple[Group, ...]]] = []
     for pair, members in folded.items():
-        try:
-            _check([pair], members, tree)
+        if _misfit(pair, members, tree.leaves) is None:
             pairs.append((pair, tuple(members)))
-        except (Unwritable, FlaxslimError):  # the same names hold something else elsewhere
-            pairs += [(single[group], (group,)) for group in members]
+            continue
+        for group in members:  # the same names hold something else elsewhere
+            own = dataclasses.replace(single[group], at="/" + single[group].at)
+            misfit = _misfit(own, [group], _beside(group, tree))
+            if misfit is None:
+                pairs.append((own, (group,)))
+            else:
+                failed[group] = misfit
     return Written(pairs=tuple(pairs), failed=failed)
 
 
-def _check(pairs: Sequence[Pair], groups: Sequence[Group], tree: Tree) -> None:
-    """Raise unless the pairs bind to the tensors of the groups, all of them and no others."""
-    sites = Spec(name="DISCOVERED", pairs=tuple(pairs)).sites(dict(tree.leaves))
-    bound = sorted(_axes_of_site(site) for site in sites)
-    if bound != sorted(_axes_of_group(group) for group in groups):
-        raise Unwritable("the names of its tensors stand for others too")
+def _misfit(pair: Pair, groups: Sequence[Group], leaves: Mapping[str, Any]) -> str | None:
+    """Why a pair does not bind to the tensors of these groups, all of them and no others."""
+    try:
+        sites = Spec(name="DISCOVERED", pairs=pair).sites(dict(leaves))
+    except FlaxslimError as error:
+        return error.problem
+    bound: dict[str, set[tuple[str, int]]] = {}
+    for site in sites:
+        axes = {(t.path, t.axes.dimension(site.axis(t))) for t in site.cut}
+        bound.setdefault(site.tied or site.second.path, set()).update(axes)
+    wanted = [sorted({(m.path, m.dimension) for m in group.members}) for group in groups]
+    if sorted(map(sorted, bound.values())) != sorted(wanted):
+        return "the names of its tensors stand for others too"
+    return None
 
 
-def _axes_of_site(site: Site) -> list[tuple[str, int]]:
-    return sorted({(t.path, t.axes.dimension(site.axis(t))) for t in site.cut})
+def _beside(group: Group, tree: Tree) -> dict[str, Any]:
+    """The tensors of a group, and those in the same layers."""
+    layers = {path.rpartition("/")[0] for path in group.paths}
+    return {p: tree.leaves[p] for layer in layers for p in tree.folders[layer]}
 
 
-def _axes_of_group(group: Group) -> list[tuple[str, int]]:
-    return sorted({(member.path, member.dimension) for member in group.members})
+# --- layers that share a table ----------------------------------------------------------------
+
+
+def _folded(group: Group, pair: Pair, tree: Tree) -> Pair:
+    """The pair of a group for any layer."""
+    layers = _by_layer(group)
+    if not layers:
+        return _with_places(pair)
+    try:
+        pairs = [_with_places(_pair(layer, None, tree)) for layer in layers]
+    except Unwritable:
+        return _with_places(pair)
+    tables = {name: axes for one in pairs for name, axes in one.tables.items()}
+    first, *others = (dataclasses.replace(one, tables=tables) for one in pairs)
+    return _with_places(pair) if any(other != first for other in others) else first
+
+
+def _by_layer(group: Group) -> list[Group]:
+    """A group that spans layers by them: those of T5 share a table of position biases.
+
+    Empty if its layers are not alike.
+    """
+    split = [second.split("/") for second in group.seconds]
+    moving = [i for i, names in enumerate(zip(*split, strict=False)) if len({*names}) > 1]
+    if len(split) < 2 or len(moving) != 1 or len({len(names) for names in split}) > 1:
+        return []
+    at = moving[0] + 1
+    places = ["/".join(names[:at]) + "/" for names in split]
+    layers = []
+    for place, second in zip(places, group.seconds, strict=True):
+        members = tuple(
+            m
+            for m in group.members
+            if m.path.startswith(place) or not m.path.startswith(tuple(places))
+        )
+        sums = tuple(t for t in group.sums if any(second in v.weights for v in t.args))
+        layers.append(dataclasses.replace(group, members=members, sums=sums, seconds=(second,)))
+    return layers
 
 
 # --- heads in groups --------------------------------------------------------------------------

@@ -109,7 +109,8 @@ def _note_scale(e: Equation) -> None:
     """By which number a sum is scaled: it may be that of the channels, as in a mean."""
     for one, other in (e.inputs, e.inputs[::-1]):
         if one.node.kind == "sum" and other.node.kind == "number":
-            e.walk.scaled.append((one.node.data, other.node.data, e.place))
+            scales = e.walk.scaled.setdefault(one.node.data, [])
+            scales.append((other.node.data, e.place))
 
 
 @axis_rule(*_IDENTITY)

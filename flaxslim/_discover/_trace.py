@@ -83,7 +83,7 @@ class Walk:
         self.unknown: dict[str, Place] = {}
         self.constants: list[tuple[tuple[int, ...], Any]] = []
         self.uses: dict[Sum, list[str | None]] = {}  # what is added to a Sum; None: another use
-        self.scaled: list[tuple[Sum, float, Place]] = []  # by what the output of a Sum is scaled
+        self.scaled: dict[Sum, list[tuple[float, Place]]] = {}  # by what a Sum is scaled
         self.order = 0
         self.spread = False  # over devices: a sum is only part of one
         self._around: Dim = ()
