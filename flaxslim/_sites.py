@@ -190,7 +190,10 @@ def _site(
     )
     second = tensor(found.kernels[pair.second], second_axes)
     outside = {*second_axes.names} - {pair.axis, *pair.inner, *WINDOW}
-    second_bias = bias(pair.second, pair.second_bias, second_axes.bias(outside))
+    # A second layer with one output, as a vector, has no axis that a bias could have.
+    second_bias = (
+        bias(pair.second, pair.second_bias, second_axes.bias(outside)) if outside else None
+    )
     readers = tuple(
         tensor(found.kernels[layer], Axes(pattern, known))
         for layer, pattern in pair.readers.items()

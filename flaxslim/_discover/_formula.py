@@ -14,7 +14,7 @@ import numpy as np
 from flaxslim._activation import ACTIVATIONS, compiled
 from flaxslim._discover._atoms import Atom, roots
 from flaxslim._discover._groups import Group
-from flaxslim._discover._trace import Node, Sum, Value
+from flaxslim._discover._trace import Node, Part, Sum, Value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class _Back:
         if node.kind == "number":
             return float(node.data)
         if node.kind == "part":
-            return _in_part(self.tree(node.args[0]), node.data, self.sources)
+            return self._in_part(self.tree(node.args[0]), node.data)
         if (path := self._layer(node)) is not None:
             return self._source(path)
         if node.kind == "sum":
@@ -139,10 +139,29 @@ class _Back:
             return (node, *(self.tree(arg) for arg in node.args))
         raise _Unclear
 
-    def _source(self, path: str, bias: str | None = None) -> Source:
-        source = Source(path=path, bias=bias)
+    def _source(self, path: str, bias: str | None = None, part: int | None = None) -> Source:
+        source = Source(path=path, bias=bias, part=part)
         self.sources[source] = None
         return source
+
+    def _in_part(self, tree: Tree, part: Part) -> Tree:
+        """A formula of one part of fused layers; a range of another axis changes nothing."""
+        if isinstance(tree, Source):
+            own = {
+                atom
+                for (path, _), factors in self.group.factors.items()
+                for atom in factors
+                if path == tree.path
+            }
+            if not own & {*roots(part.axis)}:
+                return tree
+            if tree.part is not None:
+                raise _Unclear
+            self.sources.pop(tree, None)
+            return self._source(tree.path, tree.bias, part.index)
+        if isinstance(tree, tuple):
+            return (tree[0], *(self._in_part(arg, part) for arg in tree[1:]))  # pyright: ignore
+        return tree
 
     def _layer(self, node: Node) -> str | None:
         """The parameter of a first layer whose output this is."""
@@ -182,20 +201,6 @@ def _sums_to_one(node: Node, over: Sequence[Atom]) -> bool:
         return False
     value, by = node.args
     return by.kind == "sum" and by.args == (value,) and _classes(by.data) == list(over)
-
-
-def _in_part(tree: Tree, part: int, sources: dict[Source, None]) -> Tree:
-    """A formula of a part of fused layers."""
-    if isinstance(tree, Source):
-        if tree.part is not None:
-            raise _Unclear
-        sources.pop(tree, None)
-        new = dataclasses.replace(tree, part=part)
-        sources[new] = None
-        return new
-    if isinstance(tree, tuple):
-        return (tree[0], *(_in_part(arg, part, sources) for arg in tree[1:]))  # pyright: ignore
-    return tree
 
 
 def _symbols(tree: Tree) -> set[Source]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen, nnx
+from jax.core import Tracer
 from jax.tree_util import tree_flatten, tree_flatten_with_path
 
 from flaxslim._discover._atoms import Atom, Dims, Reason, roots
@@ -44,9 +45,12 @@ class Function:
         own = shapes or {}
         params = [_abstract(leaf, own.get(path)) for path, leaf in self.params.items()]
         try:
-            return jax.make_jaxpr(lambda p, x: _arrays(self.run(p, x)))(
+            closed = jax.make_jaxpr(lambda p, x: _arrays(self.run(p, x)))(
                 params, [_abstract(leaf) for leaf in self.inputs]
             )
+            if any(isinstance(x, Tracer) for x in closed.consts):
+                raise jax.errors.UnexpectedTracerError("a constant of it is a tracer")
+            return closed
         except Exception as error:  # whatever the user's own code raises
             mend = next((text for kind, text in _MENDS.items() if isinstance(error, kind)), None)
             first = str(error).strip().partition("\n")[0]
@@ -155,7 +159,9 @@ def walked(fn: Function) -> Walked:
             "discover(lambda p: model(**inputs, params=p), params)",
         )
     consts = [walk.constant(x, Place(primitive="a closed-over array")) for x in closed.consts]
-    for value in walk.run(jaxpr, consts, values):
+    outputs = walk.run(jaxpr, consts, values)
+    walk.note_other_uses(outputs)
+    for value in outputs:
         reason = Reason(why="it is an axis of the outputs", place=_OUTPUT, order=walk.order + 1)
         for dim in value.dims:
             for atom in roots(dim):

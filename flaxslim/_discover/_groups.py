@@ -81,9 +81,12 @@ def groups(walk: Walk, params: Mapping[str, Dims]) -> tuple[Group, ...]:
             sums.setdefault(atom, []).append(total)
     counted = {a.size for a in sums if a.uniform}
     stacks = _stacks(walk, params, members)
+    ranks = {path: len(dims) for path, dims in params.items()}
     found = [
         dataclasses.replace(
-            _judged(walk, atom, tuple(own), tuple(sums.get(atom, ())), stacks[atom], counted),
+            _judged(
+                walk, atom, tuple(own), tuple(sums.get(atom, ())), stacks[atom], counted, ranks
+            ),
             factors={(m.path, m.dimension): tuple(roots(params[m.path][m.dimension])) for m in own},
         )
         for atom, own in members.items()
@@ -119,6 +122,12 @@ def _stacks(
         see(dims)
     for seen in walk.seen:
         see(seen.dims, seen.around)
+    for total in walk.sums:
+        # Summed over by itself, an axis mixes the channels of its indices.
+        mixed = _atoms(total.dims)
+        for atom in _atoms(dim for value in total.args for dim in value.dims):
+            if atom in common and atom not in mixed:
+                common[atom] = {a: None for a in common[atom] if a not in mixed}
     return {atom: tuple(a for a in own if a is not atom) for atom, own in common.items()}
 
 
@@ -129,6 +138,7 @@ def _judged(
     sums: tuple[Sum, ...],
     stack: tuple[Atom, ...],
     counted: set[int],
+    ranks: Mapping[str, int],
 ) -> Group:
     group = Group(atom=atom, members=members, sums=sums, verdict=Verdict.EXACT, stack=stack)
     own = {member.path for member in members}
@@ -149,7 +159,9 @@ def _judged(
                 return group.refused(why, total.place, Verdict.APPROXIMATE)
             return group.refused("it is summed over, not with a parameter", total.place)
         if not any(name in seconds for names in readers for name in names):
-            seconds[readers[-1][0]] = None
+            # A kernel rather than the scale of what it reads.
+            names = [name for own_names in readers[::-1] for name in own_names]
+            seconds[max(names, key=ranks.__getitem__)] = None
     if len(own) < len(members):
         twice = next(m.path for m in members if sum(o.path == m.path for o in members) > 1)
         return group.refused(f"{twice} has it twice, which no axis pattern can say", sums[0].place)

@@ -63,7 +63,8 @@ def _name(pair: Pair) -> str:
 
 def _numbers(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The numbers in a config by key, nested ones too, and what is None."""
-    for key in _config.keys(cfg):
+    common = _common(cfg)
+    for key in (key for key in _config.keys(cfg) if key not in common):
         value = _config.read(cfg, key)
         if (isinstance(value, int | float) and not isinstance(value, bool)) or value is None:
             yield prefix + key, value
@@ -71,6 +72,14 @@ def _numbers(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             prefix.count(".") < 3
         ):
             yield from _numbers(value, f"{prefix}{key}.")
+
+
+def _common(cfg: Any) -> frozenset[str]:
+    """What every config of transformers has (`top_k`, `eos_token_id`): no sizes of a model."""
+    from transformers import PretrainedConfig
+
+    plain = PretrainedConfig() if isinstance(cfg, PretrainedConfig) else None
+    return frozenset(_config.keys(plain) if plain is not None else ())
 
 
 def size_of_channels(pair: Pair, group: Group) -> int:
@@ -104,7 +113,8 @@ def _changes(
                 after = {path: tuple(leaf.shape) for path, leaf in shapes.items()}
             except Exception:  # a class refuses some values as it likes
                 continue
-            if after.keys() != before.keys():
+            if after.keys() != before.keys():  # it is a number of layers, or changes these
+                found[f"{key}={trial}"] = {}
                 continue
             moved = {
                 (path, axis): after[path][axis]
@@ -156,7 +166,10 @@ def _width(
     changed: Mapping[str, dict[tuple[str, int], int]],
 ) -> tuple[str | None, str]:
     """The width of a pair, and what is to be said of how it was found."""
-    size = size_of_channels(pair, groups[0])
+    sizes = {size_of_channels(pair, group) for group in groups}
+    if len(sizes) > 1:
+        return None, f"no key of the config is its widths {', '.join(map(str, sorted(sizes)))}"
+    (size,) = sizes
     keys = _by_change(groups, changed)
     if len(keys) == 1:
         (key,) = keys
@@ -166,9 +179,11 @@ def _width(
         return key, ""
     if pair.axis == "h" and (key := _by_name(size, numbers, "head")):
         return key, f"its width {key} is the only number of heads in the config that is {size}"
-    if key := _only(size, numbers):
+    # A key that was tried, and changed something else, is another width.
+    others = {setting.partition("=")[0] for setting in changed}
+    if key := _only(size, {k: value for k, value in numbers.items() if k not in others}):
         return key, f"its width {key} is the only key of the config that is {size}"
-    many = [k for k, value in numbers.items() if value == size]
+    many = [k for k, value in numbers.items() if value == size and k not in others]
     if many:
         return None, f"which of {', '.join(many)} is its width {size} is not known: set width="
     return None, f"no key of the config is its width {size}: set width="

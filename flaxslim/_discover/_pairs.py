@@ -13,7 +13,7 @@ from typing import Any
 
 from flaxslim._axes import WINDOW
 from flaxslim._discover._atoms import Atom, Dims, roots, size_of
-from flaxslim._discover._formula import Formula, Source, formula
+from flaxslim._discover._formula import Formula, formula
 from flaxslim._discover._groups import Group, Verdict
 from flaxslim._discover._rules import SCANNED
 from flaxslim._discover._rules import WINDOW as WINDOW_REASON
@@ -67,8 +67,8 @@ def written(found: Sequence[Group], tree: Tree) -> Written:
         try:
             single[group] = _pair(group, within.get(group), tree)
             folded.setdefault(_folded(group, single[group], tree), []).append(group)
-        except Unwritable as error:
-            failed[group] = str(error)
+        except (Unwritable, FlaxslimError) as error:
+            failed[group] = str(error).partition("\n")[0]
     pairs: list[tuple[Pair, tuple[Group, ...]]] = []
     for pair, members in folded.items():
         if _misfit(pair, members, tree.leaves) is None:
@@ -116,7 +116,7 @@ def _folded(group: Group, pair: Pair, tree: Tree) -> Pair:
         return _with_places(pair)
     try:
         pairs = [_with_places(_pair(layer, None, tree)) for layer in layers]
-    except Unwritable:
+    except (Unwritable, FlaxslimError):
         return _with_places(pair)
     tables = {name: axes for one in pairs for name, axes in one.tables.items()}
     first, *others = (dataclasses.replace(one, tables=tables) for one in pairs)
@@ -197,7 +197,8 @@ class _Writer:
 
     def pair(self) -> Pair:
         first, second = self.firsts[0], self.second
-        root = _root([_layer(path) for path in (*self.firsts, *self.group.seconds)])
+        kernels = [path for path in self.group.paths if path.endswith("/kernel")]
+        root = _root([_layer(path) for path in (*self.firsts, *self.group.seconds, *kernels)])
         axes = {path: self._pattern(path) for path in self.group.paths}
         if any(axes[path] != axes[first] for path in self.firsts):
             raise Unwritable("the layers whose product it is have different shapes")
@@ -302,20 +303,41 @@ class _Writer:
 
     def _pattern(self, path: str) -> str:
         """The axis pattern of a tensor."""
+        return " ".join(self._words(path))
+
+    def _words(self, path: str) -> list[str]:
+        """The name of each of its dimensions."""
         dims = [roots(dim) for dim in self.tree.dims[path]]
         words = [self._dimension(path, atoms) for atoms in dims]
+        first = self.firsts[0]
+        if path != first and path not in self.group.seconds and self._is_like(path, first):
+            own = self._words(first)
+            return [word or named for word, named in zip(words, own, strict=True)]
         # Names that first and second layer share would be those of axes inside of a channel.
         window, others = iter(WINDOW), iter("abc" if path in self.firsts else "opqr")
-        unnamed = [number for number, word in enumerate(words) if word is None]
-        outside = [number for number in unnamed if dims[number] and not _is_window(dims[number])]
-        for number in unnamed:  # the last is the embedding, as a person would call it
-            if number not in outside:
-                words[number] = next(window, None)
-            else:
-                words[number] = "d" if number == outside[-1] else next(others, None)
-        if None in words:
-            raise Unwritable("it has too many dimensions for an axis pattern")
-        return " ".join(filter(None, words))
+        outside = [i for i, word in enumerate(words) if word is None and _is_outside(dims[i])]
+        named: list[str] = []
+        for number, word in enumerate(words):
+            if word is None and number in outside:
+                # The last is the embedding, as a person would call it.
+                word = "d" if number == outside[-1] else next(others, None)
+            elif word is None:
+                word = next(window, None)
+            if word is None:
+                raise Unwritable("it has too many dimensions for an axis pattern")
+            named.append(word)
+        return named
+
+    def _is_like(self, path: str, first: str) -> bool:
+        """Whether a tensor has the shape of the first layer, and the axis where that has it."""
+        axes = [
+            [self.group.atom in roots(dim) for dim in self.tree.dims[name]]
+            for name in (path, first)
+        ]
+        return axes[0] == axes[1] and all(
+            len(roots(one)) == len(roots(other)) == 0 or size_of(one) == size_of(other)
+            for one, other in zip(self.tree.dims[path], self.tree.dims[first], strict=True)
+        )
 
     def _dimension(self, path: str, atoms: Sequence[Atom]) -> str | None:
         """The name of a dimension, if it is one that matters."""
@@ -366,8 +388,10 @@ class _Writer:
         return () if self.formula.gated and parts == (0, 1) else parts
 
 
-def _is_window(atoms: Sequence[Atom]) -> bool:
-    return any(atom.reason is not None and atom.reason.why == WINDOW_REASON for atom in atoms)
+def _is_outside(atoms: Sequence[Atom]) -> bool:
+    """Whether a dimension is one of inputs or outputs, not a window or of size 1."""
+    windows = [atom.reason is not None and atom.reason.why == WINDOW_REASON for atom in atoms]
+    return bool(atoms) and not any(windows)
 
 
 def _usable(form: Formula, group: Group, tree: Tree) -> Formula:
@@ -376,13 +400,13 @@ def _usable(form: Formula, group: Group, tree: Tree) -> Formula:
     The rules also fold what is constant into the second bias, so that the trace must show that
     this is added to the sum, and nothing else happens to that.
     """
-    second, others = group.seconds[0], group.seconds[1:]
+    second = group.seconds[0]
     plain = Formula(sources=form.sources)
     if form.activation is None:
         return plain
     # One layer, two factors of one, or two layers.
-    if {*form.sources} & {Source(path=p) for p in others}:
-        return plain
+    if {source.path for source in form.sources} & {*group.seconds}:
+        return plain  # its zero rows are zero columns too
     biases = {source.bias for source in form.sources} - {None}
     extra = [p for p in group.paths if len(tree.dims[p]) == 1 and p not in biases]
     if [p for p in extra if any(p == f"{_layer(s.path)}/bias" for s in form.sources)]:
@@ -460,5 +484,5 @@ def _with_places(pair: Pair) -> Pair:
     at = re.sub(
         r"(?<![^/_])\d+(?=/|$)", lambda _: f"{{{next(letters, 'r')}}}", pair.at
     )  # layer/0, block_0; but dinov2
-    at = at.removeprefix("params/")
+    at = f"{at}/".removeprefix("params/").rstrip("/")
     return dataclasses.replace(pair, at=at)

@@ -511,7 +511,7 @@ def _local(e: Equation, dim: Dim, devices: int) -> Dim:
 def call(e: Equation) -> list[Value]:
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         if key in e.params:
-            return e.walk.call(e.params[key], e.inputs, e.eqn)
+            return e.walk.call(e.params[key], e.inputs, e.eqn, once=True)
     return e.unknown()
 
 

@@ -23,8 +23,8 @@ class Node:
     """How a value came about, without what only moves its entries: those share one node.
 
     `kind` is "param" (`data` is its path), "number" (the number), "sum" (the `Sum`), "part" (which
-    part of a literal axis was taken), "pick" (rows picked by index), "opaque", or an elementwise
-    primitive (its params).
+    `Part` of an axis was taken), "pick" (the value of which rows are picked by index), "opaque", or
+    an elementwise primitive (its params).
     """
 
     kind: str
@@ -64,6 +64,14 @@ class Sum:
     place: Place
     order: int
     plain: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """One of the parts of an axis, such as gate or up; `axis` counts them."""
+
+    index: int
+    axis: Dim
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -155,8 +163,19 @@ class Walk:
         # A literal has a value; a variable has none.
         return self.constant(var.val, place) if hasattr(var, "val") else env[var]
 
-    def call(self, closed: Any, args: Sequence[Value], eqn: Any, around: Dim = ()) -> list[Value]:
-        """The outputs of a jaxpr that an equation calls, open or closed."""
+    def call(
+        self,
+        closed: Any,
+        args: Sequence[Value],
+        eqn: Any,
+        around: Dim = (),
+        *,
+        once: bool = False,
+    ) -> list[Value]:
+        """The outputs of a jaxpr that an equation calls, open or closed.
+
+        `once`: it is run once, and what goes in and comes out is what is inside.
+        """
         jaxpr = getattr(closed, "jaxpr", closed)
         outer = self._library
         # The trace of a function of JAX is cached: its lines may be those of another caller.
@@ -166,7 +185,15 @@ class Walk:
         consts = [self.constant(x, place) for x in getattr(closed, "consts", ())]
         outputs = self.run(jaxpr, consts, args, around)
         self._library = outer
+        if not once:
+            self.note_other_uses([*args, *outputs])
         return outputs
+
+    def note_other_uses(self, values: Iterable[Value]) -> None:
+        """These values go where they are not followed: to an output, or round a loop."""
+        for value in values:
+            if value.node.kind == "sum":
+                self.uses.setdefault(value.node.data, []).append(None)
 
 
 class Equation:
@@ -222,7 +249,7 @@ class Equation:
             self.walk.sums.append(total)
         return total
 
-    def part(self, dim: Dim, start: int, size: int, whole: int) -> tuple[Dim, int | None]:
+    def part(self, dim: Dim, start: int, size: int, whole: int) -> tuple[Dim, Part | None]:
         """A range of an axis; and which part it is, if the axis falls into parts of its size.
 
         The axis becomes (parts, unit), of which only the units can be cut, in all parts alike.
@@ -239,7 +266,9 @@ class Equation:
         self.block([front], "it is taken apart")
         for atom in roots(front):
             atom.literal = True
-        return self._parts(size // unit) + rest, start // unit if size == unit else None
+        return self._parts(size // unit) + rest, Part(
+            start // unit, front
+        ) if size == unit else None
 
     def joined(self, dims: Sequence[Dim], sizes: Sequence[int]) -> Dim:
         """Axes laid end to end: an axis of (parts, unit), see `part`."""
