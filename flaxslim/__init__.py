@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flaxslim._discover import discover as discover
     from flaxslim._discover import explain as explain
     from flaxslim._draw import plan as plan
+    from flaxslim._errors import ConfigKeptWarning as ConfigKeptWarning
     from flaxslim._errors import DeadKeptWarning as DeadKeptWarning
     from flaxslim._errors import DiscoveryWarning as DiscoveryWarning
     from flaxslim._errors import FlaxslimError as FlaxslimError
@@ -126,6 +127,7 @@ _PUBLIC = {
     "_apply": ("apply",),
     "_compat": ("clip_compat",),
     "_errors": (
+        "ConfigKeptWarning",
         "DeadKeptWarning",
         "DiscoveryWarning",
         "FlaxslimError",

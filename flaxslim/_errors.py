@@ -122,6 +122,10 @@ class NothingRemovedWarning(UserWarning):
     """No channel is dead, so the model that comes back is the one that went in."""
 
 
+class ConfigKeptWarning(UserWarning):
+    """What was cut has no key in the config, which goes on to say the old width."""
+
+
 class DeadKeptWarning(UserWarning):
     """Some of what is dead was kept, since the config of the stock class can say no less."""
 

@@ -53,6 +53,18 @@ def values(
     return written, tuple(resizes)
 
 
+def untold(cuts: Iterable[Cut], cfg: Any) -> list[Pair]:
+    """The pairs that were cut and whose width no key of the config says."""
+    pairs = {
+        cut.site.pair: None
+        for cut in cuts
+        if cut.removed
+        and cut.site.pair.width is None
+        and cut.site.name not in _record.sites(cfg, cut.site.pair.config)
+    }
+    return list(pairs)
+
+
 def _by_key(cuts: Iterable[Cut]) -> list[list[Cut]]:
     """The cuts that share a width key (or a pair, where there is none)."""
     groups: dict[Any, list[Cut]] = {}

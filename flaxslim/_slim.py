@@ -7,9 +7,16 @@ from typing import Any
 
 from flaxslim._apply import apply, check_fits, resized
 from flaxslim._draw import check_dead, check_finite, draw
-from flaxslim._errors import DeadKeptWarning, NothingRemovedWarning, PlanError, WidthError
+from flaxslim._errors import (
+    ConfigKeptWarning,
+    DeadKeptWarning,
+    NothingRemovedWarning,
+    PlanError,
+    WidthError,
+)
 from flaxslim._nnx import check_shapes, modules
 from flaxslim._plan import PER_LAYER, Plan
+from flaxslim._resize import untold
 from flaxslim._spec import SpecLike
 from flaxslim._tree import flatten
 
@@ -38,7 +45,8 @@ def slim(
       plan: apply this stored plan instead of making one; then the others must be left out.
 
     Returns: `(params, cfg)`. If nothing is dead they are the objects that went in, and a
-    `NothingRemovedWarning` says so; a `DeadKeptWarning` names what is dead and had to stay.
+    `NothingRemovedWarning` says so; a `DeadKeptWarning` names what is dead and had to stay, and a
+    `ConfigKeptWarning` a pair without a `width`, of which the config says nothing new.
     `flaxslim.verify` proves the two models equal.
 
     Raises: the errors of `flaxslim.plan`; `WidthError` if channels are dead but the config of the
@@ -82,6 +90,13 @@ def slim(
     small, new = apply(plan, params), resized(plan, cfg)
     if any(modules(small)):
         check_shapes(small, plan, new)
+    if cfg is not None and (pairs := untold(plan.cuts, new)):
+        warnings.warn(
+            f"the config goes on to say the old width of {'; '.join(map(str, pairs))}: name its "
+            "key, Pair(width=...), or discover(..., cfg=cfg)",
+            ConfigKeptWarning,
+            stacklevel=2,
+        )
     if plan.blocked:
         warnings.warn(
             f"some of what is dead was kept: {'; '.join(plan.blocked)}",

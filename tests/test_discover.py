@@ -385,6 +385,53 @@ def test_an_axis_that_a_tensor_has_twice_cannot_be_said() -> None:
     assert "m has it twice, which no axis pattern can say" in explain(fn, params, "up", X)
 
 
+def test_experts_that_are_mixed_in_between_lose_the_same_channels() -> None:
+    """Places have weights of their own, but attention over the places mixes their channels."""
+
+    def fn(p: Any, x: Any) -> Any:
+        h = jnp.einsum("btd,tdf->btf", x, p["w1"])
+        weights = jax.nn.softmax(jnp.einsum("btf,bsf->bts", jnp.sin(p["s"] * x[..., :1]), p["k"]))
+        return jnp.einsum("btf,tfd->btd", jnp.einsum("bts,bsf->btf", weights, h), p["w2"])
+
+    params = {
+        "w1": shape(5, D, F), "w2": shape(5, F, D), "s": shape(5, 7), "k": shape(2, 5, 7),
+    }  # fmt: skip
+    pair = next(pair for pair in discover(fn, params, X) if pair.second == "w2")
+    assert "e" not in pair.first_axes
+
+
+def test_a_tied_autoencoder_has_one_kernel_for_first_and_second() -> None:
+    """Its zero rows are zero columns, and a bias alone is no first layer that could be silent."""
+    spec = discover(lambda p, x: jnp.tanh(x @ p["w"].T + p["b"]) @ p["w"], {
+        "w": shape(F, D), "b": shape(F)}, X)  # fmt: skip
+    (pair,) = spec
+    assert (pair.first, pair.second, pair.activation) == ("b", "w", None)
+
+
+def test_the_second_layer_is_a_kernel_rather_than_a_scale() -> None:
+    params = {"up": shape(D, F), "s": shape(F), "down": shape(F, D)}
+    (pair,) = discover(lambda p, x: (p["down"].T @ (p["s"] * (x @ p["up"]))[..., None])[..., 0],
+                       params, X)  # fmt: skip
+    assert (pair.second, dict(pair.tables), pair.activation) == ("down", {"s": "f"}, None)
+
+
+def test_a_range_of_tokens_is_no_part_of_a_fused_kernel() -> None:
+    def fn(p: Any, x: Any) -> Any:
+        h, other = jnp.split(x @ p["w"], 2, axis=-1)
+        return (h * jnp.tanh(other))[:, :2] @ p["down"]
+
+    (pair,) = discover(fn, {"w": shape(D, 2 * F), "down": shape(F, D)}, shape(2, 4, D))
+    assert (pair.gated, pair.parts, pair.activation) == (True, (1, 0), "tanh")
+
+
+def test_shared_layers_are_one_site() -> None:
+    """As in ALBERT; and where they end differently, nothing is claimed but the first rule."""
+    (pair,) = discover(lambda p, x: mlp(p, mlp(p, x)), PLAIN, X)
+    assert (str(pair), pair.second_bias) == (LINE, "c")
+    (pair,) = discover(lambda p, x: mlp(p, jnp.tanh(x @ p["up"] + p["b"]) @ p["down"]), PLAIN, X)
+    assert pair.activation is None
+
+
 # --- primitives without a rule ----------------------------------------------------------------
 
 

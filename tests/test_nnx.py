@@ -506,14 +506,14 @@ def test_heads_that_the_spec_does_not_tell_are_refused(modules, message):
         second_axes="(h k) d",
         axis="h",
         activation="identity",
-        sizes={"k": "head_dim"},
+        sizes={"k": "2"},
         modules=modules,
     )
     with pytest.raises(LayoutError, match=message) as caught:
-        slim(model, {"head_dim": 2}, Spec(name="HEADS", pairs=pair))
+        slim(model, spec=Spec(name="HEADS", pairs=pair))
     assert "modules=" in str(caught.value)
     told = dataclasses.replace(pair, modules={"": {"num_heads": "h"}})
-    small, _ = slim(model, {"head_dim": 2}, Spec(name="HEADS", pairs=told))
+    small, _ = slim(model, spec=Spec(name="HEADS", pairs=told))
     assert small["attn"].num_heads == 2
 
 

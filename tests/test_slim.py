@@ -17,7 +17,7 @@ from strategies import LAYOUTS, enable_x64, gap, net, nets, quick, run
 from transformers import BertConfig, CLIPConfig, GPT2Config
 
 import flaxslim
-from flaxslim import NothingRemovedWarning, Pair, Plan, Spec, apply, plan, slim
+from flaxslim import ConfigKeptWarning, NothingRemovedWarning, Pair, Plan, Spec, apply, plan, slim
 from flaxslim._errors import LayoutError, NonFiniteError, PlanError, WidthError
 from flaxslim._layout import Layout
 from flaxslim._tree import flatten, replace
@@ -547,3 +547,11 @@ def test_the_statistics_of_a_batch_norm_are_cut_with_its_channels():
     small, cfg = slim(variables, {"hidden": 6, "flaxslim_layout": None}, spec, width="per_layer")
     after = flaxslim.module(Normed, cfg, spec=spec).apply(small, x)
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-6)
+
+
+def test_a_config_that_cannot_say_the_new_width_is_named():
+    """A spec without a width key cuts the tensors and would leave the config as it is."""
+    tree = {"up": {"kernel": np.ones((2, 3))}, "down": {"kernel": np.diag([1.0, 0.0, 1.0])}}
+    spec = Spec(name="MLP", pairs=Pair(first="up", second="down"))
+    with pytest.warns(ConfigKeptWarning, match="the old width of up"):
+        slim(tree, {"hidden": 3}, spec)
