@@ -87,7 +87,7 @@ def _base_class(model_type: str) -> type:
         raise UnknownFamilyError(
             "transformers has no Flax class for this model_type",
             seen=model_type,
-            near=nearest(model_type, names),
+            near=nearest(model_type or "", names),
             mend="give the model itself: model=fn(params, *inputs), a Linen or an nnx module",
         )
     return getattr(transformers, names[model_type])

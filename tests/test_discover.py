@@ -107,6 +107,31 @@ def test_of_a_fused_kernel_the_gate_may_be_the_second_half() -> None:
     assert (pair.first_axes, pair.parts, pair.gated) == ("d (2 f)", (1, 0), True)
 
 
+def squared(p: Any, x: Any, times: int = 40) -> Any:
+    h = x @ p["w"]
+    for _ in range(times):
+        h = h * h
+    a, b = jnp.split(h, 2, axis=-1)
+    return (a * b) @ p["down"]
+
+
+def stream(p: Any, x: Any) -> Any:
+    h = x @ p["in"]
+    for layer in p["layers"]:
+        h = h + jnp.tanh(h @ layer["up"]) @ layer["down"]
+    return h @ p["out"]
+
+
+def test_a_formula_in_which_values_are_used_often_or_that_is_deep_is_given_up() -> None:
+    """A value that is its own square forty times has 2^40 factors, 500 layers 500 terms."""
+    (pair,) = discover(squared, {"w": shape(D, 2 * F), "down": shape(F, D)}, X)
+    assert (pair.first_axes, pair.activation) == ("d (2 f)", None)
+    layers = [{"up": shape(F, 4), "down": shape(4, F)} for _ in range(500)]
+    params = {"in": shape(D, F), "out": shape(F, D), "layers": layers}
+    sizes = sorted(len(pair.readers) for pair in discover(stream, params, X))
+    assert sizes == [0, 500]
+
+
 # --- calls and layouts ------------------------------------------------------------------------
 
 

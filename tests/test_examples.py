@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,14 +28,21 @@ def _stock_rank_promotion():
         yield
 
 
-@pytest.fixture(scope="module")
-def convert() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert", EXAMPLES / "convert_checkpoint.py")
+def _loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of the examples as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def convert() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield _loaded("convert_checkpoint", patch)
 
 
 def _differences(text: str) -> list[float]:
@@ -156,3 +165,32 @@ def _perplexity(logits: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> float:
     logs = np.asarray(jax.nn.log_softmax(logits[:, :-1].astype(np.float64)))
     picked = np.take_along_axis(logs, ids[:, 1:, None].astype(int), -1)[..., 0]
     return float(np.exp(-picked[mask[:, 1:] == 1].mean()))
+
+
+def test_discovery_example(monkeypatch, capsys):
+    """Five kinds of models, each without a spec: found, cut, and the same function."""
+    example = _loaded("discover_anything", monkeypatch)
+    lines = {line.name: line for line in example.main()}
+    assert list(lines) == ["Linen", "nnx", "pytree", "ResNet", "ViT"]
+    for line in lines.values():
+        assert line.equal
+        assert line.difference <= 1e-5
+        assert line.after < 0.8 * line.before
+    out = capsys.readouterr().out
+    assert "-> x * sin(2 * x) ** 2 ->" in out
+    assert "width heads" in out
+    assert 'in/0 "l d f" * in/1 "l d f"' in out
+    assert "discovered, cut, proven" in out
+
+
+def test_discovery_example_kills_what_its_spec_reads(monkeypatch):
+    """What is compared is not the model before pruning: that one puts out something else."""
+    example = _loaded("discover_anything", monkeypatch)
+    shapes = {"up": jax.ShapeDtypeStruct((32, 8), "float32"),
+              "down": jax.ShapeDtypeStruct((8, 4), "float32")}  # fmt: skip
+    spec = flaxslim.Spec(name="MLP", pairs=flaxslim.Pair(first="up", second="down"))
+    params = example.randomly(shapes)
+    killed = example.kill(params, spec)
+    dead = ~np.asarray(killed["down"]).any(axis=1)
+    assert 2 <= dead.sum() <= 4
+    np.testing.assert_array_equal(killed["down"][~dead], params["down"][~dead])

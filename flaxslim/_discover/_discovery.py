@@ -169,7 +169,7 @@ def _tried(
 
     def tried(chosen: Sequence[tuple[Pair, tuple[Group, ...]]]) -> Any:
         own = [group for _, members in chosen for group in members]
-        return checked(seen.function, seen.closed, seen.dims, own)
+        return checked(seen, own)
 
     if not pairs or (whole := tried(pairs)) is None:
         return list(pairs), [], {}

@@ -8,22 +8,27 @@ values as an activation with a name, or is written out: `"x * tanh(log1p(exp(x))
 import ast
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from flaxslim._activation import ACTIVATIONS, compiled
-from flaxslim._discover._atoms import Atom, roots
+from flaxslim._discover._atoms import Atom, Dim, roots
 from flaxslim._discover._groups import Group
 from flaxslim._discover._trace import Node, Part, Sum, Value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """The output of a first layer: of a fused one, its part; with the bias that is added to it."""
+    """The output of a first layer: of a fused one, its part; with the bias that is added to it.
+
+    `parts` is the axis that counts the parts.
+    """
 
     path: str
     part: int | None = None
     bias: str | None = None
+    parts: Dim = dataclasses.field(default=(), compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +81,8 @@ def _formula(node: Node, group: Group) -> Formula:
         tree = walk.tree(node)
     except _Unclear:
         return Formula(sources=tuple(walk.sources))
-    names = [source for source in walk.sources if source in _symbols(tree)]
+    symbols = _symbols(tree)
+    names = [source for source in walk.sources if source in symbols]
     if len(names) == 1:
         return Formula(sources=(names[0],), activation=_named(tree, {names[0]: "x"}))
     if len(names) == 2:
@@ -113,10 +119,13 @@ class _Back:
         self.group, self.own = group, {*group.paths}
         self.sources: dict[Source, None] = {}
         self._known: dict[Node, Tree] = {}
+        self._met = 0  # nodes, also those that are being looked at: a deep model is a long formula
+        self._atoms: dict[str, set[Atom]] = {}  # of each first layer, its axes
 
     def tree(self, node: Node) -> Tree:
         if node not in self._known:
-            if len(self._known) > _SIZE:
+            self._met += 1
+            if self._met > _SIZE:
                 raise _Unclear
             self._known[node] = self._tree(node)
         return self._known[node]
@@ -125,7 +134,7 @@ class _Back:
         if node.kind == "number":
             return float(node.data)
         if node.kind == "part":
-            return self._in_part(self.tree(node.args[0]), node.data)
+            return self._in_part(self.tree(node.args[0]), node.data, {})
         if (path := self._layer(node)) is not None:
             return self._source(path)
         if node.kind == "sum":
@@ -139,29 +148,31 @@ class _Back:
             return (node, *(self.tree(arg) for arg in node.args))
         raise _Unclear
 
-    def _source(self, path: str, bias: str | None = None, part: int | None = None) -> Source:
-        source = Source(path=path, bias=bias, part=part)
+    def _source(self, path: str, bias: str | None = None, part: Part | None = None) -> Source:
+        source = Source(path=path, bias=bias)
+        if part is not None:
+            source = dataclasses.replace(source, part=part.index, parts=part.axis)
         self.sources[source] = None
         return source
 
-    def _in_part(self, tree: Tree, part: Part) -> Tree:
-        """A formula of one part of fused layers; a range of another axis changes nothing."""
+    def _in_part(self, tree: Tree, part: Part, done: dict[int, Tree]) -> Tree:
+        """A formula of one part of fused layers; a range of another axis changes nothing.
+
+        `done`: what was changed already, as a value may be used often.
+        """
         if isinstance(tree, Source):
-            own = {
-                atom
-                for (path, _), factors in self.group.factors.items()
-                for atom in factors
-                if path == tree.path
-            }
-            if not own & {*roots(part.axis)}:
+            if not self._atoms[tree.path] & {*roots(part.axis)}:
                 return tree
             if tree.part is not None:
                 raise _Unclear
             self.sources.pop(tree, None)
-            return self._source(tree.path, tree.bias, part.index)
-        if isinstance(tree, tuple):
-            return (tree[0], *(self._in_part(arg, part) for arg in tree[1:]))  # pyright: ignore
-        return tree
+            return self._source(tree.path, tree.bias, part)
+        if not isinstance(tree, tuple):
+            return tree
+        if id(tree) not in done:
+            args = (self._in_part(arg, part, done) for arg in tree[1:])  # pyright: ignore
+            done[id(tree)] = (tree[0], *args)
+        return done[id(tree)]
 
     def _layer(self, node: Node) -> str | None:
         """The parameter of a first layer whose output this is."""
@@ -170,20 +181,27 @@ class _Back:
             if self.group.atom not in [a for dim in total.dims for a in roots(dim)]:
                 weights = [value for value in total.args if value.weights & self.own]
                 if len(weights) == 1 and len(total.args) == 2:
-                    return _only(weights[0].weights & self.own)
+                    return self._kernel(weights[0])
         if node.kind == "pick":
-            picked: Value = node.data
-            return _only(picked.weights & self.own)
+            return self._kernel(node.data)
         return None
+
+    def _kernel(self, value: Value) -> str | None:
+        """The parameter of which a value is a view."""
+        path = _only(value.weights & self.own)
+        if path is not None:
+            atoms = {atom for dim in value.dims for atom in roots(dim)}
+            self._atoms.setdefault(path, set()).update(atoms)
+        return path
 
     def _averaged(self, node: Node) -> Tree:
         """Values averaged by weights that sum to one: what is constant stays so."""
         total: Sum = node.data
         if len(total.args) != 2:
             raise _Unclear
-        for weights, values in (total.args, total.args[::-1]):
-            if _sums_to_one(weights.node, _classes(total)):
-                return self.tree(values.node)
+        for i, weights in enumerate(total.args):
+            if total.axes and _sums_to_one(weights.node, total.axes[i]):
+                return self.tree(total.args[1 - i].node)
         raise _Unclear
 
 
@@ -195,20 +213,29 @@ def _classes(total: Sum) -> list[Atom]:
     return [atom for dim in total.dims for atom in roots(dim)]
 
 
-def _sums_to_one(node: Node, over: Sequence[Atom]) -> bool:
-    """Whether a value is x / sum(x) along some axes: a softmax."""
+def _sums_to_one(node: Node, axes: Sequence[int]) -> bool:
+    """Whether a value is x / sum(x) along some axes: a softmax.
+
+    By their places: those of queries and of keys may be one class.
+    """
     if node.kind != "div":
         return False
     value, by = node.args
-    return by.kind == "sum" and by.args == (value,) and _classes(by.data) == list(over)
+    return by.kind == "sum" and by.args == (value,) and [*by.data.axes] == [tuple(axes)]
 
 
 def _symbols(tree: Tree) -> set[Source]:
-    if isinstance(tree, Source):
-        return {tree}
-    if isinstance(tree, tuple):
-        return set().union(*(_symbols(arg) for arg in tree[1:]))  # pyright: ignore
-    return set()
+    found: set[Source] = set()
+    seen: set[int] = set()  # what is used often is looked at once
+    stack: list[Any] = [tree]
+    while stack:
+        one = stack.pop()
+        if isinstance(one, Source):
+            found.add(one)
+        elif isinstance(one, tuple) and id(one) not in seen:
+            seen.add(id(one))
+            stack += one[1:]
+    return found
 
 
 # --- which function it is ---------------------------------------------------------------------

@@ -135,13 +135,17 @@ class Walked:
     unused: tuple[str, ...]
 
 
-def walked(fn: Function) -> Walked:
-    """Trace a function and follow all axes; raises `DiscoveryError` if it uses no parameter."""
-    closed, walk = fn.jaxpr(), Walk()
+def walked(fn: Function, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Walked:
+    """Trace a function and follow all axes; raises `DiscoveryError` if it uses no parameter.
+
+    Perhaps at other shapes of parameters.
+    """
+    shapes = shapes or {}
+    closed, walk = fn.jaxpr(shapes), Walk()
     dims: dict[str, Dims] = {}
     values: list[Value] = []
     for path, leaf in fn.params.items():
-        shape = np.shape(leaf) if not _is_array(leaf) else leaf.shape
+        shape = shapes.get(path, np.shape(leaf) if not _is_array(leaf) else leaf.shape)
         if not jax.numpy.issubdtype(_abstract(leaf).dtype, np.floating):
             values.append(Value(walk.fixed(shape, "it is not floating point", _INPUT)))
             continue

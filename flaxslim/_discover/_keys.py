@@ -37,9 +37,12 @@ def with_keys(
                 groups[0].size, numbers
             )
         sizes = {
-            name: _size(int(size), width, groups[0].size, numbers, pair)
+            name: _size(int(size), width, numbers, alone=rebuild is not None and not how)
             for name, size in pair.sizes.items()
         }
+        # Another value was tried, and the model did not change as the channels would. (Of heads in
+        # groups, keys and values would not.)
+        stiff = rebuild is not None and width is not None and bool(how) and pair.group is None
         tied = width is not None and any(f"/{width}" in size for size in sizes.values())
         new.append(
             (
@@ -49,7 +52,7 @@ def with_keys(
                     group_width=group_width if width is not None else None,
                     sizes=sizes,
                     activation=_activation(pair.activation, cfg),
-                    fixed=tied or pair.fixed,
+                    fixed=stiff or tied or pair.fixed,
                 ),
                 groups,
             )
@@ -76,10 +79,9 @@ def _numbers(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _common(cfg: Any) -> frozenset[str]:
     """What every config of transformers has (`top_k`, `eos_token_id`): no sizes of a model."""
-    from transformers import PretrainedConfig
-
-    plain = PretrainedConfig() if isinstance(cfg, PretrainedConfig) else None
-    return frozenset(_config.keys(plain) if plain is not None else ())
+    bases = (base for base in type(cfg).__mro__ if base.__name__ == "PretrainedConfig")
+    plain = next(bases, None)  # not imported: that takes seconds
+    return frozenset(_config.keys(plain()) if plain is not None else ())
 
 
 def size_of_channels(pair: Pair, group: Group) -> int:
@@ -202,8 +204,13 @@ def _by_name(size: int, numbers: Mapping[str, Any], word: str) -> str | None:
     return keys[0] if len(keys) == 1 else None
 
 
-def _size(size: int, width: str | None, count: int, numbers: Mapping[str, Any], pair: Pair) -> str:
-    """The size of an axis beside the channels as the config says it, or as a number."""
+def _size(size: int, width: str | None, numbers: Mapping[str, Any], *, alone: bool) -> str:
+    """The size of an axis beside the channels as the config says it, or as a number.
+
+    `alone`: the width was seen to change without it, so that it is no share of anything.
+    """
+    if alone:
+        return _only(size, numbers) or str(size)
     if width is not None and " " not in width and numbers.get(width):
         whole = [k for k, value in numbers.items() if value == size * numbers[width]]
         plain = [k for k, value in numbers.items() if value == size and "head" in k]

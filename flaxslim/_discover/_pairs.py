@@ -19,6 +19,7 @@ from flaxslim._discover._rules import SCANNED
 from flaxslim._discover._rules import WINDOW as WINDOW_REASON
 from flaxslim._discover._trace import Walk
 from flaxslim._errors import FlaxslimError
+from flaxslim._sites import root_regex
 from flaxslim._spec import Pair, Spec
 
 # Collections of Linen beside "params" whose tensors a layer has too.
@@ -61,11 +62,16 @@ def written(found: Sequence[Group], tree: Tree) -> Written:
     failed: dict[Group, str] = {}
     single: dict[Group, Pair] = {}
     folded: dict[Pair, list[Group]] = {}
+    taken: set[str] = set()
     for group in found:
         if group.verdict is not Verdict.EXACT or group in heads:
             continue
+        if group.seconds[0] in taken:  # a plan knows a pair by its second layer
+            failed[group] = "its second layer is that of another pair"
+            continue
         try:
             single[group] = _pair(group, within.get(group), tree)
+            taken.add(group.seconds[0])
             folded.setdefault(_folded(group, single[group], tree), []).append(group)
         except (Unwritable, FlaxslimError) as error:
             failed[group] = str(error).partition("\n")[0]
@@ -87,17 +93,30 @@ def written(found: Sequence[Group], tree: Tree) -> Written:
 def _misfit(pair: Pair, groups: Sequence[Group], leaves: Mapping[str, Any]) -> str | None:
     """Why a pair does not bind to the tensors of these groups, all of them and no others."""
     try:
-        sites = Spec(name="DISCOVERED", pairs=pair).sites(dict(leaves))
+        sites = Spec(name="DISCOVERED", pairs=pair).sites(_reached(pair, leaves))
     except FlaxslimError as error:
         return error.problem
     bound: dict[str, set[tuple[str, int]]] = {}
     for site in sites:
         axes = {(t.path, t.axes.dimension(site.axis(t))) for t in site.cut}
+        if len(axes) < len(site.cut):
+            return "one of its tensors would be cut twice, as a bias and as another layer"
         bound.setdefault(site.tied or site.second.path, set()).update(axes)
     wanted = [sorted({(m.path, m.dimension) for m in group.members}) for group in groups]
     if sorted(map(sorted, bound.values())) != sorted(wanted):
         return "the names of its tensors stand for others too"
     return None
+
+
+def _reached(pair: Pair, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a pair can mean: what is below its root, and what is called as its tables are."""
+    root = re.compile(root_regex(pair))
+    tables = {re.split("[/:]", name)[-1] for name in pair.tables}
+    return {
+        path: leaf
+        for path, leaf in leaves.items()
+        if root.match(path) or path.rpartition("/")[2] in tables
+    }
 
 
 def _beside(group: Group, tree: Tree) -> dict[str, Any]:
@@ -202,7 +221,7 @@ class _Writer:
         axes = {path: self._pattern(path) for path in self.group.paths}
         if any(axes[path] != axes[first] for path in self.firsts):
             raise Unwritable("the layers whose product it is have different shapes")
-        biases = {source.path: source.bias for source in self.formula.sources}
+        biases = {s.path: s.bias for s in self.formula.sources if s.path in self.firsts}
         layers = {_layer(path) for path in (*self.firsts, *self.group.seconds)}
         taken = {*self.firsts, *self.group.seconds, *filter(None, biases.values())}
         also: dict[str, str] = {}
@@ -345,7 +364,7 @@ class _Writer:
             return self._composite(path, atoms)
         if len(atoms) == 1 and atoms[0] in self.stack:
             return self.stack[atoms[0]]
-        if len(atoms) == 1 and atoms[0].literal:
+        if len(atoms) == 1 and any(atoms[0] in roots(s.parts) for s in self.formula.sources):
             return str(atoms[0].size)
         if atoms and all(atom in self.inner for atom in atoms):
             return self._inside(atoms, known=False)
@@ -407,9 +426,23 @@ def _usable(form: Formula, group: Group, tree: Tree) -> Formula:
     # One layer, two factors of one, or two layers.
     if {source.path for source in form.sources} & {*group.seconds}:
         return plain  # its zero rows are zero columns too
+    # A gate and what it is multiplied with are halves of a layer, or two layers.
+    paths = {source.path for source in form.sources}
+    halves = [size_of(s.parts) == 2 for s in form.sources]
+    whole = all(source.part is None for source in form.sources)
+    if form.gated and not (all(halves) if len(paths) == 1 else whole):
+        return plain
+    # The first literal factor of a pattern is the one that counts the parts.
+    for source in form.sources:
+        dims = [[*roots(dim)] for dim in tree.dims[source.path]]
+        parts = [*roots(source.parts)]
+        factors = [a for dim in dims for a in dim if dim == parts or group.atom in dim]
+        literals = [a for a in factors if a.literal]
+        if parts and literals[:1] != parts:
+            return plain
     biases = {source.bias for source in form.sources} - {None}
-    extra = [p for p in group.paths if len(tree.dims[p]) == 1 and p not in biases]
-    if [p for p in extra if any(p == f"{_layer(s.path)}/bias" for s in form.sources)]:
+    extra = {*group.paths} - biases
+    if any(f"{_layer(source.path)}/bias" in extra for source in form.sources):
         return plain  # a bias that is no bias
     usual = f"{_layer(second)}/bias"
     added = _bias_of(group, second, tree.walk)
@@ -418,7 +451,10 @@ def _usable(form: Formula, group: Group, tree: Tree) -> Formula:
     literal = any(
         atom.literal for dim in tree.dims[second] for atom in roots(dim) if group.atom in roots(dim)
     )
-    if added is not None and (literal or len(tree.dims[added]) != 1):
+    if added is not None and literal:
+        return plain
+    stack = {*group.stack}  # of which it has the outputs of each
+    if added is not None and sum(not {*roots(dim)} <= stack for dim in tree.dims[added]) != 1:
         return plain
     return form
 
@@ -430,7 +466,8 @@ def _bias_of(group: Group, second: str, walk: Walk) -> str | None:
     first = uses[0][0] if uses and uses[0] else None
     if first is None or any(use != [first] for use in uses) or not all(t.plain for t in sums):
         return None
-    return first
+    # Used elsewhere too, it would bring the constant there.
+    return first if walk.added.get(first) == sums else None
 
 
 # --- paths ------------------------------------------------------------------------------------

@@ -46,6 +46,49 @@ def rule_for(primitive: str) -> Rule:
     return RULES.get(primitive, Equation.unknown)
 
 
+# --- which axes are looked along --------------------------------------------------------------
+
+
+def looked_along(e: Equation) -> list[tuple[int, int]]:
+    """The axes, as (input, axis), of which something other than an axis comes out.
+
+    Their entries are summed, or some are picked: what comes out may tell how many there were.
+    """
+    p, shapes = e.params, e.in_shapes
+    if e.name in (*_ELEMENTWISE, *_IDENTITY, *_RANDOM, *_KEEP, *_SCATTER):
+        return []
+    if e.name == "dot_general":
+        (left, right), _ = p["dimension_numbers"]
+        return [*((0, i) for i in left), *((1, i) for i in right)]
+    if e.name in ("slice", "dynamic_slice"):
+        sizes = zip(shapes[0], e.shapes[0], strict=True)
+        return [(0, i) for i, (before, after) in enumerate(sizes) if before != after]
+    if e.name == "gather":
+        picked = p["dimension_numbers"].start_index_map
+        whole = zip(shapes[0], p["slice_sizes"], strict=True)
+        return [(0, i) for i, (a, b) in enumerate(whole) if a != b or i in picked]
+    if e.name in ("split", "unstack"):
+        return [(0, p["axis"])]
+    if e.name.startswith(("reduce_", "arg")) and "axes" in p:
+        return [(0, i) for i in p["axes"]]
+    return [(at, axis) for at, shape in enumerate(shapes) for axis in range(len(shape))]
+
+
+_KEEP = (
+    "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "concatenate", "stack",
+    "tile", "rev", "pad", "iota", "dynamic_update_slice", "cumsum", "cumprod", "cummax", "cummin",
+    "cumlogsumexp", "sort", "fft",
+)  # fmt: skip
+_RANDOM = (
+    "random_seed", "random_wrap", "random_unwrap", "random_bits", "random_fold_in",
+    "random_split", "random_gamma", "threefry2x32", "rng_bit_generator", "rng_uniform",
+    "random_clone", "threefry4x32", "philox2x32", "philox4x32",
+)  # fmt: skip
+_SCATTER = (
+    "scatter", "scatter-add", "scatter_add", "scatter_mul", "scatter_min", "scatter_max",
+    "scatter_sub", "scatter-mul", "scatter-min", "scatter-max", "scatter-sub",
+)  # fmt: skip
+
 # --- each entry by itself ---------------------------------------------------------------------
 
 # fmt: off
@@ -118,9 +161,7 @@ def identity(e: Equation) -> Sequence[Value]:
     return e.inputs
 
 
-@axis_rule("random_seed", "random_wrap", "random_unwrap", "random_bits", "random_fold_in",
-           "random_split", "random_gamma", "threefry2x32", "rng_bit_generator", "rng_uniform",
-           "random_clone", "threefry4x32", "philox2x32", "philox4x32")  # fmt: skip
+@axis_rule(*_RANDOM)
 def random(e: Equation) -> list[Value]:
     return [Value(e.fixed(*shape, why="random numbers are drawn for each")) for shape in e.shapes]
 
@@ -139,7 +180,12 @@ def iota(e: Equation) -> list[Value]:
 @axis_rule("transpose")
 def transpose(e: Equation) -> list[Value]:
     (x,) = e.inputs
-    return [_moved(x, tuple(x.dims[i] for i in e.params["permutation"]))]
+    order = e.params["permutation"]
+    dims = tuple(x.dims[i] for i in order)
+    axes = [tuple(roots(x.dims[i])) for i in order if x.dims[i]]
+    if len({*axes}) < len(axes):  # queries and keys: which is which could not be told any more
+        return [Value(dims, OPAQUE, x.weights)]
+    return [_moved(x, dims)]
 
 
 @axis_rule("reshape")
@@ -296,8 +342,7 @@ def dynamic_update_slice(e: Equation) -> list[Value]:
     return [_updated(e, x, update, e.in_shapes[1], range(len(x.dims)))]
 
 
-@axis_rule("scatter", "scatter-add", "scatter_add", "scatter_mul", "scatter_min", "scatter_max",
-           "scatter_sub", "scatter-mul", "scatter-min", "scatter-max", "scatter-sub")  # fmt: skip
+@axis_rule(*_SCATTER)
 def scatter(e: Equation) -> list[Value]:
     x, _, update = e.inputs
     numbers = e.params["dimension_numbers"]
@@ -356,7 +401,7 @@ def _contraction(
     free = [d for i, d in enumerate(a.dims) if i not in (*left_sum, *left_batch)]
     gone = (*right_sum, *right_batch, *right_gone)
     free += [d for i, d in enumerate(b.dims) if i not in gone]
-    total = e.sum(summed, a, b)
+    total = e.sum(summed, a, b, axes=(left_sum, right_sum))
     node = None if any(summed) else _scaled(e)  # einsum("bhqk,h->bhqk") with ones
     return Value((*batch, *free), node or _sum_node(total))
 
@@ -406,7 +451,7 @@ def conv_general_dilated(e: Equation) -> list[Value]:
 @axis_rule("reduce_sum")
 def reduce_sum(e: Equation) -> list[Value]:
     (x,), axes = e.inputs, e.params["axes"]
-    total = e.sum([x.dims[i] for i in axes], x)
+    total = e.sum([x.dims[i] for i in axes], x, axes=(axes,))
     return [Value(_without(x.dims, axes), _sum_node(total))]
 
 
@@ -530,6 +575,7 @@ def cond(e: Equation) -> list[Value]:
 @_call("while")
 def while_(e: Equation) -> list[Value]:
     first, second = e.params["cond_nconsts"], e.params["body_nconsts"]
+    e.walk.note_other_uses(e.inputs[first + second :])
     cond_consts, rest = e.inputs[:first], e.inputs[first:]
     body_consts, carry = rest[:second], _carried(rest[second:])
     e.walk.call(e.params["cond_jaxpr"], [*cond_consts, *carry], e.eqn)
@@ -540,6 +586,7 @@ def while_(e: Equation) -> list[Value]:
 @_call("scan")
 def scan(e: Equation) -> list[Value]:
     consts, count = e.params["num_consts"], e.params["num_carry"]
+    e.walk.note_other_uses(e.inputs[consts : consts + count])
     carry, xs = _carried(e.inputs[consts : consts + count]), e.inputs[consts + count :]
     layers = e.fixed(e.params["length"], why=SCANNED)[0]
     for x in xs:

@@ -18,7 +18,8 @@ from flaxslim._discover._atoms import Atom, Dim, Dims, Reason, regroup, roots, t
 from flaxslim._discover._place import Place, is_library
 
 
-@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+# Without a repr: nodes share others, and one written out in full fills the memory.
+@dataclasses.dataclass(frozen=True, eq=False, slots=True, repr=False)
 class Node:
     """How a value came about, without what only moves its entries: those share one node.
 
@@ -56,7 +57,8 @@ class Sum:
     """A sum over axes: a contraction of two values, or the reduction of one.
 
     `plain`: every entry of the output sums over the whole axis and nothing else, so that a channel
-    that is constant adds a constant; not so for a convolution that pads.
+    that is constant adds a constant; not so for a convolution that pads. `axes` are those of each
+    of `args`, counted from the end, where they are known.
     """
 
     dims: Dims
@@ -64,6 +66,7 @@ class Sum:
     place: Place
     order: int
     plain: bool
+    axes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ class Walk:
         self.unknown: dict[str, Place] = {}
         self.constants: list[tuple[tuple[int, ...], Any]] = []
         self.uses: dict[Sum, list[str | None]] = {}  # what is added to a Sum; None: another use
+        self.added: dict[str, list[Sum | None]] = {}  # to which a parameter is added; None: as well
+        self.looked: list[tuple[Dim, int, Place]] = []  # axes whose entries met, and their sizes
         self.scaled: dict[Sum, list[tuple[float, Place]]] = {}  # by what a Sum is scaled
         self.order = 0
         self.spread = False  # over devices: a sum is only part of one
@@ -110,7 +115,7 @@ class Walk:
         if not shape:
             return Value((), _number(x))
         self.constants.append((shape, getattr(x, "dtype", None)))
-        array = np.asarray(x) if _is_readable(x) else None
+        array = np.asarray(x) if is_readable(x) else None
         dims = []
         for axis, size in enumerate(shape):
             if size != 1 and array is not None and _is_uniform(array, axis):
@@ -126,7 +131,7 @@ class Walk:
         self, jaxpr: Any, consts: Sequence[Value], args: Sequence[Value], around: Dim = ()
     ) -> list[Value]:
         """The outputs of an open jaxpr on some values; `around` are axes scanned around it."""
-        from flaxslim._discover._rules import CALLS, rule_for
+        from flaxslim._discover._rules import CALLS, looked_along, rule_for
 
         outer, self._around = self._around, (*self._around, *around)
         env: dict[Any, Value] = {}
@@ -141,6 +146,9 @@ class Walk:
             if (call := CALLS.get(equation.name)) is not None:
                 outputs = call(equation)
             else:
+                for at, axis in looked_along(equation):
+                    dim, size = inputs[at].dims[axis], equation.in_shapes[at][axis]
+                    self.looked.append((dim, size, place))
                 outputs = rule_for(equation.name)(equation)
                 self._note_uses(equation, outputs)
             for var, value in zip(eqn.outvars, outputs, strict=True):
@@ -151,13 +159,15 @@ class Walk:
         return outputs
 
     def _note_uses(self, e: "Equation", outputs: Sequence[Value]) -> None:
-        """What becomes of the output of a sum: a parameter is added to it, or anything else."""
-        for i, value in enumerate(e.inputs):
-            if value.node.kind != "sum" or any(out.node is value.node for out in outputs):
-                continue
-            other = e.inputs[1 - i].node if e.name in ("add", "add_any") else OPAQUE
-            added = other.data if other.kind == "param" else None
-            self.uses.setdefault(value.node.data, []).append(added)
+        """What becomes of a sum and of a parameter: one is added to the other, or anything else."""
+        used = [v for v in e.inputs if not any(out.node is v.node for out in outputs)]
+        if e.name in ("add", "add_any") and len(used) == 2:
+            for total, bias in (used, used[::-1]):
+                if total.node.kind == "sum" and bias.node.kind == "param" and _fits(total, bias):
+                    self.uses.setdefault(total.node.data, []).append(bias.node.data)
+                    self.added.setdefault(bias.node.data, []).append(total.node.data)
+                    return
+        self.note_other_uses(used)
 
     def _read(self, env: Mapping[Any, Value], var: Any, place: Place) -> Value:
         # A literal has a value; a variable has none.
@@ -186,7 +196,8 @@ class Walk:
         outputs = self.run(jaxpr, consts, args, around)
         self._library = outer
         if not once:
-            self.note_other_uses([*args, *outputs])
+            # What becomes of a parameter inside is seen there.
+            self.note_other_uses([*(v for v in args if v.node.kind == "sum"), *outputs])
         return outputs
 
     def note_other_uses(self, values: Iterable[Value]) -> None:
@@ -194,6 +205,8 @@ class Walk:
         for value in values:
             if value.node.kind == "sum":
                 self.uses.setdefault(value.node.data, []).append(None)
+            elif value.node.kind == "param":
+                self.added.setdefault(value.node.data, []).append(None)
 
 
 class Equation:
@@ -241,10 +254,20 @@ class Equation:
                 first = joined
         return first
 
-    def sum(self, dims: Iterable[Dim], *args: Value, plain: bool = True) -> Sum:
+    def sum(
+        self,
+        dims: Iterable[Dim],
+        *args: Value,
+        plain: bool = True,
+        axes: Sequence[Sequence[int]] = (),
+    ) -> Sum:
         """Note a sum over these dimensions, in which each index is a term of its own."""
         plain = plain and not self.walk.spread
-        total = Sum(tuple(dims), args, self.place, self.walk.order, plain)
+        from_end = tuple(
+            tuple(axis - len(arg.dims) for axis in own)
+            for own, arg in zip(axes, args, strict=False)
+        )
+        total = Sum(tuple(dims), args, self.place, self.walk.order, plain, from_end)
         if any(total.dims):
             self.walk.sums.append(total)
         return total
@@ -322,13 +345,24 @@ def alive(jaxpr: Any) -> list[Any]:
     return alive[::-1]
 
 
+def _fits(total: Value, bias: Value) -> bool:
+    """Whether a bias lies along what a parameter's factor of a sum puts out, and nothing else."""
+    if not total.dims or len(total.dims) != len(bias.dims):
+        return False
+    wide = [any(not atom.uniform for atom in roots(dim)) for dim in bias.dims]
+    along = [roots(dim) for dim, own in zip(total.dims, wide, strict=True) if own]
+    weights = [arg for arg in total.node.data.args if arg.weights]
+    outs = [[roots(dim) for dim in arg.dims] for arg in weights]
+    return any(along == [dim for dim in out if dim in along] for out in outs)
+
+
 def _number(x: Any) -> Node:
-    if _is_readable(x) and np.asarray(x).dtype.kind in "biuf":
+    if is_readable(x) and np.asarray(x).dtype.kind in "biuf":
         return Node("number", data=float(np.asarray(x)))
     return OPAQUE
 
 
-def _is_readable(x: Any) -> bool:
+def is_readable(x: Any) -> bool:
     """Whether it has entries to look at: random keys have none."""
     dtype = getattr(x, "dtype", None)
     return dtype is None or not jnp.issubdtype(dtype, jax.dtypes.extended)

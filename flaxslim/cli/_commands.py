@@ -46,12 +46,21 @@ def inspect(
     threshold: Threshold = 0.0,
     multiple_of: MultipleOf = 1,
     heads_multiple_of: HeadsMultipleOf = 1,
+    discover: Annotated[
+        bool,
+        arg(
+            help="find the prunable pairs in what the Flax class of the config computes, instead "
+            "of by a spec of ours: also for families that have none (ResNet), with the reason "
+            "for each axis that cannot be cut, and the spec as Python for slim(params, cfg, spec)"
+        ),
+    ] = False,
     json: Annotated[bool, arg(help="print JSON instead of tables")] = False,
     revision: Revision = None,
 ) -> int:
     """Show the prunable sites of a checkpoint, what of them is dead, and how much would go.
 
-    Writes nothing. Example: flaxslim inspect path/to/folder --width per_layer --heads
+    Writes nothing. A family without a spec of ours is traced with --discover.
+    Example: flaxslim inspect path/to/folder --width per_layer --heads
     """
     from flaxslim.cli import _inspect, _slim, _table
     from flaxslim.cli._console import console, messages
@@ -67,10 +76,13 @@ def inspect(
                 heads_multiple_of=heads_multiple_of,
             ),
             revision,
+            discover=discover,
         )
     if json:
         print(json_module.dumps(report.to_dict(), indent=1))
     else:
+        if report.discovered is not None:
+            console.print(_table.discovery(report.discovered), markup=False, soft_wrap=True)
         console.print(_table.inspection(report))
     return 0
 

@@ -8,8 +8,10 @@ from flaxslim._compat import stock_config
 from flaxslim._errors import FlaxslimError
 from flaxslim._plan import Cut, Plan
 from flaxslim._proof import Change
+from flaxslim._spec import Spec
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import Checkpoint, read
+from flaxslim.cli import _discover
 from flaxslim.cli._console import in_flags
 from flaxslim.cli._slim import Choice
 
@@ -19,7 +21,7 @@ class Inspection:
     """A plan that is not carried out, and what it would change.
 
     `heads` is what would go of the heads: if they were asked for as asked, else if each layer had
-    its own.
+    its own. `discovered` is where the spec is from, if it is none of ours.
     """
 
     source: str
@@ -32,6 +34,7 @@ class Inspection:
     bytes: Change
     flops: Change
     notes: tuple[str, ...]
+    discovered: _discover.Found | None = None
 
     @property
     def all_notes(self) -> list[str]:
@@ -47,8 +50,8 @@ class Inspection:
             "naming": self.naming,
             "spec": self.plan.spec.name,
             "exact": self.plan.exact,
-            "sites": [_site(cut, "channels") for cut in self.plan.cuts if not is_heads(cut)],
-            "heads": [_site(cut, "heads") for cut in self.heads],
+            "sites": [self._site(cut, "channels") for cut in self.plan.cuts if not is_heads(cut)],
+            "heads": [self._site(cut, "heads") for cut in self.heads],
             "widths": {
                 r.width: [r.before, r.after if r.least == r.after else [r.least, r.after]]
                 for r in self.plan.resizes
@@ -57,6 +60,20 @@ class Inspection:
             "bytes": [self.bytes.before, self.bytes.after],
             "flops": [self.flops.before, self.flops.after],
             "notes": self.all_notes,
+            **({} if self.discovered is None else {"discovered": self.discovered.to_dict()}),
+        }
+
+    def _site(self, cut: Cut, what: str) -> dict[str, Any]:
+        # Pairs that were discovered may have one root.
+        second = {} if self.discovered is None else {"second": cut.site.second.path}
+        return {
+            "root": cut.site.root,
+            **second,
+            what: cut.site.size,
+            "dead": cut.dead,
+            "kept": cut.width,
+            "rules": dict(cut.rules),
+            "parameters": cut.removed_parameters,
         }
 
 
@@ -64,22 +81,18 @@ def is_heads(cut: Cut) -> bool:
     return cut.site.pair.axis == "h"
 
 
-def _site(cut: Cut, what: str) -> dict[str, Any]:
-    return {
-        "root": cut.site.root,
-        what: cut.site.size,
-        "dead": cut.dead,
-        "kept": cut.width,
-        "rules": dict(cut.rules),
-        "parameters": cut.removed_parameters,
-    }
+def inspect(
+    source: str, choice: Choice, revision: str | None, *, discover: bool = False
+) -> Inspection:
+    """Read a checkpoint and plan its slimming; nothing is cut.
 
-
-def inspect(source: str, choice: Choice, revision: str | None) -> Inspection:
-    """Read a checkpoint and plan its slimming; nothing is cut."""
+    `discover`: by the spec that is found in what the class computes, instead of the family's.
+    """
     checkpoint = read(source, revision=revision)
-    chosen = choice.plan(checkpoint)
-    heads, notes = _heads(choice, chosen, checkpoint)
+    found = _discover.discover(checkpoint) if discover else None
+    every = None if found is None else _discover.named(found.spec, checkpoint)
+    chosen = choice.plan(checkpoint, every if choice.heads else _without_heads(every))
+    heads, notes = _heads(choice, chosen, checkpoint, every)
     leaves = flatten(checkpoint.params)
     gone = sum(
         int(cut.share_gone(t) * leaves[t.path].nbytes) for cut in chosen.cuts for t in cut.site.cut
@@ -87,13 +100,16 @@ def inspect(source: str, choice: Choice, revision: str | None) -> Inspection:
     count = sum(leaf.size for leaf in leaves.values())
     size = sum(leaf.nbytes for leaf in leaves.values())
     notes += checkpoint.notes
+    cost = Change(before=None, after=None)
     try:
-        cost = Change(
-            before=_flops(checkpoint.config),
-            after=_flops(resized(chosen, checkpoint.config)),
-        )
+        if found is not None and (keyless := _keyless(chosen)):
+            notes.append(f"no FLOPs: no key of the config says the width of {keyless}")
+        else:
+            cost = Change(
+                before=_flops(checkpoint.config),
+                after=_flops(resized(chosen, checkpoint.config)),
+            )
     except FlaxslimError as error:
-        cost = Change(before=None, after=None)
         notes.append(f"no FLOPs: {error.problem}")
     return Inspection(
         source=source,
@@ -106,17 +122,30 @@ def inspect(source: str, choice: Choice, revision: str | None) -> Inspection:
         bytes=Change(before=size, after=size - gone),
         flops=cost,
         notes=tuple(notes),
+        discovered=found,
     )
 
 
+def _without_heads(spec: Spec | None) -> Spec | None:
+    """The pairs of a discovered spec that are no heads, if there are any."""
+    pairs = tuple(pair for pair in spec or () if pair.axis != "h")
+    return dataclasses.replace(spec, pairs=pairs) if spec is not None and pairs else spec
+
+
+def _keyless(chosen: Plan) -> str | None:
+    """A layer that would lose channels although no config can say its width."""
+    cuts = (cut for cut in chosen.cuts if cut.removed and cut.site.pair.width is None)
+    return next((cut.site.second.path for cut in cuts), None)
+
+
 def _heads(
-    choice: Choice, chosen: Plan, checkpoint: Checkpoint
+    choice: Choice, chosen: Plan, checkpoint: Checkpoint, spec: Spec | None
 ) -> tuple[tuple[Cut, ...], list[str]]:
     """What would go of the heads; or why that is not known, where nobody asked."""
     if choice.heads:
         return tuple(filter(is_heads, chosen.cuts)), []
     try:
-        every = dataclasses.replace(choice, width="per_layer", heads=True).plan(checkpoint)
+        every = dataclasses.replace(choice, width="per_layer", heads=True).plan(checkpoint, spec)
     except FlaxslimError as error:
         where = f" ({error.path})" if error.path else ""
         return (), [f"heads are not shown: {error.problem}{where}"]

@@ -12,6 +12,7 @@ from flaxslim._draw import plan
 from flaxslim._errors import WidthError
 from flaxslim._plan import Plan
 from flaxslim._slim import mend_blocked
+from flaxslim._spec import Spec
 from flaxslim.checkpoint import Checkpoint, read, save, to_flax
 from flaxslim.checkpoint._atomic import check_target
 from flaxslim.checkpoint._names import spec_named, unused
@@ -31,12 +32,16 @@ class Choice:
     multiple_of: int
     heads_multiple_of: int
 
-    def plan(self, checkpoint: Checkpoint) -> Plan:
-        """What would go, in the names that the tensors of a checkpoint have."""
+    def plan(self, checkpoint: Checkpoint, spec: Spec | None = None) -> Plan:
+        """What would go, in the names that the tensors of a checkpoint have.
+
+        By the spec of its family, unless one is given, in the names of the tensors too.
+        """
+        part = "all" if self.heads else "ffn"
         return plan(
             checkpoint.params,
             checkpoint.config,
-            spec_named(checkpoint.config, "all" if self.heads else "ffn", checkpoint.naming),
+            spec or spec_named(checkpoint.config, part, checkpoint.naming),
             width=self.width,
             threshold=self.threshold,
             multiple_of={"f": self.multiple_of, "h": self.heads_multiple_of},

@@ -85,6 +85,16 @@ def _pair(change: Any) -> tuple[float, float]:
     return change.before, change.after
 
 
+def discovery(found: Any) -> str:
+    """What was discovered, what was refused and why, and the spec."""
+    parts = (
+        f"{found.cls.__name__}, traced on shapes: {found.discovery}",
+        "the spec, for flaxslim.slim(params, cfg, spec), or spec.torch() in PyTorch's names:",
+        found.spec.source(),
+    )
+    return "\n\n".join(parts)
+
+
 def inspection(report: Any) -> Group:
     """The sites of a checkpoint and what would go."""
     plan = report.plan
@@ -92,6 +102,8 @@ def inspection(report: Any) -> Group:
     heads = report.heads
     channels = [cut for cut in plan.cuts if cut.site.pair.axis != "h"]
     asked = any(cut.site.pair.axis == "h" for cut in plan.cuts)
+    known = report.discovered is None
+    names = ("FFN", "attention") if known else ("second layer", "second layer of heads")
     totals = _table("", "now", "slimmed", "ratio")
     for resize in plan.resizes:
         same = resize.least == resize.after
@@ -103,25 +115,29 @@ def inspection(report: Any) -> Group:
         )
     _changes(totals, report)
     notes = [f"note: {note}" for note in report.all_notes]
-    if not asked and (dead := sum(cut.dead for cut in heads)):
+    if known and not asked and (dead := sum(cut.dead for cut in heads)):
         notes.append(f"note: {dead} heads are dead; --heads --width per_layer cuts them")
     if not plan.removed:
         notes.append("nothing would be removed")
     return Group(
         Text(title),
-        _sites("FFN", "channels", channels, show_gone=True),
-        *([_sites("attention", "heads", heads, show_gone=asked)] if heads else []),
+        *([_sites(names[0], "channels", channels, show_gone=True)] if channels or known else []),
+        *([_sites(names[1], "heads", heads, show_gone=asked)] if heads else []),
         totals,
         *map(Text, notes),
     )
 
 
 def _sites(what: str, unit: str, cuts: Iterable[Any], *, show_gone: bool) -> Table:
-    """A row for each site; what goes only where that was asked for."""
+    """A row for each site; what goes only where that was asked for.
+
+    Sites are known by their roots, where these are not shared with another pair.
+    """
     table = _table(what, unit, "dead", *(["kept", "parameters\nthat go"] if show_gone else []))
     for cut in cuts:
         times = f"{cut.site.rows} x " if cut.site.stack else ""
-        row = [cut.site.root or "(top)", f"{times}{cut.site.size:,}", f"{cut.dead:,}"]
+        name = cut.site.second.path if what.startswith("second") else cut.site.root or "(top)"
+        row = [name, f"{times}{cut.site.size:,}", f"{cut.dead:,}"]
         if show_gone:
             row += [f"{times}{cut.width:,}", f"{cut.removed_parameters:,}"]
         table.add_row(*row)

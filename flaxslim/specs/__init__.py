@@ -93,7 +93,9 @@ def spec_for(cfg: Any, part: str = "ffn") -> Spec:
         "the config has no model_type" if name is None else f"no spec for model_type {name!r}",
         near=nearest((name or "").lower(), [*FAMILIES, *COMPOSITES]),
         mend="`flaxslim families` lists the known ones; for a model of your own pass "
-        'spec=Spec(name="MY_FFN", pairs=Pair(first="up", second="down"))',
+        'spec=Spec(name="MY_FFN", pairs=Pair(first="up", second="down")), or let '
+        "spec=flaxslim.discover(fn, params, *inputs) find it (`flaxslim inspect SOURCE --discover` "
+        "for a Flax class of transformers)",
     )
 
 
