@@ -395,7 +395,10 @@ def _fullest(sites: Sequence[Site]) -> list[Site]:
 
 
 def _check_claims(sites: Iterable[Site]) -> None:
-    """No axis of a tensor may belong to two sites: it would be cut twice."""
+    """No axis of a tensor may belong to two sites: it would be cut twice.
+
+    Nor may they have one second layer, by which a plan knows its cuts.
+    """
     claims: dict[tuple[str, int], Site] = {}
     for site in sites:
         for t in site.cut:
@@ -407,6 +410,15 @@ def _check_claims(sites: Iterable[Site]) -> None:
                     seen=f"{other.pair} and {site.pair}",
                     mend="narrow `at` so that each layer belongs to one pair",
                 )
+    seconds: dict[str, Site] = {}
+    for site in sites:
+        if (other := seconds.setdefault(site.second.path, site)) is not site:
+            raise SiteShapeError(
+                "two pairs of the spec have the same second layer",
+                path=site.second.path,
+                seen=f"{other.pair} and {site.pair}",
+                mend="cut by the one first and then by the other: two specs, one after another",
+            )
 
 
 def _named(sites: Sequence[Site]) -> list[Site]:

@@ -685,3 +685,12 @@ def test_sources_are_laid_out_as_ruff_does_it(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_two_pairs_of_one_second_layer_are_refused():
+    """Each along another axis of it: a plan would know only one of them."""
+    heads = Pair(first="v", first_axes="d h k", second="o", second_axes="h k d", axis="h")
+    values = dataclasses.replace(heads, first_axes="d e f", second_axes="e f d", axis="f")
+    tree = {"v": {"kernel": np.ones((3, 4, 5))}, "o": {"kernel": np.ones((4, 5, 3))}}
+    with pytest.raises(SiteShapeError, match="have the same second layer"):
+        Spec(name="BOTH", pairs=(heads, values)).sites(tree)

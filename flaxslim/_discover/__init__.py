@@ -72,11 +72,14 @@ def explain(fn: Any, params: Any, path: str | None = None, *inputs: Any) -> str:
 
     Raises `DiscoveryError` if the function cannot be traced, or has no such parameter.
 
-    >>> import jax, jax.numpy as jnp
-    >>> def softmax_mlp(p, x):
-    ...     return jax.nn.softmax(x @ p["up"]) @ p["down"]
+    >>> import jax, jax.numpy as jnp, textwrap
+    >>> def mlp(p, x):
+    ...     return jax.nn.relu(x @ p["up"]) @ p["down"]
     >>> params = {"up": jnp.ones((4, 64)), "down": jnp.ones((64, 4))}
-    >>> print(explain(softmax_mlp, params, "down", jnp.ones((2, 4))).partition("  (")[0])
+    >>> print(textwrap.fill(explain(mlp, params, "down", jnp.ones((2, 4))), 80))
+    down (64, 4). Axis 0 (64) is tied with up. It can be cut exactly: channels go
+    whose rows in down are zero, with activation relu. Axis 1 (4) is tied with no
+    other. It cannot be cut: it is an axis of the outputs (output).
     """
     found = discovered(function(fn, params, inputs))
     return str(found) if path is None else found.explain(path)
