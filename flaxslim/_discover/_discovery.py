@@ -8,7 +8,7 @@ from typing import Any
 from flaxslim._discover._function import Function, Walked, walked
 from flaxslim._discover._groups import Group, Verdict, groups
 from flaxslim._discover._keys import with_keys
-from flaxslim._discover._pairs import Tree, written
+from flaxslim._discover._pairs import written
 from flaxslim._discover._retrace import Difference, checked
 from flaxslim._errors import DiscoveryError, nearest
 from flaxslim._spec import Pair, Spec
@@ -142,8 +142,7 @@ def discovered(
     """Trace a function, group the axes of its parameters, and judge them."""
     seen = walked(fn)
     found = groups(seen.walk, seen.dims)
-    tree = Tree(dims=seen.dims, leaves=fn.params, walk=seen.walk)
-    made = written(found, tree)
+    made = written(found, seen)
     pairs, notes, refused = _tried(seen, made.pairs)
     replaced = {
         **{g: g.refused(why, g.sums[0].place) for g, why in made.failed.items()},

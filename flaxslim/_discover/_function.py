@@ -1,6 +1,7 @@
 """A user's function as a jaxpr, by shapes alone, and a walk through it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -133,6 +134,18 @@ class Walked:
     walk: Walk
     dims: Mapping[str, Dims]
     unused: tuple[str, ...]
+
+    @property
+    def leaves(self) -> Mapping[str, Any]:
+        return self.function.params
+
+    @functools.cached_property
+    def folders(self) -> dict[str, list[str]]:
+        """The tensors of each layer."""
+        found: dict[str, list[str]] = {}
+        for path in self.leaves:
+            found.setdefault(path.rpartition("/")[0], []).append(path)
+        return found
 
 
 def walked(fn: Function, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Walked:
