@@ -385,7 +385,14 @@ def test_a_mean_over_channels_is_refused_although_a_parameter_weighs_them() -> N
         return jnp.mean(jnp.tanh(x @ p["up"]) * p["w"], axis=-1)
 
     params = {"up": shape(D, F), "w": shape(F)}
-    assert "scaled by 12, which follows from its size" in explain(fn, params, "up", X)
+    assert "a number in it follows from its size: 12 becomes 6" in explain(fn, params, "up", X)
+
+    def stiff(p: Any, x: Any) -> Any:
+        assert p["w"].shape == (F,)
+        return fn(p, x)
+
+    # Of a function that bears one width only, the number itself must do.
+    assert "scaled by 12, which may follow from its size" in explain(stiff, params, "up", X)
     (pair,) = discover(lambda p, x: jnp.sum(jnp.tanh(x @ p["up"]) * p["w"], axis=-1), params, X)
     assert (pair.first, pair.second, pair.second_axes) == ("up", "w", "f")
 

@@ -175,8 +175,10 @@ def _tried(
     kept, stiff, refused = [], [], {}
     for one in pairs:
         result = whole if len(pairs) == 1 else tried([one])
-        if isinstance(result, Difference):
-            refused |= {g: g.refused(result.why, result.place) for g in one[1]}
+        doubts = [g.doubt for g in one[1] if g.doubt is not None] if result is not None else []
+        against = result if isinstance(result, Difference) else next(iter(doubts), None)
+        if against is not None:
+            refused |= {g: g.refused(against.why, against.place) for g in one[1]}
             continue
         kept.append(one)
         stiff += [one[0]] if result is not None else []

@@ -38,6 +38,8 @@ class Group:
       members: where parameters have it.
       sums: the sums over it.
       seconds: of each sum, the parameter whose zero row makes its term zero.
+      doubt: something that may follow from the size of an exact group. Where the function can be
+        traced at another size that settles it (`_retrace`), else the group is refused.
       stack: axes that all values with this axis have too: along them each index has channels of
         its own (experts, scanned layers).
       factors: the classes of each dimension of a member, by path and number.
@@ -49,6 +51,7 @@ class Group:
     verdict: Verdict
     reason: Reason | None = None
     seconds: tuple[str, ...] = ()
+    doubt: Reason | None = None
     stack: tuple[Atom, ...] = ()
     factors: Mapping[tuple[str, int], tuple[Atom, ...]] = dataclasses.field(
         default_factory=dict, repr=False
@@ -167,15 +170,21 @@ def _judged(
         return group.refused(f"{twice} has it twice, which no axis pattern can say", sums[0].place)
     if len(own) == 1:
         return group.refused("no other parameter has it", sums[0].place)
+    doubt = _doubt(walk, atom, sums, counted)
+    return dataclasses.replace(group, seconds=tuple(seconds), doubt=doubt)
+
+
+def _doubt(walk: Walk, atom: Atom, sums: Iterable[Sum], counted: set[int]) -> Reason | None:
+    """What may follow from the number of channels, which a trace shows as a mere number."""
     for total in sums:
         for number, place in walk.scaled.get(total, ()):
             if _is_a_count(number, total, atom):
-                why = f"the sum over it is scaled by {number:g}, which follows from its size"
-                return group.refused(why, place)
-    if atom.size in counted:
-        why = f"the code sums over another axis of {atom.size}, which may count the channels"
-        return group.refused(why, sums[0].place)
-    return dataclasses.replace(group, seconds=tuple(seconds))
+                why = f"the sum over it is scaled by {number:g}, which may follow from its size"
+                return Reason(why=why, place=place, order=total.order)
+        if atom.size in counted:
+            why = f"the code sums over another axis of {atom.size}, which may count the channels"
+            return Reason(why=why, place=total.place, order=total.order)
+    return None
 
 
 def _is_a_count(number: float, total: Sum, atom: Atom) -> bool:
