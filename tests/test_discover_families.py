@@ -53,8 +53,6 @@ EXTRA = (
     ("AlbertForPreTraining", "sop_classifier/classifier$", _TIED),
     ("(PreTraining|NextSentencePrediction)", "cls/seq_relationship$", _TIED),
     ("ElectraForPreTraining", "discriminator_predictions/dense_prediction$", _TIED),
-    ("WhisperForAudioClassification", "^classifier$",
-     "classifier_proj_size: a projection of one head class, of no weight in the model"),
     ("Whisper", "encoder/conv2$", "the class makes its first convolution as wide as d_model"),
     ("OPT.*-post", "decoder/project_in$",
      "word_embed_proj_dim: the width of the embeddings, which is no hidden layer"),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flaxslim._activation import ACTIVATIONS, compiled
-from flaxslim._discover._atoms import Atom, Dim, roots
+from flaxslim._discover._atoms import Atom, Dim, roots, size_of
 from flaxslim._discover._groups import Group
 from flaxslim._discover._trace import Node, Part, Sum, Value
 
@@ -139,6 +139,8 @@ class _Back:
             return self._source(path)
         if node.kind == "sum":
             return self._averaged(node)
+        if (values := _mean(node)) is not None:
+            return self.tree(values)
         if node.kind in ("add", "add_any"):
             for one, other in (node.args, node.args[::-1]):
                 path = self._layer(one)
@@ -209,8 +211,13 @@ def _only(names: Collection[str]) -> str | None:
     return next(iter(names)) if len(names) == 1 else None
 
 
-def _classes(total: Sum) -> list[Atom]:
-    return [atom for dim in total.dims for atom in roots(dim)]
+def _mean(node: Node) -> Node | None:
+    """What is averaged, if this is sum(x) / n over n entries: what is constant stays so."""
+    if node.kind != "div" or node.args[0].kind != "sum" or node.args[1].kind != "number":
+        return None
+    total: Sum = node.args[0].data
+    count = size_of(atom for dim in total.dims for atom in roots(dim))
+    return total.args[0].node if len(total.args) == 1 and node.args[1].data == count else None
 
 
 def _sums_to_one(node: Node, axes: Sequence[int]) -> bool:

@@ -78,6 +78,21 @@ BART_FFN = Spec(
         _fc1_fc2("decoder/layers/{i}", "decoder_ffn_dim"),
     ),
 )
+WHISPER_FFN = Spec(
+    name="WHISPER_FFN",
+    pairs=(
+        *BART_FFN,
+        # The head for audio classification takes the mean over time in between. Found by discovery.
+        Pair(
+            at="/",
+            first="projector",
+            second="classifier",
+            width="classifier_proj_size",
+            activation="identity",
+            optional=True,
+        ),
+    ),
+)
 OPT_FFN = Spec(name="OPT_FFN", pairs=_fc1_fc2("decoder/layers/{i}", "ffn_dim"))
 XGLM_FFN = Spec(name="XGLM_FFN", pairs=_fc1_fc2("layers/{i}", "ffn_dim"))
 T5_FFN = Spec(
@@ -197,6 +212,5 @@ WAV2VEC2_FFN = Spec(
 ELECTRA_FFN = ROBERTA_FFN = ROBERTA_PRELAYERNORM_FFN = ROFORMER_FFN = XLM_ROBERTA_FFN = BERT_FFN
 BEIT_FFN = VIT_FFN = BERT_FFN
 BLENDERBOT_FFN = BLENDERBOT_SMALL_FFN = MARIAN_FFN = MBART_FFN = PEGASUS_FFN = BART_FFN
-WHISPER_FFN = BART_FFN
 LONGT5_FFN = MT5_FFN = T5_FFN
 MISTRAL_FFN = LLAMA_FFN
