@@ -54,6 +54,8 @@ EXTRA = (
     ("(PreTraining|NextSentencePrediction)", "cls/seq_relationship$", _TIED),
     ("ElectraForPreTraining", "discriminator_predictions/dense_prediction$", _TIED),
     ("Whisper", "encoder/conv2$", "the class makes its first convolution as wide as d_model"),
+    ("BigBird.*-sparse", "attention/output/dense$",
+     "what a head holds: where jax stacks by concatenating, its heads are parts laid end to end"),
     ("OPT.*-post", "decoder/project_in$",
      "word_embed_proj_dim: the width of the embeddings, which is no hidden layer"),
 )
@@ -275,12 +277,10 @@ class _Block(nnx.Module):
 
 class _Blocks(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.blocks = nnx.List([_Block(rngs), _Block(rngs)])
+        self.block_0, self.block_1 = _Block(rngs), _Block(rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return self.block_1(self.block_0(x))
 
 
 def test_the_heads_of_nnx_are_found():

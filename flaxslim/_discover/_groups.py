@@ -195,12 +195,15 @@ def _is_a_count(number: float, total: Sum, atom: Atom) -> bool:
 
 
 def _lies_inside(group: Group) -> bool:
-    """Whether some tensor has it in one dimension with an axis that all its values have too."""
-    return any(
-        atom in group.stack and not atom.literal
-        for member in group.members
-        for atom in group.factors[member.path, member.dimension][: member.factor]
-    )
+    """Whether tensors have it in one dimension behind another axis, as a head has its values.
+
+    In all tensors; or in one, behind an axis that all its values have too.
+    """
+    outer = [
+        {a for a in group.factors[m.path, m.dimension][: m.factor] if not a.literal}
+        for m in group.members
+    ]
+    return all(outer) or not set().union(*outer).isdisjoint(group.stack)
 
 
 def _without_inner(found: list[Group]) -> list[Group]:
