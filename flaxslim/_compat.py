@@ -184,12 +184,28 @@ def shell(cls: type, cfg: Any, dtype: Any = None) -> Any:
             seen=f"{type(error).__name__}: {error}",
             expected=f"a config of {cls.__name__} (this one has model_type "
             f"{getattr(stock_config(cfg), 'model_type', None)!r})",
-            mend="correct the value in the config (an unknown activation, sizes that do not "
-            "divide, a missing number)",
+            mend=_mend(cfg),
         ) from error
     instance = lay_out(made[0])
     instance.key = jax.random.PRNGKey(0)
     return instance
+
+
+def _mend(cfg: Any) -> str:
+    """What may be wrong with a config from which its class cannot be built."""
+    from flaxslim import _record
+
+    heads = any(isinstance(kept, tuple) for kept in _record.sites(cfg).values())
+    for pair in (_record.kept(cfg) or ()) if heads else ():
+        if pair.axis == "h" and not pair.modules:  # as of a discovered spec
+            return (
+                'cut its heads by the spec of its family (spec="heads"), or say in the spec what '
+                f"the class calls their number: Pair(modules=...), which {pair.second} lacks"
+            )
+    return (
+        "correct the value in the config (an unknown activation, sizes that do not divide, a "
+        "missing number)"
+    )
 
 
 def parameter_shapes(cls: type, cfg: Any) -> dict[str, Any]:

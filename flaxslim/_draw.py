@@ -333,7 +333,10 @@ def _target(
     if expression is None or wish.width == site.size:
         return wish, None
     if site.pair.fixed or expression.key is None:
-        how = "ties its heads to its hidden size" if site.pair.fixed else "hard-codes its width"
+        how = "hard-codes its width"
+        if site.pair.fixed:
+            heads = site.pair.axis == "h"
+            how = "ties its heads to its hidden size" if heads else "ties this width to other sizes"
         return full, (
             f"this class {how} ({expression} = {site.size}): its config cannot say the "
             f"{wish.width} {site.pair.unit} that are needed; {laid_out}"

@@ -34,7 +34,14 @@ def name_of(keys: tuple[Any, ...]) -> str:
 def _leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     if isinstance(tree, _GRAPHS):
         tree = nnx.state(tree)
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    try:
+        pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    except (ValueError, TypeError) as error:  # 7 and "b" have no order
+        raise UnsupportedTreeError(
+            "JAX cannot flatten the tree",
+            seen=str(error).partition("\n")[0],
+            expected="dicts whose keys can be sorted: all strings, or all numbers",
+        ) from error
     if len(pairs) == 1 and not pairs[0][0]:
         raise UnsupportedTreeError(
             f"a {type(tree).__name__} is not a tree of parameters",

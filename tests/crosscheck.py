@@ -1,4 +1,4 @@
-"""What `discover` found in a function, held against a spec that a person wrote, and against it."""
+"""What `discover` found, held against a spec that a person wrote, and against the function."""
 
 import dataclasses
 import functools

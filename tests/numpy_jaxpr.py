@@ -56,8 +56,8 @@ def _plain(value: Any, aval: Any) -> Any:
 
 def _equation(eqn: Any, values: Arrays) -> Arrays:
     name, params = eqn.primitive.name, eqn.params
-    if name in _ELEMENTWISE:
-        return [_ELEMENTWISE[name](*values)]
+    if name in ELEMENTWISE:
+        return [ELEMENTWISE[name](*values)]
     if name in _OTHERS:
         return [_OTHERS[name](values, params)]
     if name in _CONTROL:
@@ -70,49 +70,31 @@ def _equation(eqn: Any, values: Arrays) -> Arrays:
 
 
 def _select(which: Any, *cases: Any) -> Any:
-    return np.where(which, cases[1], cases[0]) if len(cases) == 2 else np.choose(which, cases)
+    if len(cases) == 2:
+        return np.where(np.asarray(which, bool), cases[1], cases[0])
+    return np.choose(which, cases)
 
 
-_ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
-    "abs": np.abs,
-    "add": np.add,
-    "add_any": np.add,
-    "and": np.bitwise_and,
-    "clamp": lambda low, x, high: np.clip(x, low, high),
-    "copy": lambda x: x,
-    "copy_p": lambda x: x,
-    "cos": np.cos,
-    "eq": np.equal,
-    "erf": special.erf,
-    "erfc": special.erfc,
-    "exp": np.exp,
-    "expm1": np.expm1,
-    "ge": np.greater_equal,
-    "gt": np.greater,
-    "is_finite": np.isfinite,
-    "le": np.less_equal,
-    "log": np.log,
-    "log1p": np.log1p,
-    "logistic": special.expit,
-    "lt": np.less,
-    "max": np.maximum,
-    "min": np.minimum,
-    "mul": np.multiply,
-    "name": lambda x: x,
-    "ne": np.not_equal,
-    "neg": np.negative,
-    "or": np.bitwise_or,
-    "pow": np.power,
-    "rsqrt": lambda x: 1 / np.sqrt(x),
-    "select_n": _select,
-    "sign": np.sign,
-    "sin": np.sin,
-    "sqrt": np.sqrt,
-    "square": np.square,
-    "stop_gradient": lambda x: x,
-    "sub": np.subtract,
-    "tanh": np.tanh,
-}
+def _divide(a: Any, b: Any) -> Any:
+    if np.asarray(a).dtype.kind in "iu":  # towards zero
+        return np.trunc(a / b).astype(np.asarray(a).dtype)
+    return np.divide(a, b)
+
+
+ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
+    **{name: getattr(np, name) for name in (
+        "abs", "add", "cbrt", "ceil", "cos", "cosh", "exp", "exp2", "expm1", "floor", "log",
+        "log1p", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
+    )},
+    **dict.fromkeys(("copy", "copy_p", "name", "stop_gradient"), lambda x: x),
+    "add_any": np.add, "sub": np.subtract, "mul": np.multiply, "div": _divide, "rem": np.fmod,
+    "neg": np.negative, "max": np.maximum, "min": np.minimum, "pow": np.power,
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+    "ge": np.greater_equal, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+    "not": np.invert, "erf": special.erf, "erfc": special.erfc, "logistic": special.expit,
+    "rsqrt": lambda x: 1 / np.sqrt(x), "is_finite": np.isfinite, "round": np.round,
+    "select_n": _select, "clamp": lambda low, x, high: np.clip(x, low, high),
+}  # fmt: skip
 
 
 # --- along axes -------------------------------------------------------------------------------

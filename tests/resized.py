@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.special
+from numpy_jaxpr import ELEMENTWISE
 from strategies import enable_x64
 
 from flaxslim._discover._atoms import Atom, Dim, Dims, roots
@@ -169,8 +169,8 @@ def _step(step: Step, args: list[Array], kept: Kept) -> Sequence[Any]:
         (block,) = step.inner
         return [array.x for array in _run(block, args, kept)]
     op = Op(step, args, kept)
-    if name in _ELEMENTWISE:
-        return [_ELEMENTWISE[name](*op.aligned())]
+    if name in ELEMENTWISE:
+        return [ELEMENTWISE[name](*op.aligned())]
     if name in _RULES:
         return _RULES[name](op)
     if name in _IDENTITY:
@@ -292,32 +292,6 @@ class Op:
 
 
 # --- operations -------------------------------------------------------------------------------
-
-
-def _int_or(whole: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda x, *others: (whole if np.asarray(x).dtype.kind in "iu" else real)(x, *others)
-
-
-def _select(which: np.ndarray, *cases: np.ndarray) -> np.ndarray:
-    if len(cases) == 2:
-        return np.where(which.astype(bool), cases[1], cases[0])
-    return np.choose(which, cases)
-
-
-_ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
-    **{name: getattr(np, name) for name in (
-        "abs", "add", "cbrt", "ceil", "cos", "cosh", "exp", "exp2", "expm1", "floor", "log",
-        "log1p", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
-    )},
-    "add_any": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative,
-    "div": _int_or(lambda a, b: np.trunc(a / b).astype(a.dtype), np.divide),
-    "rem": np.fmod, "max": np.maximum, "min": np.minimum, "pow": np.power,
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-    "ge": np.greater_equal, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    "not": np.invert, "erf": scipy.special.erf, "erfc": scipy.special.erfc,
-    "logistic": scipy.special.expit, "rsqrt": lambda x: 1 / np.sqrt(x), "is_finite": np.isfinite,
-    "round": np.round, "select_n": _select, "clamp": lambda lo, x, hi: np.clip(x, lo, hi),
-}  # fmt: skip
 
 
 def _dtype(dtype: Any) -> Any:

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from strategies import enable_x64
 
 import flaxslim
 from flaxslim import DiscoveryWarning, Spec, discover, explain, slim
 from flaxslim._discover import axis_rule
 from flaxslim._discover._rules import RULES
-from flaxslim._discover._trace import Value
-from flaxslim._errors import DiscoveryError, UnsupportedTreeError
+from flaxslim._errors import ConfigError, DiscoveryError, UnsupportedTreeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::flaxslim.DiscoveryWarning")
 
@@ -71,9 +71,11 @@ def mlp(p: Any, x: Any, between: Callable[[Any], Any] = lambda h: h) -> Any:
         (jax.nn.leaky_relu, "where(x >= 0, x, 0.01 * x)"),
         (jax.nn.mish, "x * tanh(maximum(x, 0) + log1p(exp(-abs(x))))"),
         (lambda x: jnp.sin(3 * x) - 1, "sin(3 * x) - 1"),
+        (jnp.round, "round(x)"),
+        (jax.lax.round, None),  # halves away from zero
     ],
 )
-def test_an_activation_is_told_by_its_values(act: Any, name: str) -> None:
+def test_an_activation_is_told_by_its_values(act: Any, name: str | None) -> None:
     (pair,) = discover(lambda p, x: act(x @ p["up"] + p["b"]) @ p["down"] + p["c"], PLAIN, X)
     assert pair.activation == name
 
@@ -474,7 +476,7 @@ def test_a_primitive_without_a_rule_blocks_what_enters_it_and_is_named() -> None
         return y + jax.pure_callback(lambda h: h, h, h) @ p["d2"]
 
     params = {**PLAIN, "u2": shape(D, F), "d2": shape(F, D)}
-    with pytest.warns(DiscoveryWarning, match="no rule for the primitive pure_callback: pure_call"):
+    with pytest.warns(DiscoveryWarning, match="no rule for the primitive pure_callback at "):
         spec = discover(fn, params, X)
     assert lines(spec) == [LINE]
     assert "no rule is known for pure_callback" in explain(fn, params, "u2", X)
@@ -500,8 +502,8 @@ def test_others_can_add_a_rule() -> None:
             discover(fn, PLAIN, X)
 
         @axis_rule(name)
-        def keeps_axes(e: Any) -> list[Value]:
-            return [Value(e.inputs[0].dims)]
+        def keeps_axes(e: Any) -> list[Any]:
+            return [e.inputs[0].dims]
 
         (pair,) = discover(fn, PLAIN, X)
         assert pair.activation is None
@@ -578,18 +580,53 @@ def test_a_config_key_is_tried_where_the_model_can_be_rebuilt() -> None:
     assert pair.width == "hidden"
 
 
-class Stiff(nn.Module):
+def test_a_key_that_says_more_than_a_width_is_not_to_be_changed() -> None:
+    """As the hidden size, which is the width of a classifier's hidden layer, too."""
+
+    def fn(p: Any, x: Any) -> Any:
+        return mlp(p, x) + jax.nn.softmax(x @ p["u2"]) @ p["d2"]
+
+    def rebuild(cfg: Any) -> Any:
+        f, g = cfg["hidden"], cfg["other"]
+        pair = {"up": shape(D, f), "b": shape(f), "down": shape(f, D)}
+        return {**PLAIN, **pair, "u2": shape(D, g or f), "d2": shape(g or f, D)}
+
+    for other, fixed in ((None, True), (7, False)):
+        cfg = {"hidden": F, "other": other}
+        (pair,) = discover(fn, rebuild(cfg), X, cfg=cfg, rebuild=rebuild)
+        assert (pair.width, pair.fixed) == ("hidden", fixed)
+
+
+class Fixed(nn.Module):
+    """Of fixed sizes, as Linen modules are, with something done to the hidden channels."""
+
+    between: Callable[[Any], Any] = lambda h: h
+
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        h = nn.relu(nn.Dense(F)(x))
+        h = self.between(nn.relu(nn.Dense(F)(x)))
         return nn.Dense(D)(h)
 
 
-def test_a_module_of_fixed_sizes_is_found_and_a_warning_says_what_was_not_tried() -> None:
-    variables = jax.eval_shape(Stiff().init, jax.random.key(0), X)
-    with pytest.warns(DiscoveryWarning, match="does not run at another width of 1 of its pairs"):
-        (pair,) = discover(Stiff(), variables, X)
+def in_parts(h: Any) -> Any:
+    return h.reshape(*h.shape[:-1], 3, F // 3).reshape(*h.shape[:-1], F)
+
+
+def test_a_linen_module_is_traced_at_other_widths_than_its_own() -> None:
+    variables = jax.eval_shape(Fixed().init, jax.random.key(0), X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (pair,) = discover(Fixed(), variables, X)
     assert (pair.at, pair.first, pair.second) == ("", "Dense_0", "Dense_1")
+    text = explain(Fixed(lambda h: h / h.shape[-1]), variables, "Dense_1/kernel", X)
+    assert "a number in it follows from its size: 12 becomes 6" in text
+
+
+def test_what_runs_at_one_width_only_is_found_and_a_warning_says_so() -> None:
+    variables = jax.eval_shape(Fixed(in_parts).init, jax.random.key(0), X)
+    with pytest.warns(DiscoveryWarning, match="does not run at another width of 1 of its pairs"):
+        (pair,) = discover(Fixed(in_parts), variables, X)
+    assert pair.second == "Dense_1"
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -682,15 +719,295 @@ def test_a_parameter_that_is_not_there() -> None:
     assert caught.value.path == "dwn"
 
 
+def test_a_path_that_is_not_clear() -> None:
+    variables = jax.eval_shape(Fixed().init, jax.random.key(0), X)
+    with pytest.raises(DiscoveryError, match="2 parameters end so") as caught:
+        explain(Fixed(), variables, "kernel", X)
+    assert caught.value.near == ("params/Dense_0/kernel", "params/Dense_1/kernel")
+
+
+def test_inputs_where_the_path_should_be() -> None:
+    with pytest.raises(DiscoveryError, match="the path of a parameter comes before the inputs"):
+        explain(mlp, PLAIN, X, "up")  # pyright: ignore
+    with pytest.raises(DiscoveryError, match=r"explain\(nnx_module, path, \*inputs\)"):
+        explain(Block(nnx.Rngs(0)), X)
+
+
+def test_an_nnx_module_is_explained() -> None:
+    assert "with down/kernel, norm/bias" in explain(Block(nnx.Rngs(0)), "up/kernel", X)
+
+
+@pytest.mark.parametrize(
+    ("rebuild", "words"),
+    [
+        (lambda cfg: cfg["nope"], "KeyError: 'nope'"),
+        (lambda cfg: None, "rebuild= makes other parameters"),
+        (lambda cfg: {**PLAIN, "up": shape(D, F + 1)}, r"shape \(8, 13\)"),
+        (lambda cfg: {**PLAIN, "more": shape(1)}, "expected: no such parameter"),
+    ],
+)
+def test_a_rebuild_of_another_model(rebuild: Any, words: str) -> None:
+    with pytest.raises(DiscoveryError, match=words):
+        discover(mlp, PLAIN, X, cfg={"hidden": F}, rebuild=rebuild)
+
+
+def test_a_rebuild_without_a_config_and_a_config_without_keys() -> None:
+    with pytest.raises(DiscoveryError, match="rebuild= is a function of a config"):
+        discover(mlp, PLAIN, X, rebuild=lambda cfg: PLAIN)
+    with pytest.raises(ConfigError, match="the config has no keys"):
+        discover(mlp, PLAIN, X, cfg="bert")
+
+
+def test_linen_parameters_without_their_collection() -> None:
+    variables = jax.eval_shape(Fixed().init, jax.random.key(0), X)
+    with pytest.raises(DiscoveryError, match='"params": params'):
+        discover(Fixed(), variables["params"], X)
+
+
+def test_a_rule_that_returns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "sin", lambda e: None)
+    with pytest.raises(DiscoveryError, match="the rule for sin does not return the dimensions of each"):
+        discover(functools.partial(mlp, between=jnp.sin), PLAIN, X)
+
+
 def test_the_whole_report() -> None:
     def fn(p: Any, x: Any) -> Any:
         return mlp(p, x) + jax.nn.softmax(x @ p["u2"]) @ p["d2"]
 
     text = explain(fn, {**PLAIN, "u2": shape(D, 7), "d2": shape(7, D)}, None, X)
-    assert text.startswith(f"1 kinds of pairs that can be cut exactly\n  1 x {LINE}, 12 channels")
+    assert text.startswith(f"1 kind of pairs that can be cut exactly\n  1 x {LINE}, 12 channels")
     assert "1 x d2 axis 0 (7): the max over it is taken (reduce_max at" in text
 
 
 def test_it_is_public() -> None:
     assert flaxslim.discover is discover
     assert flaxslim.explain is explain
+
+
+# --- counter-examples -------------------------------------------------------------------------
+
+
+def values_of(params: Any, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {k: rng.normal(size=v.shape).astype(np.float32) for k, v in params.items()}
+
+
+def check_cut(fn: Any, params: dict[str, np.ndarray], *inputs: Any) -> dict[str, np.ndarray]:
+    """The function computes the same after what is dead was cut; and what is left of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", flaxslim.NothingRemovedWarning)
+        small, _ = slim(params, spec=discover(fn, params, *inputs))
+    for one, other in zip(
+        jax.tree.leaves(fn(small, *inputs)), jax.tree.leaves(fn(params, *inputs)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    return small
+
+
+def constant(params: Any, bias: float, first: str = "up") -> dict[str, np.ndarray]:
+    """Two channels read nothing and put out what becomes of their bias."""
+    values = values_of(params)
+    values[first][..., :2] = 0
+    values["b"][:2] = bias
+    return values
+
+
+TOKENS = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
+
+
+def dense(p: Any, x: Any, act: Callable[[Any], Any]) -> Any:
+    return act(x @ p["up"] + p["b"]) @ p["down"] + p["c"]
+
+
+@pytest.mark.parametrize(
+    ("act", "bias"),
+    [
+        (lambda h: jnp.minimum(jax.nn.relu(h), 50), 100.0),
+        (lambda h: jnp.clip(h, -1e4, 1e4), 1e5),
+        (lambda h: jnp.round(h * 20) / 20, 0.1234),
+        (lambda h: jnp.where(h > 0.1, h, 0), np.float32(0.1)),
+        (lambda h: h.astype(jnp.int32).astype(jnp.float32), 1.7),
+        (lambda h: h.astype(bool).astype(jnp.float32), 1.7),
+        (lambda h: jax.lax.reduce_precision(h, 4, 3), 1.7),
+        (jax.lax.round, 0.5),
+    ],
+    ids=["clip50", "clip1e4", "grid", "step", "int", "bool", "float8", "halves"],
+)
+def test_another_function_is_not_taken_for_one_with_a_name(act: Any, bias: float) -> None:
+    check_cut(functools.partial(dense, act=act), constant(PLAIN, bias), TOKENS)
+
+
+def test_what_is_nearly_silent_is_not() -> None:
+    (pair,) = discover(functools.partial(dense, act=lambda h: h + 1e-6), PLAIN, X)
+    assert pair.activation == "x + 1e-06"
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda w, x: 0.5 * w,
+        lambda w, x: w * x.mean(),
+        lambda w, x: w * (jnp.arange(D) > 1),
+        lambda w, x: jnp.where(jnp.arange(D) > 1, w, -w),
+        lambda w, x: w.astype(jnp.int32).astype(jnp.float32),
+    ],
+)
+def test_a_constant_is_not_folded_by_way_of_a_scaled_layer(view: Any) -> None:
+    """What a constant adds would be scaled as the layer is."""
+
+    def fn(p: Any, x: Any) -> Any:
+        return jnp.tanh(x @ p["up"] + p["b"]) @ view(p["down"], x) + p["c"]
+
+    def by_hand(p: Any, x: Any) -> Any:
+        h = jnp.tanh(x @ p["up"] + p["b"])
+        return (h[..., None] * view(p["down"], x)).sum(-2) + p["c"]
+
+    for each in (fn, by_hand):
+        check_cut(each, constant(PLAIN, 0.7), TOKENS)
+
+
+def test_a_bias_is_that_of_a_sum_only_if_nothing_comes_between() -> None:
+    def fn(p: Any, x: Any) -> Any:
+        return (jnp.tanh(x @ p["up"] + p["b"]) @ p["down"]).astype(jnp.int32) + p["c"]
+
+    check_cut(fn, constant(PLAIN, 0.7), TOKENS)
+
+
+OTHERS = np.random.default_rng(2).normal(size=(2, 7, D)).astype(np.float32)
+
+
+def _scores(x: Any, y: Any) -> Any:
+    return jnp.einsum("btd,bsd->bts", x, y)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        lambda x, y: jnp.swapaxes(jax.nn.softmax(_scores(y, x), -1), 1, 2),
+        lambda x, y: jnp.broadcast_to(jax.nn.softmax(x[..., :1], -1), (2, 5, 7)),
+        lambda x, y: (lambda e: e / e.sum(-1)[:, None])(jnp.exp(_scores(x, y[:, :5]))),
+        lambda x, y: (lambda e: e / e.sum(-1)[:, None])(jnp.exp(_scores(x, x))),
+        lambda x, y: (
+            jnp.sort(_scores(x, y), -1) / jnp.cumsum(_scores(x, y), -1).sum(-1, keepdims=True)
+        ),
+    ],
+    ids=["transposed", "broadcast", "columns", "columns of itself", "another sum"],
+)
+def test_weights_that_do_not_sum_to_one_average_nothing(weights: Any) -> None:
+    def fn(p: Any, x: Any, y: Any) -> Any:
+        w = weights(x, y)
+        return w @ (y[:, : w.shape[-1]] @ p["up"] + p["b"]) @ p["down"] + p["c"]
+
+    (pair,) = discover(fn, PLAIN, X, OTHERS)
+    assert pair.activation is None
+    check_cut(fn, constant(PLAIN, 0.7), TOKENS, OTHERS)
+
+
+def test_weights_that_sum_to_one_average_wherever_they_were_moved() -> None:
+    def fn(p: Any, x: Any, y: Any) -> Any:
+        w = jnp.swapaxes(jax.nn.softmax(_scores(y, x), 1), 1, 2).reshape(2, 1, 5, 7)
+        return (w @ (y @ p["up"] + p["b"])[:, None])[:, 0] @ p["down"] + p["c"]
+
+    (pair,) = discover(fn, PLAIN, X, OTHERS)
+    assert pair.activation == "identity"
+    assert check_cut(fn, constant(PLAIN, 0.7), TOKENS, OTHERS)["b"].shape == (F - 2,)
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda g, u, w: g * u + (u - jnp.swapaxes(u, 0, 1)),
+        lambda g, u, w: jax.nn.silu(g) * u + (g - w @ g),
+        lambda g, u, w: jax.nn.silu(g) * u + (u - w @ u),
+        lambda g, u, w: jnp.where(u != jnp.swapaxes(u, 0, 1), 5.0, g * u),
+        lambda g, u, w: jax.nn.silu(g) * jnp.clip(u, -20, 20),
+        lambda g, u, w: jax.nn.silu(g) * jnp.round(u * 10) / 10,
+    ],
+    ids=["moved", "averaged gate", "averaged", "compared", "clipped", "grid"],
+)
+def test_what_was_moved_is_not_the_same_value(combine: Any) -> None:
+    """A gate that is zero leaves no term in which what it gates stands by itself."""
+
+    def fn(p: Any, x: Any) -> Any:
+        w = jax.nn.softmax(_scores(x, x), -1)
+        return combine(x @ p["g"], x @ p["u"], w) @ p["down"]
+
+    x = np.random.default_rng(3).normal(size=(4, 4, D)).astype(np.float32)
+    for name in ("g", "u"):
+        values = values_of(GATED)
+        values[name][:, :2] = 0
+        check_cut(fn, values, x)
+    (pair,) = discover(fn, GATED, x)
+    assert not pair.gated
+
+
+def test_a_row_that_is_not_there_may_be_another_number() -> None:
+    def fn(p: Any, tokens: Any) -> Any:
+        rows = jnp.take(p["e"], tokens, axis=0, mode="fill", fill_value=3.0)
+        return rows @ p["down"] + p["c"]
+
+    values = values_of({"e": shape(9, F), "down": shape(F, D), "c": shape(D)})
+    values["e"][:, :2] = 0
+    check_cut(fn, values, np.array([[0, 1, 99]]))
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        (lambda n, x: jnp.zeros(n), "the shape of an output follows from its size"),
+        (lambda n, x: n, "a number that it returns follows from its size"),
+        (
+            lambda n, x: jax.lax.reduce_window(
+                x, -jnp.inf, jax.lax.max, (1, n // 3, 1), (1, 1, 1), "SAME"
+            ),
+            "a number in it follows from its size (reduce_window_max at",
+        ),
+        (lambda n, x: jnp.cumsum(x, 1 if n == F else 2), "along another axis at another size"),
+    ],
+    ids=["shape", "number", "window", "axis"],
+)
+def test_what_else_tells_how_many_channels_there_are(told: Any, why: str) -> None:
+    def fn(p: Any, x: Any) -> Any:
+        return mlp(p, x), told(p["up"].shape[1], x)
+
+    assert why in explain(fn, PLAIN, "up", X)
+
+
+def test_a_window_of_one_may_still_move() -> None:
+    def shifted(h: Any) -> Any:
+        around = ((0, 0), (0, 0), (-1, 1))
+        return jax.lax.reduce_window(h, -9.0, jax.lax.max, (1, 1, 1), (1, 1, 1), around)
+
+    text = explain(functools.partial(mlp, between=shifted), PLAIN, "up", X)
+    assert "a window slides along it" in text
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda h: jnp.concatenate([jnp.zeros((2, 5, 0)), h], -1),
+        lambda h: jnp.concatenate([h[:, :0], h], 1),
+        lambda h: h + h[:, :0].reshape(-1, 1).sum(),
+        lambda h: h + jnp.split(h[:, :0].sum(-1), 1, 1)[0].sum(),
+        lambda h: h * jax.lax.bitcast_convert_type(h, jnp.uint8).sum(-1),
+        lambda h: jnp.where(h > 0, h, np.finfo(np.float64).min),
+        lambda h: jax.vmap(lambda h: jax.lax.psum(h, "i"), axis_name="i")(h),
+        lambda h: jax.vmap(lambda h: h - jax.lax.pmax(h, "i"), axis_name="i")(h),
+    ],
+    ids=["empty", "empty time", "empty reshape", "empty split", "bits", "float64", "psum", "pmax"],
+)
+def test_nothing_but_a_flaxslim_error_is_raised(between: Any) -> None:
+    with enable_x64():
+        assert explain(functools.partial(mlp, between=between), PLAIN, "up", X)
+
+
+def test_a_parameter_may_be_a_number() -> None:
+    (pair,) = discover(lambda p, x: mlp(p, x) * p["s"], {**PLAIN, "s": 1.5}, X)
+    assert str(pair) == LINE
+
+
+def test_keys_that_cannot_be_sorted() -> None:
+    with pytest.raises(UnsupportedTreeError, match="cannot flatten the tree"):
+        discover(mlp, {**PLAIN, 7: shape(3)}, X)
+    with pytest.raises(DiscoveryError, match="cannot flatten the inputs"):
+        discover(lambda p, x: mlp(p, x["x"]), PLAIN, {"x": X, 7: X})

@@ -17,6 +17,7 @@ import pytest
 import test_libraries
 from crosscheck import Traced, check_cut, gap, matched, traced
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from resized import run
 from strategies import enable_x64
 from test_libraries import DEPTH, LIBRARIES, SIZES, Library
@@ -28,6 +29,7 @@ from flaxslim._compat import parameter_shapes, shell
 from flaxslim._discover._discovery import discovered
 from flaxslim._discover._function import function
 from flaxslim._discover._groups import Verdict
+from flaxslim._errors import ConfigError, WidthError
 from flaxslim._inputs import inputs_for, model_class_for
 from flaxslim._spec import Site
 from flaxslim._tree import flatten
@@ -229,6 +231,52 @@ def test_the_key_of_a_width_is_found(case: Case):
     for site, other in pairs:
         known = other.pair.width is not None and not other.groups
         assert not known or other.pair.fixed == site.pair.fixed, other.pair
+
+
+@pytest.fixture(scope="module")
+def classifier() -> tuple[type, Any, Any, flaxslim.Spec]:
+    """RoBERTa with a classifier, whose hidden layer is as wide as the model."""
+    from transformers import FlaxRobertaForSequenceClassification as Classifier
+    from transformers import RobertaConfig
+
+    cfg = RobertaConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=72,
+        vocab_size=99,
+    )  # fmt: skip
+    shapes, rng = parameter_shapes(Classifier, cfg), np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    own = function(_call(Classifier, cfg), shapes, (inputs_for(Classifier, cfg),))
+    found = discovered(own, cfg, lambda cfg: parameter_shapes(Classifier, cfg))
+    return Classifier, cfg, params, found.spec("DISCOVERED")
+
+
+def _slimmed(params: Any, cfg: Any, spec: flaxslim.Spec, second: str, **how: Any) -> Any:
+    """The parameters with the first rows of a layer dead, and the model slimmed."""
+    leaves = dict(flatten(params))
+    leaves[second] = np.array(leaves[second])
+    leaves[second][:8] = 0
+    dead = unflatten_dict(leaves, sep="/")
+    return (dead, cfg), flaxslim.slim(dead, cfg, spec, **how)
+
+
+def test_a_width_whose_key_says_more_is_cut_by_a_layout_alone(classifier):
+    cls, cfg, params, spec = classifier
+    second = "classifier/out_proj/kernel"
+    with pytest.raises(WidthError, match="ties this width to other sizes"):
+        _slimmed(params, cfg, spec, second)
+    dense, small = _slimmed(params, cfg, spec, second, width="per_layer")
+    assert small[1].hidden_size == 32
+    assert small[0]["classifier"]["dense"]["kernel"].shape == (32, 24)
+    with jax.numpy_rank_promotion("allow"):
+        assert flaxslim.verify(dense, small, cls, spec=spec, repeats=0).ok
+
+
+def test_discovered_heads_of_a_class_of_fixed_heads_need_modules(classifier):
+    cls, cfg, params, spec = classifier
+    second = "roberta/encoder/layer/0/attention/output/dense/kernel"
+    dense, small = _slimmed(params, cfg, spec, second, width="per_layer")
+    with pytest.raises(ConfigError, match=r"Pair\(modules=...\), which output/dense lacks"):
+        flaxslim.verify(dense, small, cls, spec=spec, repeats=0)
 
 
 # --- the layouts of other libraries -----------------------------------------------------------

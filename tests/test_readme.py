@@ -4,9 +4,13 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+
+import flaxslim
 
 README = Path(__file__).parents[1] / "README.md"
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -36,6 +40,18 @@ def test_code_prints_what_the_readme_says(tmp_path, monkeypatch):
             shown += following[0] == "output"
     assert shown == sum(language == "output" for language, _ in blocks)
     assert shown >= 4
+
+
+def test_what_it_says_that_explain_says():
+    """The ```text block after the discovery, of its code in a file called model.py."""
+    (code,) = (text for _, text in _blocks() if "flaxslim.discover(model" in text)
+    (said,) = (text for language, text in _blocks() if language == "text" and "is tied" in text)
+    space: dict[str, Any] = {"flaxslim": flaxslim, "jax": jax, "jnp": jnp}
+    space |= {"slim": flaxslim.slim, "verify": flaxslim.verify}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(code, "model.py", "exec"), space)
+    text = flaxslim.explain(space["model"], space["weights"], "colours", space["x"])
+    assert text.startswith("colours (9, 3). " + " ".join(said.split()))
 
 
 def _commands() -> list[str]:

@@ -25,6 +25,9 @@ class Reason:
     place: Place
     order: int
 
+    def __str__(self) -> str:
+        return f"{self.why} ({self.place})" if self.place.primitive else self.why
+
 
 class Atom:
     """An axis, or a factor of one. Compared by identity of its class: see `roots`."""
@@ -109,7 +112,7 @@ def unify(one: Dim, other: Dim) -> Dim | None:
         if a.size != b.size:
             large, rest = (a, left) if a.size > b.size else (b, right)
             small = min(a.size, b.size)
-            if large.size % small:
+            if not small or large.size % small:
                 return None
             front, back = large._split(small)
             rest.append(back)
@@ -134,6 +137,8 @@ def take_front(dim: Dim, size: int) -> tuple[Dim, Dim] | None:
         if not stack:
             return None
         atom = _next(stack)
+        if not atom.size:  # of nothing
+            return None
         if size % atom.size == 0:
             front.append(atom)
             size //= atom.size

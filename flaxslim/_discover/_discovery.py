@@ -5,13 +5,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from flaxslim._discover._function import Function, Walked, walked
 from flaxslim._discover._groups import Group, Verdict, groups
 from flaxslim._discover._keys import with_keys
-from flaxslim._discover._pairs import written
+from flaxslim._discover._pairs import Paired, written
 from flaxslim._discover._retrace import Difference, checked
 from flaxslim._errors import DiscoveryError, nearest
-from flaxslim._spec import Pair, Spec
+from flaxslim._spec import Spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Discovery:
       unknown: primitives without a rule, and where they are.
     """
 
-    pairs: tuple[tuple[Pair, tuple[Group, ...]], ...]
+    pairs: tuple[Paired, ...]
     groups: tuple[Group, ...]
     shapes: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...]
@@ -38,18 +40,17 @@ class Discovery:
             raise DiscoveryError(
                 f"nothing in the {len(self.shapes)} tensors can be cut exactly",
                 seen="; ".join(self._reasons()[:3]) or None,
-                mend="flaxslim.explain(fn, params) says of each axis why not",
+                mend="flaxslim.explain(fn, params, None, *inputs) says of each axis why not",
             )
         return Spec(name=name, pairs=tuple(pair for pair, _ in self.pairs))
 
     def _reasons(self) -> list[str]:
-        counts = Counter(
-            f"{group.reason.why} ({group.reason.place})" for group in self.groups if group.reason
-        )
+        counts = Counter(str(group.reason) for group in self.groups if group.reason)
         return [why for why, _ in counts.most_common()]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.pairs)} kinds of pairs that can be cut exactly"]
+        kinds = "1 kind" if len(self.pairs) == 1 else f"{len(self.pairs)} kinds"
+        lines = [f"{kinds} of pairs that can be cut exactly"]
         for pair, own in self.pairs:
             sizes = sorted({group.size for group in own})
             lines.append(f"  {len(own)} x {pair}, {' or '.join(map(str, sizes))} {pair.unit}")
@@ -66,10 +67,12 @@ class Discovery:
             near = [name for name in self.shapes if name.endswith(f"/{path}")]
             if len(near) != 1:
                 raise DiscoveryError(
-                    "there is no such parameter",
+                    f"{len(near)} parameters end so" if near else "there is no such parameter",
                     path=path,
                     near=near[:3] or nearest(path, self.shapes),
-                    mend="give the whole path; only floating point tensors are followed",
+                    mend="give the whole path"
+                    if near
+                    else "give the path of one of the floating point tensors",
                 )
             (path,) = near
         shape = self.shapes[path]
@@ -98,10 +101,10 @@ class Discovery:
             return f" It can be cut exactly: channels go whose rows in {rows} are zero{act}"
         if group.verdict is Verdict.INNER:
             return (
-                " It could be cut exactly, but lies inside of another axis, so the spec has it not"
+                " It could be cut exactly, but lies inside of another axis: it is not in the spec"
             )
         reason = group.reason
-        why = f"{reason.why} ({reason.place})" if reason else "no axis pattern can say it"
+        why = str(reason) if reason else "no axis pattern can say it"
         if group.verdict is Verdict.APPROXIMATE:
             return f" It can be cut only approximately: {why}"
         return f" It cannot be cut: {why}"
@@ -127,7 +130,7 @@ def _counted(chosen: Sequence[Group]) -> list[str]:
     """One line for each reason, with an example."""
     by_reason: dict[str, list[Group]] = {}
     for group in chosen:
-        why = f"{group.reason.why} ({group.reason.place})" if group.reason else ""
+        why = str(group.reason) if group.reason else ""
         by_reason.setdefault(why, []).append(group)
     return [
         f"{len(own)} x {own[0].paths[0]} axis {own[0].members[0].dimension} ({own[0].size})"
@@ -155,18 +158,18 @@ def discovered(
     return Discovery(
         pairs=tuple(pairs),
         groups=tuple(replaced.get(group, group) for group in found),
-        shapes={path: tuple(fn.params[path].shape) for path in seen.dims},
+        shapes={path: tuple(np.shape(fn.params[path])) for path in seen.dims},
         notes=(*notes, *more),
         unknown={name: str(place) for name, place in seen.walk.unknown.items()},
     )
 
 
 def _tried(
-    seen: Walked, pairs: Sequence[tuple[Pair, tuple[Group, ...]]]
-) -> tuple[list[tuple[Pair, tuple[Group, ...]]], list[str], dict[Group, Group]]:
+    seen: Walked, pairs: Sequence[Paired]
+) -> tuple[list[Paired], list[str], dict[Group, Group]]:
     """The pairs at whose other widths the function is the same, or cannot run at all."""
 
-    def tried(chosen: Sequence[tuple[Pair, tuple[Group, ...]]]) -> Any:
+    def tried(chosen: Sequence[Paired]) -> Difference | DiscoveryError | None:
         own = [group for _, members in chosen for group in members]
         return checked(seen, own)
 
@@ -185,7 +188,8 @@ def _tried(
     notes = []
     if stiff:
         notes.append(
-            f"the function does not run at another width of {len(stiff)} of its pairs, so a number "
-            "that follows from the width would not be seen: prove each cut with flaxslim.verify"
+            f"the function does not run at another width of {len(stiff)} of its pairs, as a module "
+            "with sizes of its own does not: a number that follows from the width would not be "
+            "seen, so prove each cut with flaxslim.verify"
         )
     return kept, notes, refused

@@ -7,10 +7,12 @@ values as an activation with a name, or is written out: `"x * tanh(log1p(exp(x))
 
 import ast
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from jax.lax import RoundingMethod
 
 from flaxslim._activation import ACTIVATIONS, compiled
 from flaxslim._discover._atoms import Atom, Dim, roots, size_of
@@ -202,7 +204,7 @@ class _Back:
         if len(total.args) != 2:
             raise _Unclear
         for i, weights in enumerate(total.args):
-            if total.axes and _sums_to_one(weights.node, total.axes[i]):
+            if total.axes and weights.shares and weights.shares == {*total.axes[i]}:
                 return self.tree(total.args[1 - i].node)
         raise _Unclear
 
@@ -220,29 +222,21 @@ def _mean(node: Node) -> Node | None:
     return total.args[0].node if len(total.args) == 1 and node.args[1].data == count else None
 
 
-def _sums_to_one(node: Node, axes: Sequence[int]) -> bool:
-    """Whether a value is x / sum(x) along some axes: a softmax.
-
-    By their places: those of queries and of keys may be one class.
-    """
-    if node.kind != "div":
-        return False
-    value, by = node.args
-    return by.kind == "sum" and by.args == (value,) and [*by.data.axes] == [tuple(axes)]
-
-
 def _symbols(tree: Tree) -> set[Source]:
-    found: set[Source] = set()
-    seen: set[int] = set()  # what is used often is looked at once
+    return {one for one in _leaves(tree) if isinstance(one, Source)}
+
+
+def _leaves(tree: Tree) -> Iterator[Source | float]:
+    """The first layers and the numbers in a formula; what is used often is looked at once."""
+    seen: set[int] = set()
     stack: list[Any] = [tree]
     while stack:
         one = stack.pop()
-        if isinstance(one, Source):
-            found.add(one)
-        elif isinstance(one, tuple) and id(one) not in seen:
+        if not isinstance(one, tuple):
+            yield one
+        elif id(one) not in seen:
             seen.add(id(one))
             stack += one[1:]
-    return found
 
 
 # --- which function it is ---------------------------------------------------------------------
@@ -252,7 +246,16 @@ _NAMES = (
     "identity", "relu", "gelu", "gelu_pytorch_tanh", "silu", "quick_gelu", "tanh", "sigmoid",
     "relu2", "relu6", "softplus",
 )  # fmt: skip
-_POINTS = np.concatenate([np.linspace(-6, 6, 241), [-30.0, -10.0, 10.0, 30.0]])
+# On no grid, on which what rounds would round nothing, and of all sizes.
+_SIZES = np.geomspace(1.03e-9, 7.7e8, 307)
+_POINTS = np.concatenate([-_SIZES, [0.0], _SIZES])
+
+
+def _points(numbers: Iterable[float]) -> np.ndarray:
+    """Where to look at a function with these numbers: it may change its form around each."""
+    known = [abs(number) for number in numbers if number and np.isfinite(number)]
+    around = [scale * x for x in known for scale in (0.5, 0.9999, 1.0, 1.0001, 2.0)]
+    return np.concatenate([_POINTS, around, np.negative(around)])
 
 
 def _named(tree: Tree, names: Mapping[Source, str | float]) -> str | None:
@@ -260,44 +263,86 @@ def _named(tree: Tree, names: Mapping[Source, str | float]) -> str | None:
     text = _text(tree, names)
     if text is None:
         return None
-    values = compiled(text)(_POINTS)
-    for name in _NAMES:
-        if _close(values, ACTIVATIONS[name](_POINTS)):
-            return name
-    return text
+    points = _points(_numbers(tree))
+    values = compiled(text)(points)
+    with np.errstate(all="ignore"):  # of some, -1.8e308 times nothing
+        return next((n for n in _NAMES if _close(values, ACTIVATIONS[n](points), points)), text)
 
 
-def _close(one: np.ndarray, other: np.ndarray) -> bool:
-    # The constants in a program are rounded to float32.
-    return bool(np.allclose(one, other, rtol=1e-5, atol=1e-5, equal_nan=True))
+def _close(one: np.ndarray, other: np.ndarray, points: np.ndarray) -> bool:
+    """Whether they are one function, whose constants a program has rounded to float32."""
+    zero = points == 0  # a channel is silent only where this is exactly zero
+    return bool(
+        np.array_equal(one[zero] == 0, other[zero] == 0)
+        and np.allclose(one, other, rtol=3e-6, atol=1e-9, equal_nan=True)
+    )
 
 
 def _is_linear(tree: Tree, gate: Source, up: Source) -> bool:
     """Whether a function of two values is a function of the first, times the second."""
-    texts = [_text(tree, {gate: "x", up: value}) for value in (1.0, 0.0, -2.3, 0.7, 11.0)]
-    if None in texts:
+    points = _points(_numbers(tree))
+    one = _values(tree, {gate: "x", up: 1.0}, points)
+    if one is None or not _is_product(tree, gate, up, bool(one[points == 0].any())):
         return False
-    one, *others = (compiled(text)(_POINTS) for text in texts if text is not None)
-    return all(
-        np.allclose(value, up * one, rtol=1e-9, atol=1e-12)
-        for value, up in zip(others, (0.0, -2.3, 0.7, 11.0), strict=True)
-    )
+    for factor in (-2.317, 0.7143, 11.083, -3.1e5, *points[len(_POINTS) :]):
+        value = _values(tree, {gate: "x", up: float(factor)}, points)
+        with np.errstate(all="ignore"):
+            expected = factor * one
+        if value is None or not np.allclose(value, expected, rtol=1e-9, atol=0, equal_nan=True):
+            return False
+    return True
 
 
-def _text(tree: Tree, names: Mapping[Source, str | float]) -> str | None:
+def _is_product(tree: Tree, gate: Source, up: Source, loud: bool) -> bool:
+    """Whether a function is zero where one of two values is, wherever it takes the other from.
+
+    In a formula what was moved, or averaged, is the same value, and h - h.T is nothing. `loud`: it
+    is not zero where the gate is, nor claimed to be.
+    """
+    pairs = [(up, gate)] if loud else [(up, gate), (gate, up)]
+    for silent, other in pairs:
+        points = _POINTS[np.abs(_POINTS) < 6]
+        values = _values(tree, {silent: 0.0, other: _different()}, points)
+        if values is None or not (np.isnan(values) | (values == 0)).all():
+            return False
+    return True
+
+
+def _different() -> Iterator[ast.expr]:
+    """Another value of x each time."""
+    for number in itertools.count(1):
+        yield ast.parse(f"({0.37 * number % 1 + 0.1} * x + {0.61 * number % 1})", mode="eval").body
+
+
+def _numbers(tree: Tree) -> set[float]:
+    return {one for one in _leaves(tree) if isinstance(one, float)}
+
+
+# What stands for a value in an expression: x, a number, or something else each time.
+_Name = str | float | Iterator[ast.expr]
+
+
+def _values(tree: Tree, names: Mapping[Source, _Name], points: np.ndarray) -> np.ndarray | None:
+    text = _text(tree, names)
+    return None if text is None else compiled(text)(points)
+
+
+def _text(tree: Tree, names: Mapping[Source, _Name]) -> str | None:
     try:
         return ast.unparse(_expression(tree, names, [_SIZE]))
     except _Unclear:
         return None
 
 
-def _expression(tree: Tree, names: Mapping[Source, str | float], left: list[int]) -> ast.expr:
+def _expression(tree: Tree, names: Mapping[Source, _Name], left: list[int]) -> ast.expr:
     left[0] -= 1
     if left[0] < 0:  # a value that is used often is written out each time
         raise _Unclear
     if isinstance(tree, Source):
         value = names[tree]
-        return ast.Name(id=value) if isinstance(value, str) else _constant(value)
+        if isinstance(value, Iterator):
+            return next(value)
+        return ast.Name(id=value) if isinstance(value, str) else _constant(value, exact=True)
     if not isinstance(tree, tuple):
         return _constant(tree)
     node = tree[0]
@@ -307,6 +352,11 @@ def _expression(tree: Tree, names: Mapping[Source, str | float], left: list[int]
     if kind in _BINARY:
         return _folded(ast.BinOp(left=args[0], op=_BINARY[kind](), right=args[1]))
     if kind in _COMPARE:
+        # To the last digit: on one side of a number or the other is no matter of rounding.
+        args = [
+            _constant(arg, exact=True) if isinstance(arg, float) else text
+            for arg, text in zip(tree[1:], args, strict=True)
+        ]
         return ast.Compare(left=args[0], ops=[_COMPARE[kind]()], comparators=args[1:])
     if kind == "neg":
         return ast.UnaryOp(op=ast.USub(), operand=args[0])
@@ -318,6 +368,8 @@ def _expression(tree: Tree, names: Mapping[Source, str | float], left: list[int]
         return _called("where", [args[0], args[2], args[1]])
     if kind == "clamp":
         return _called("minimum", [_called("maximum", [args[1], args[0]]), args[2]])
+    if kind == "round" and node.data["rounding_method"] != RoundingMethod.TO_NEAREST_EVEN:
+        raise _Unclear
     if kind in _CALLS:
         return _called(_CALLS[kind], args)
     raise _Unclear
@@ -348,12 +400,13 @@ def _called(name: str, args: list[ast.expr]) -> ast.expr:
     return ast.Call(func=ast.Name(id=name), args=args, keywords=[])
 
 
-def _constant(value: float) -> ast.expr:
-    """A number, as short as float32 can tell it."""
+def _constant(value: float, *, exact: bool = False) -> ast.expr:
+    """A number, as short as float32 can tell it, if it is one of these."""
     if not np.isfinite(value):
         return ast.Name(id="nan") if np.isnan(value) else _signed(ast.Name(id="inf"), value)
-    short = float(str(np.float32(value)))
-    value = short if np.float32(value) == value else value
+    with np.errstate(over="ignore"):
+        single = np.float32(value)
+    value = float(str(single)) if float(single) == value and not exact else value
     number = int(value) if value == int(value) and abs(value) < 1e6 else value
     return _signed(ast.Constant(value=abs(number)), value)
 

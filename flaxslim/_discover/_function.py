@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import flax.errors
 import jax
 import numpy as np
 from flax import linen, nnx
@@ -13,11 +15,14 @@ from jax.tree_util import tree_flatten, tree_flatten_with_path
 
 from flaxslim._discover._atoms import Atom, Dims, Reason, roots
 from flaxslim._discover._place import Place
-from flaxslim._discover._trace import Node, Value, Walk
+from flaxslim._discover._trace import Node, Value, Walk, alive
 from flaxslim._errors import DiscoveryError
 from flaxslim._tree import flatten, name_of
 
+_VARIABLES = 'give the variables as apply takes them: discover(model, {"params": params}, *inputs)'
 _MENDS: Mapping[type[Exception], str] = {
+    flax.errors.ScopeCollectionNotFound: _VARIABLES,
+    flax.errors.ApplyScopeInvalidVariablesTypeError: _VARIABLES,
     jax.errors.UnexpectedTracerError: "a value of an earlier trace was kept, in a global or an "
     "attribute: return it instead",
     jax.errors.NonConcreteBooleanIndexError: "its shapes depend on values: use jnp.where, or a "
@@ -45,10 +50,12 @@ class Function:
         """Its jaxpr, perhaps at other shapes of parameters; `DiscoveryError` if it raises."""
         own = shapes or {}
         params = [_abstract(leaf, own.get(path)) for path, leaf in self.params.items()]
+        sized = linen.intercept_methods(_as_wide_as_its_kernel) if own else nullcontext()
         try:
-            closed = jax.make_jaxpr(lambda p, x: _arrays(self.run(p, x)))(
-                params, [_abstract(leaf) for leaf in self.inputs]
-            )
+            with sized:
+                closed = jax.make_jaxpr(lambda p, x: _arrays(self.run(p, x)))(
+                    params, [_abstract(leaf) for leaf in self.inputs]
+                )
             if any(isinstance(x, Tracer) for x in closed.consts):
                 raise jax.errors.UnexpectedTracerError("a constant of it is a tracer")
             return closed
@@ -74,7 +81,7 @@ def function(fn: Any, params: Any, inputs: Sequence[Any]) -> Function:
     if not callable(fn):
         raise DiscoveryError(
             "what was given is no function",
-            seen=f"a {type(fn).__name__}",
+            seen=type(fn).__name__,
             expected="discover(fn, params, *inputs), or discover(nnx_module, *inputs)",
         )
     merge: Callable[[Any], Any] = lambda tree: tree  # noqa: E731
@@ -83,7 +90,14 @@ def function(fn: Any, params: Any, inputs: Sequence[Any]) -> Function:
         merge = lambda state: nnx.merge(graph, state)  # noqa: E731
     flatten(params)  # refuses what is no tree
     pairs, treedef = tree_flatten_with_path(params)
-    leaves, structure = tree_flatten(tuple(inputs))
+    try:
+        leaves, structure = tree_flatten(tuple(inputs))
+    except (ValueError, TypeError) as error:
+        raise DiscoveryError(
+            "JAX cannot flatten the inputs",
+            seen=str(error).partition("\n")[0],
+            expected="arrays, or trees of them, with keys that can be sorted",
+        ) from error
     arrays = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
 
     def run(p: Sequence[Any], x: Sequence[Any]) -> Any:
@@ -101,6 +115,24 @@ def function(fn: Any, params: Any, inputs: Sequence[Any]) -> Function:
 
 def _called(module: Any, *inputs: Any) -> Any:
     return module(*inputs)
+
+
+def _as_wide_as_its_kernel(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """A Linen layer at the size of its tensors, whatever its class was told.
+
+    So that the retrace at another width runs modules of fixed sizes too.
+    """
+    module = context.module
+    features = getattr(module, "features", None)
+    if context.method_name == "__call__" and module.has_variable("params", "kernel"):
+        # That of a bias, where there is one: some classes keep their kernels transposed.
+        name = "bias" if module.has_variable("params", "bias") else "kernel"
+        shape = module.get_variable("params", name).shape
+        if isinstance(features, int):
+            object.__setattr__(module, "features", shape[-1])
+        elif isinstance(features, tuple | list):
+            object.__setattr__(module, "features", tuple(shape[-len(features) :]))
+    return next_fun(*args, **kwargs)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -149,9 +181,9 @@ class Walked:
 
 
 def walked(fn: Function, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Walked:
-    """Trace a function and follow all axes; raises `DiscoveryError` if it uses no parameter.
+    """Trace a function, perhaps at other shapes of parameters, and follow all axes.
 
-    Perhaps at other shapes of parameters.
+    Raises `DiscoveryError` if it uses no parameter.
     """
     shapes = shapes or {}
     closed, walk = fn.jaxpr(shapes), Walk()
@@ -160,12 +192,12 @@ def walked(fn: Function, shapes: Mapping[str, tuple[int, ...]] | None = None) ->
     for path, leaf in fn.params.items():
         shape = shapes.get(path, np.shape(leaf) if not _is_array(leaf) else leaf.shape)
         if not jax.numpy.issubdtype(_abstract(leaf).dtype, np.floating):
-            values.append(Value(walk.fixed(shape, "it is not floating point", _INPUT)))
+            values.append(Value(walk.fixed(shape, "it is not floating point", _NOWHERE)))
             continue
         dims[path] = tuple((Atom(size),) if size != 1 else () for size in shape)
         values.append(Value(dims[path], Node("param", data=path), frozenset([path])))
     for leaf in fn.inputs:
-        values.append(Value(walk.fixed(leaf.shape, "it is an axis of the inputs", _INPUT)))
+        values.append(Value(walk.fixed(leaf.shape, "it is an axis of the inputs", _NOWHERE)))
     jaxpr = closed.jaxpr
     unused = _unused(jaxpr, list(fn.params))
     if fn.params and len(unused) == len(fn.params):
@@ -179,19 +211,17 @@ def walked(fn: Function, shapes: Mapping[str, tuple[int, ...]] | None = None) ->
     outputs = walk.run(jaxpr, consts, values)
     walk.note_other_uses(outputs)
     for value in outputs:
-        reason = Reason(why="it is an axis of the outputs", place=_OUTPUT, order=walk.order + 1)
+        reason = Reason(why="it is an axis of the outputs", place=_NOWHERE, order=walk.order + 1)
         for dim in value.dims:
             for atom in roots(dim):
                 atom.block(reason)
     return Walked(function=fn, closed=closed, walk=walk, dims=dims, unused=unused)
 
 
-_INPUT, _OUTPUT = Place(primitive="input"), Place(primitive="output")
+_NOWHERE = Place(primitive="")  # an input or an output is no operation
 
 
 def _unused(jaxpr: Any, paths: Sequence[str]) -> tuple[str, ...]:
-    from flaxslim._discover._trace import alive
-
     used = {var for eqn in alive(jaxpr) for var in eqn.invars if not hasattr(var, "val")}
     used |= {var for var in jaxpr.outvars if not hasattr(var, "val")}
     return tuple(p for p, var in zip(paths, jaxpr.invars, strict=False) if var not in used)

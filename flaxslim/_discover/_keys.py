@@ -9,55 +9,73 @@ from flaxslim import _config
 from flaxslim._activation import activation_name, named
 from flaxslim._discover._atoms import size_of
 from flaxslim._discover._groups import Group
+from flaxslim._discover._pairs import Paired
+from flaxslim._errors import ConfigError, DiscoveryError
 from flaxslim._spec import Pair
 from flaxslim._tree import flatten
 
 # A config, and the shapes of the parameters of the model that it stands for.
 Rebuild = Callable[[Any], Any]
 
+# The dimensions of tensors that have another size when a key has another value, and which.
+Moved = Mapping[tuple[str, int], int]
+
 
 def with_keys(
-    pairs: Sequence[tuple[Pair, tuple[Group, ...]]],
-    cfg: Any,
-    rebuild: Rebuild | None,
-    leaves: Mapping[str, Any],
-) -> tuple[list[tuple[Pair, tuple[Group, ...]]], list[str]]:
-    """The pairs with the keys of their widths and activations, and how these were found."""
+    pairs: Sequence[Paired], cfg: Any, rebuild: Rebuild | None, leaves: Mapping[str, Any]
+) -> tuple[list[Paired], list[str]]:
+    """The pairs with the keys of their widths and activations, and how these were found.
+
+    Raises `ConfigError` if the config has no keys at all, and `DiscoveryError` if `rebuild` does
+    not make the parameters at hand from it.
+    """
     if cfg is None:
         return list(pairs), []
+    if not _config.keys(cfg):
+        raise ConfigError(
+            "the config has no keys",
+            seen=type(cfg).__name__,
+            expected="a dict, a dataclass, or another object with the sizes of the model",
+        )
     numbers = dict(_numbers(cfg))
     changed = _changes(cfg, rebuild, leaves, numbers, pairs) if rebuild is not None else {}
+    shared = _shared(pairs, changed)
     new, notes = [], []
     for pair, groups in pairs:
         width, how = _width(pair, groups, numbers, changed)
         notes += [f"{_name(pair)}: {how}"] if how else []
-        group_width = None
-        if pair.group is not None:
-            group_width = _by_name(groups[0].size, numbers, "key_value") or _only(
-                groups[0].size, numbers
-            )
+        seen_alone = rebuild is not None and not how
         sizes = {
-            name: _size(int(size), width, numbers, alone=rebuild is not None and not how)
+            name: _size(int(size), width, numbers, alone=seen_alone)
             for name, size in pair.sizes.items()
         }
+        keyed = dataclasses.replace(
+            pair,
+            width=width,
+            group_width=_group_width(pair, groups, numbers) if width is not None else None,
+            sizes=sizes,
+            activation=_activation(pair.activation, cfg),
+        )
         # Another value was tried, and the model did not change as the channels would. (Of heads in
         # groups, keys and values would not.)
-        stiff = rebuild is not None and width is not None and bool(how) and pair.group is None
-        tied = width is not None and any(f"/{width}" in size for size in sizes.values())
-        new.append(
-            (
-                dataclasses.replace(
-                    pair,
-                    width=width,
-                    group_width=group_width if width is not None else None,
-                    sizes=sizes,
-                    activation=_activation(pair.activation, cfg),
-                    fixed=stiff or tied or pair.fixed,
-                ),
-                groups,
-            )
-        )
+        stiff = rebuild is not None and bool(how) and pair.group is None
+        if width is not None and (stiff or _is_tied(width, sizes, shared)):
+            keyed = dataclasses.replace(keyed, fixed=True)
+        new.append((keyed, groups))
     return new, notes
+
+
+def _group_width(pair: Pair, groups: Sequence[Group], numbers: Mapping[str, Any]) -> str | None:
+    """The key of the number of key/value groups."""
+    if pair.group is None:
+        return None
+    size = groups[0].size
+    return _by_name(size, numbers, "key_value") or _only(size, numbers)
+
+
+def _is_tied(width: str, sizes: Mapping[str, str], shared: set[str]) -> bool:
+    """Whether the key of a width says more than that: a size beside it, or other tensors."""
+    return width.partition(" ")[0] in shared or any(f"/{width}" in size for size in sizes.values())
 
 
 def _name(pair: Pair) -> str:
@@ -102,17 +120,17 @@ def _changes(
     rebuild: Rebuild,
     leaves: Mapping[str, Any],
     numbers: Mapping[str, Any],
-    pairs: Sequence[tuple[Pair, tuple[Group, ...]]],
-) -> dict[str, dict[tuple[str, int], int]]:
-    """By key, which dimensions have another size when it has another value, and which."""
+    pairs: Sequence[Paired],
+) -> dict[str, Moved]:
+    """By "key=value", which dimensions have another size at it, and which."""
     sizes = {size_of_channels(pair, group) for pair, groups in pairs for group in groups}
     before = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-    found = {}
+    _check_rebuild(cfg, rebuild, before)
+    found: dict[str, Moved] = {}
     for key, value in numbers.items():
         for trial in _trials(value, sizes):
             try:
-                shapes = flatten(rebuild(_config.replace(cfg, {key: trial})))
-                after = {path: tuple(leaf.shape) for path, leaf in shapes.items()}
+                after = _shapes(rebuild(_config.replace(cfg, {key: trial})))
             except Exception:  # a class refuses some values as it likes
                 continue
             if after.keys() != before.keys():  # it is a number of layers, or changes these
@@ -130,6 +148,33 @@ def _changes(
     return found
 
 
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+
+
+def _check_rebuild(cfg: Any, rebuild: Rebuild, before: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `DiscoveryError` unless the config as it is makes the parameters at hand."""
+    mend = "rebuild=lambda cfg: jax.eval_shape(Model(**cfg).init, key, x), of the same model"
+    try:
+        after = _shapes(rebuild(cfg))
+    except Exception as error:  # whatever the user's own code raises
+        raise DiscoveryError(
+            "rebuild= does not make parameters of the config",
+            seen=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}",
+            expected="a function of a config that returns the shapes of its model's parameters",
+            mend=mend,
+        ) from error
+    for path in (*before, *after):
+        if before.get(path) != after.get(path):
+            raise DiscoveryError(
+                "rebuild= makes other parameters of the config than those that were given",
+                path=path,
+                seen=f"shape {after[path]}" if path in after else "no such parameter",
+                expected=f"shape {before[path]}" if path in before else "no such parameter",
+                mend=mend,
+            )
+
+
 def _trials(value: Any, sizes: set[int]) -> list[int]:
     """Other values of a key that may be the width: of one that is it, or that is not set."""
     if value is None:
@@ -137,18 +182,33 @@ def _trials(value: Any, sizes: set[int]) -> list[int]:
     return [value // 2 if value % 2 == 0 else value - 1] if value in sizes and value > 1 else []
 
 
-def _by_change(
-    groups: Sequence[Group], changed: Mapping[str, dict[tuple[str, int], int]]
-) -> list[str]:
-    """The keys at whose other value all axes of these groups change, and none that they lack."""
-    wanted = {(m.path, m.dimension) for group in groups for m in group.members}
+def _axes(groups: Sequence[Group]) -> set[tuple[str, int]]:
+    return {(m.path, m.dimension) for group in groups for m in group.members}
+
+
+def _shared(pairs: Sequence[Paired], changed: Mapping[str, Moved]) -> set[str]:
+    """The keys at whose other value more changes than the pairs that go by them.
+
+    The hidden layer of a classifier that is as wide as the hidden size: the key must stay.
+    """
+    shared = set()
+    for setting, moved in changed.items():
+        own = [axes for _, groups in pairs if (axes := _axes(groups)) <= moved.keys()]
+        if not moved.keys() <= set().union(*own):
+            shared.add(setting.partition("=")[0])
+    return shared
+
+
+def _by_change(groups: Sequence[Group], changed: Mapping[str, Moved]) -> list[str]:
+    """The keys at whose other value all axes of these groups change as the channels do."""
+    wanted = _axes(groups)
     return list(dict.fromkeys(
         setting.partition("=")[0] for setting, moved in changed.items()
         if wanted <= moved.keys() and _scales(groups, moved, int(setting.partition("=")[2]))
     ))  # fmt: skip
 
 
-def _scales(groups: Sequence[Group], moved: Mapping[tuple[str, int], int], trial: int) -> bool:
+def _scales(groups: Sequence[Group], moved: Moved, trial: int) -> bool:
     """Whether the axes change as the channels do, whatever else is in their dimensions."""
     for group in groups:
         for (path, axis), atoms in group.factors.items():
@@ -165,7 +225,7 @@ def _width(
     pair: Pair,
     groups: Sequence[Group],
     numbers: Mapping[str, Any],
-    changed: Mapping[str, dict[tuple[str, int], int]],
+    changed: Mapping[str, Moved],
 ) -> tuple[str | None, str]:
     """The width of a pair, and what is to be said of how it was found."""
     sizes = {size_of_channels(pair, group) for group in groups}
@@ -187,8 +247,10 @@ def _width(
         return key, f"its width {key} is the only key of the config that is {size}"
     many = [k for k, value in numbers.items() if value == size and k not in others]
     if many:
-        return None, f"which of {', '.join(many)} is its width {size} is not known: set width="
-    return None, f"no key of the config is its width {size}: set width="
+        return None, (
+            f"which of {', '.join(many)} is its width {size} is not known: set width= of the pair"
+        )
+    return None, f"no key of the config is its width {size}: set width= of the pair, if one is"
 
 
 def _only(size: int, numbers: Mapping[str, Any]) -> str | None:

@@ -18,12 +18,15 @@ from flaxslim._errors import FlaxslimError
 from flaxslim._sites import root_regex
 from flaxslim._spec import Pair, Spec
 
+# A pair, and the groups that it stands for.
+Paired = tuple[Pair, tuple[Group, ...]]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Written:
     """What became of the exact groups: pairs with the groups that each stands for, or why none."""
 
-    pairs: tuple[tuple[Pair, tuple[Group, ...]], ...]
+    pairs: tuple[Paired, ...]
     failed: Mapping[Group, str]
 
 
@@ -47,7 +50,7 @@ def written(found: Sequence[Group], seen: Walked) -> Written:
             folded.setdefault(_folded(group, single[group], seen), []).append(group)
         except (Unwritable, FlaxslimError) as error:
             failed[group] = str(error).partition("\n")[0]
-    pairs: list[tuple[Pair, tuple[Group, ...]]] = []
+    pairs: list[Paired] = []
     for pair, members in folded.items():
         if _misfit(pair, members, seen.leaves) is None:
             pairs.append((pair, tuple(members)))

@@ -30,6 +30,7 @@ class Difference:
 
 
 Sizes = Mapping[Atom, int]
+_NOWHERE = Place(primitive="")  # an output is no operation
 
 
 def other_shapes(
@@ -77,11 +78,17 @@ def difference(one: Any, other: Any) -> Difference | None:
                 numbers = f": {x:g} becomes {y:g}" if np.ndim(x) == np.ndim(y) == 0 else ""
                 why = f"a number in it follows from its size{numbers}"
                 return Difference(why=why, place=place)
+        if any(a.params.get(key) != b.params.get(key) for key in _AXES):
+            return Difference(why="it goes along another axis at another size", place=place)
         if a.primitive.name == "slice" and _moves(a, b):
             return Difference(why="the range that it takes follows from its size", place=place)
         for inner, outer in zip(_jaxprs(a.params), _jaxprs(b.params), strict=False):
             if (found := difference(inner, outer)) is not None:
                 return found
+    for a, b in zip(one.outvars, other.outvars, strict=False):
+        x, y = (getattr(var, "val", None) for var in (a, b))
+        if None not in (x, y) and _differ(x, y):
+            return Difference(why="a number that it returns follows from its size", place=_NOWHERE)
     return None
 
 
@@ -106,12 +113,27 @@ def _moves(one: Any, other: Any) -> bool:
     return any(a[0] == b[0] and a != b for a, b in zip(*axes, strict=True))
 
 
+# Those that say along which axes it goes.
+_AXES = (
+    "axes",
+    "axis",
+    "dimension",
+    "dimensions",
+    "permutation",
+    "broadcast_dimensions",
+    "reverse",
+)
+
 # The parameters of primitives that are numbers, and not the sizes of what comes out.
 _NUMBERS = {
     "integer_pow": ("y",),
     "scan": ("length",),
     "conv_general_dilated": ("window_strides", "padding", "lhs_dilation", "rhs_dilation"),
     "pad": ("padding_config",),
+    **dict.fromkeys(
+        ("reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min"),
+        ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation"),
+    ),
 }
 
 
@@ -155,7 +177,7 @@ def _jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
                 yield one
 
 
-def checked(seen: Walked, groups: Sequence[Group]) -> Any:
+def checked(seen: Walked, groups: Sequence[Group]) -> Difference | DiscoveryError | None:
     """The `Difference` at another width of groups, if any; a `DiscoveryError` if it cannot run.
 
     At a second width, which fewer functions bear, that it cannot run says nothing.
@@ -167,13 +189,18 @@ def checked(seen: Walked, groups: Sequence[Group]) -> Any:
     return found
 
 
-def _at(seen: Walked, groups: Sequence[Group], change: Callable[[int], int]) -> Any:
+def _at(
+    seen: Walked, groups: Sequence[Group], change: Callable[[int], int]
+) -> Difference | DiscoveryError | None:
+    """What a trace shows at other widths of groups: see `checked`."""
     sizes = {group.atom: change(group.size) for group in groups}
     try:
         other = walked(seen.function, other_shapes(seen.dims, groups, sizes))
     except DiscoveryError as error:
         return error
     found = difference(seen.closed, other.closed)
+    if found is None and seen.closed.out_avals != other.closed.out_avals:
+        return Difference(why="the shape of an output follows from its size", place=_NOWHERE)
     if found is None:
         found = _split(seen, other, groups, sizes)
     return found if found is not None else _counted(seen, other, groups)

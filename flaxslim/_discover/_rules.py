@@ -3,39 +3,52 @@
     @axis_rule("rev")
     def reverse(e):
         ...
-        return [Value(dims)]
+        return [dims]
 
-A rule gets an `Equation` and returns a `Value` for each output. It joins dimensions that are the
-same axis (`e.same`), notes sums (`e.sum`), and blocks what cannot be cut (`e.block`); dimensions of
-an output along which indices are no longer those of an input are new (`e.fixed`, or `e.new` where
-all entries are the same). What has no rule blocks everything that enters it and is named.
+A rule gets an `Equation` and returns for each output its dimensions, or a `Value` where it knows
+how that came about. It joins dimensions that are the same axis (`e.same`), notes sums (`e.sum`),
+and blocks what cannot be cut (`e.block`); dimensions of an output along which indices are no longer
+those of an input are new (`e.fixed`, or `e.new` where all entries are the same). What has no rule
+blocks everything that enters it and is named.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from flaxslim._discover._atoms import Atom, Dim, Dims, roots
-from flaxslim._discover._trace import OPAQUE, Equation, Node, Rule, Sum, Value
+import jax.numpy as jnp
+
+from flaxslim._discover._atoms import Atom, Dim, Dims, roots, size_of
+from flaxslim._discover._trace import OPAQUE, Call, Equation, Node, Rule, Sum, Value
 
 WINDOW = "it is the window of a convolution"
 SCANNED = "it is scanned over"
 
+_Rule = TypeVar("_Rule", bound=Rule)
+
 RULES: dict[str, Rule] = {}
-CALLS: dict[str, Rule] = {}
+CALLS: dict[str, Call] = {}
 
 
-def axis_rule(*primitives: str) -> Callable[[Rule], Rule]:
-    """Register a rule for primitives by name; a later one replaces an earlier one."""
+def axis_rule(*primitives: str) -> Callable[[_Rule], _Rule]:
+    """Teach `discover` and `explain` primitives by name; a later rule replaces an earlier one.
 
-    def register(rule: Rule) -> Rule:
+    The decorated function takes an equation and returns the dimensions of each output, as
+    CONTRIBUTING.md shows. The decorator gives it back as it is.
+
+    >>> @axis_rule("my_negation")
+    ... def my_negation(e):
+    ...     return [e.inputs[0].dims]
+    """
+
+    def register(rule: _Rule) -> _Rule:
         RULES.update(dict.fromkeys(primitives, rule))
         return rule
 
     return register
 
 
-def _call(*primitives: str) -> Callable[[Rule], Rule]:
-    def register(rule: Rule) -> Rule:
+def _call(*primitives: str) -> Callable[[Call], Call]:
+    def register(rule: Call) -> Call:
         CALLS.update(dict.fromkeys(primitives, rule))
         return rule
 
@@ -55,7 +68,7 @@ def looked_along(e: Equation) -> list[tuple[int, int]]:
     Their entries are summed, or some are picked: what comes out may tell how many there were.
     """
     p, shapes = e.params, e.in_shapes
-    if e.name in (*_ELEMENTWISE, *_IDENTITY, *_RANDOM, *_KEEP, *_SCATTER):
+    if e.name in (*_ELEMENTWISE, *_IDENTITY, *_OTHERWISE, *_RANDOM, *_KEEP, *_SCATTER):
         return []
     if e.name == "dot_general":
         (left, right), _ = p["dimension_numbers"]
@@ -94,7 +107,7 @@ _SCATTER = (
 # fmt: off
 _ELEMENTWISE = (
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
-    "bessel_i0e", "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex",
+    "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "complex",
     "conj", "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
     "floor", "ge", "gt", "igamma", "igammac", "imag", "integer_pow", "is_finite", "le", "lgamma",
     "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or",
@@ -103,10 +116,13 @@ _ELEMENTWISE = (
     "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh", "xor", "zeta",
 )
 _IDENTITY = (
-    "convert_element_type", "copy", "copy_p", "device_put", "mesh_cast", "name",
-    "optimization_barrier", "pbroadcast", "pmax", "pmin", "ppermute", "psum", "psum2",
-    "psum_invariant", "pvary", "reduce_precision", "reshard", "sharding_constraint",
-    "stop_gradient",
+    "copy", "copy_p", "device_put", "mesh_cast", "name", "optimization_barrier", "pbroadcast",
+    "pvary", "reshard", "sharding_constraint", "stop_gradient",
+)
+# Entries stay in their places, and zeros stay zeros, but a number may become another.
+_OTHERWISE = (
+    "bitcast_convert_type", "convert_element_type", "pmax", "pmin", "ppermute", "psum", "psum2",
+    "psum_invariant", "reduce_precision",
 )
 # fmt: on
 
@@ -118,7 +134,7 @@ def elementwise(e: Equation) -> list[Value]:
     node = _scaled(e) or Node(e.name, tuple(value.node for value in e.inputs), e.params)
     if e.name in ("mul", "div"):
         _note_scale(e)
-    return [Value(dims, node, _weights(e))]
+    return [Value(dims, node, _weights(e), _shares(e))]
 
 
 def _broadcast(e: Equation, dims: Sequence[Dim]) -> Dim:
@@ -138,14 +154,32 @@ def _weights(e: Equation) -> frozenset[str]:
     return frozenset()
 
 
+def _shares(e: Equation) -> frozenset[int]:
+    """Of x / sum(x) the axes that were summed: a softmax.
+
+    What is divided is what was summed, entry by entry, and the sums are laid along the other axes.
+    """
+    if e.name != "div" or e.inputs[1].node.kind != "sum" or e.in_shapes[0] != e.shapes[0]:
+        return frozenset()
+    x, by = e.inputs
+    total: Sum = by.node.data
+    if x.node.kind == "opaque" or len(total.args) != 1 or total.args[0].node is not x.node:
+        return frozenset()
+    axes = frozenset(total.axes[0])
+    for axis, (own, other) in enumerate(zip(x.dims, by.dims, strict=True)):
+        if not (all(a.uniform for a in roots(other)) if axis in axes else own == other):
+            return frozenset()
+    return axes if total.args[0].dims == x.dims else frozenset()
+
+
 def _scaled(e: Equation) -> Node | None:
     """The node of what is multiplied by one."""
     if e.name not in ("mul", "dot_general"):
         return None
-    (a, b), one = e.inputs, 1.0
-    if b.node.kind == "number" and b.node.data == one:
+    a, b = e.inputs
+    if b.node.kind == "number" and b.node.data == 1:
         return a.node
-    return b.node if a.node.kind == "number" and a.node.data == one else None
+    return b.node if a.node.kind == "number" and a.node.data == 1 else None
 
 
 def _note_scale(e: Equation) -> None:
@@ -159,6 +193,46 @@ def _note_scale(e: Equation) -> None:
 @axis_rule(*_IDENTITY)
 def identity(e: Equation) -> Sequence[Value]:
     return e.inputs
+
+
+@axis_rule("convert_element_type", "reduce_precision")
+def converted(e: Equation) -> Sequence[Value]:
+    return e.inputs if _is_rounded(e) else other_numbers(e)
+
+
+def _is_rounded(e: Equation) -> bool:
+    """Whether a conversion does no more to a number than round it as a network may."""
+    if e.name == "reduce_precision":
+        return e.params["mantissa_bits"] >= _MANTISSA
+    old, new = e.eqn.invars[0].aval.dtype, e.params["new_dtype"]
+    if old in (new, jnp.dtype(bool)):
+        return True
+    known = jnp.issubdtype(old, jnp.floating) or jnp.issubdtype(old, jnp.integer)
+    return known and jnp.issubdtype(new, jnp.floating) and jnp.finfo(new).nmant >= _MANTISSA
+
+
+_MANTISSA = 7  # of bfloat16
+
+
+@axis_rule("pmax", "pmin", "ppermute", "psum", "psum2", "psum_invariant")
+def other_numbers(e: Equation) -> list[Value]:
+    """Entries in their places, but other numbers: of a sum over devices, or whole ones.
+
+    What was mapped over is an axis by its place, which is gone.
+    """
+    gone = [axis for axis in e.params.get("axes", ()) if isinstance(axis, int)]
+    e.block([value.dims[axis] for value in e.inputs for axis in gone], "it is reduced over")
+    return [Value(_without(value.dims, gone), OPAQUE, value.weights) for value in e.inputs]
+
+
+@axis_rule("bitcast_convert_type")
+def bitcast(e: Equation) -> list[Value]:
+    (x,) = e.inputs
+    if e.in_shapes == e.shapes:
+        return [Value(x.dims)]
+    why = "its bits are taken apart"
+    e.block(x.dims, why)
+    return [Value(e.fixed(*e.shapes[0], why=why))]
 
 
 @axis_rule(*_RANDOM)
@@ -185,13 +259,15 @@ def transpose(e: Equation) -> list[Value]:
     axes = [tuple(roots(x.dims[i])) for i in order if x.dims[i]]
     if len({*axes}) < len(axes):  # queries and keys: which is which could not be told any more
         return [Value(dims, OPAQUE, x.weights)]
-    return [_moved(x, dims)]
+    return [_moved(x, dims, {old: new for new, old in enumerate(order)})]
 
 
 @axis_rule("reshape")
 def reshape(e: Equation) -> list[Value]:
-    x = e.inputs[0]
-    return [_moved(x, e.reshaped(x.dims, e.shapes[0]))]
+    x, old, new = e.inputs[0], e.in_shapes[0], e.shapes[0]
+    # What is behind them as well is as it was.
+    kept = {at: at - len(old) + len(new) for at in x.shares if old[at:] == new[at - len(old) :]}
+    return [_moved(x, e.reshaped(x.dims, new), kept)]
 
 
 @axis_rule("squeeze", "expand_dims")
@@ -202,11 +278,12 @@ def squeeze(e: Equation) -> Sequence[Value]:
 @axis_rule("broadcast_in_dim")
 def broadcast_in_dim(e: Equation) -> list[Value]:
     x, shape = e.inputs[0], e.shapes[0]
-    dims = list(e.new(*shape))
-    for dim, size, at in zip(x.dims, e.in_shapes[0], e.params["broadcast_dimensions"], strict=True):
+    dims, kept = list(e.new(*shape)), {}
+    places = zip(x.dims, e.in_shapes[0], e.params["broadcast_dimensions"], strict=True)
+    for axis, (dim, size, at) in enumerate(places):
         if size == shape[at]:
-            dims[at] = dim
-    return [_moved(x, tuple(dims))]
+            dims[at], kept[axis] = dim, at
+    return [_moved(x, tuple(dims), kept)]
 
 
 @axis_rule("split")
@@ -259,11 +336,13 @@ def _range(e: Equation, x: Value, ranges: dict[int, tuple[int, int]]) -> Value:
 @axis_rule("concatenate")
 def concatenate(e: Equation) -> list[Value]:
     at = e.params["dimension"]
-    if len(e.inputs) == 1:
-        return list(e.inputs)
+    full = [i for i, shape in enumerate(e.in_shapes) if shape[at]] or [0]
+    if len(full) == 1:
+        return [e.inputs[full[0]]]
+    sizes = [e.in_shapes[i][at] for i in full]
     dims = [
-        e.joined(each, [shape[i] for shape in e.in_shapes]) if i == at else e.same(*each)
-        for i, each in enumerate(zip(*(v.dims for v in e.inputs), strict=True))
+        e.joined(each, sizes) if axis == at else e.same(*each)
+        for axis, each in enumerate(zip(*(e.inputs[i].dims for i in full), strict=True))
     ]
     return [Value(tuple(dims), weights=frozenset())]
 
@@ -325,7 +404,9 @@ def gather(e: Equation) -> list[Value]:
     dims = [
         next(window) if at in numbers.offset_dims else next(index) for at in range(len(e.shapes[0]))
     ]
-    return [Value(tuple(dims), Node("pick", (x.node,), x))]
+    # Where there is no such row, it may be another number.
+    filled = e.params.get("fill_value") not in (None, 0)
+    return [Value(tuple(dims), OPAQUE if filled else Node("pick", (x.node,), x))]
 
 
 @axis_rule("dynamic_slice")
@@ -491,9 +572,12 @@ def top_k(e: Equation) -> list[Value]:
 
 @axis_rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window")
 def reduce_window(e: Equation) -> list[Value]:
-    at = [i for i, size in enumerate(e.params["window_dimensions"]) if size != 1]
+    p = e.params
     if len(e.shapes) != 1:
         return e.unknown()
+    still = (1, 1, 1, 1, (0, 0))
+    keys = ("window_dimensions", "window_strides", "base_dilation", "window_dilation", "padding")
+    at = [i for i, own in enumerate(zip(*(p[key] for key in keys), strict=True)) if own != still]
     return [_changed(e, e.inputs[0].dims, at, "a window slides along it")]
 
 
@@ -537,10 +621,7 @@ def _local(e: Equation, dim: Dim, devices: int) -> Dim:
     """What one device has of an axis that is spread over some."""
     if devices == 1:
         return dim
-    size = 1
-    for atom in roots(dim):
-        size *= atom.size
-    front, rest = e.reshaped([dim], (devices, size // devices))
+    front, rest = e.reshaped([dim], (devices, size_of(dim) // devices))
     e.block([front], "it is spread over devices")
     for atom in roots(front):
         atom.literal = True
@@ -650,8 +731,12 @@ def _spread(spec: Any, mesh: dict[Any, int]) -> dict[int, int]:
 # --- shared -----------------------------------------------------------------------------------
 
 
-def _moved(x: Value, dims: Dims) -> Value:
-    return Value(dims, x.node, x.weights)
+def _moved(x: Value, dims: Dims, axes: Mapping[int, int] | None = None) -> Value:
+    """The same entries at other places; `axes`: where each axis that is still one went."""
+    axes = axes or {}
+    # Shares of the whole: of all axes, or of none.
+    shares = frozenset(axes[i] for i in x.shares) if x.shares <= axes.keys() else frozenset()
+    return Value(dims, x.node, x.weights, shares)
 
 
 def _without(dims: Dims, axes: Sequence[int]) -> Dims:

@@ -16,6 +16,7 @@ import numpy as np
 
 from flaxslim._discover._atoms import Atom, Dim, Dims, Reason, regroup, roots, take_front, unify
 from flaxslim._discover._place import Place, is_library
+from flaxslim._errors import DiscoveryError
 
 
 # Without a repr: nodes share others, and one written out in full fills the memory.
@@ -45,11 +46,13 @@ class Value:
       node: how it came about.
       weights: paths of parameters of which it is a view, perhaps scaled: where one of them is
         zero, so is the value.
+      shares: the axes along which its entries sum to one, as those of a softmax do.
     """
 
     dims: Dims
     node: Node = OPAQUE
     weights: frozenset[str] = frozenset()
+    shares: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -58,7 +61,7 @@ class Sum:
 
     `plain`: every entry of the output sums over the whole axis and nothing else, so that a channel
     that is constant adds a constant; not so for a convolution that pads. `axes` are those of each
-    of `args`, counted from the end, where they are known.
+    of `args`, where they are known.
     """
 
     dims: Dims
@@ -92,7 +95,6 @@ class Walk:
         self.sums: list[Sum] = []
         self.seen: list[Seen] = []
         self.unknown: dict[str, Place] = {}
-        self.constants: list[tuple[tuple[int, ...], Any]] = []
         self.uses: dict[Sum, list[str | None]] = {}  # what is added to a Sum; None: another use
         self.added: dict[str, list[Sum | None]] = {}  # to which a parameter is added; None: as well
         self.looked: list[tuple[Dim, int, Place]] = []  # axes whose entries met, and their sizes
@@ -114,7 +116,6 @@ class Walk:
         shape = tuple(np.shape(x))
         if not shape:
             return Value((), _number(x))
-        self.constants.append((shape, getattr(x, "dtype", None)))
         array = np.asarray(x) if is_readable(x) else None
         dims = []
         for axis, size in enumerate(shape):
@@ -149,7 +150,7 @@ class Walk:
                 for at, axis in looked_along(equation):
                     dim, size = inputs[at].dims[axis], equation.in_shapes[at][axis]
                     self.looked.append((dim, size, place))
-                outputs = rule_for(equation.name)(equation)
+                outputs = _values_of(equation, rule_for(equation.name)(equation))
                 self._note_uses(equation, outputs)
             for var, value in zip(eqn.outvars, outputs, strict=True):
                 env[var] = value
@@ -263,11 +264,8 @@ class Equation:
     ) -> Sum:
         """Note a sum over these dimensions, in which each index is a term of its own."""
         plain = plain and not self.walk.spread
-        from_end = tuple(
-            tuple(axis - len(arg.dims) for axis in own)
-            for own, arg in zip(axes, args, strict=False)
-        )
-        total = Sum(tuple(dims), args, self.place, self.walk.order, plain, from_end)
+        along = tuple(map(tuple, axes))
+        total = Sum(tuple(dims), args, self.place, self.walk.order, plain, along)
         if any(total.dims):
             self.walk.sums.append(total)
         return total
@@ -279,6 +277,8 @@ class Equation:
         """
         if size == whole:
             return dim, None
+        if not size:  # nothing of it
+            return self.fixed(0, why="a range of it is taken")[0], None
         unit = math.gcd(math.gcd(start, size), whole)
         why = "a range of it is taken"
         taken = take_front(dim, whole // unit) if whole // unit <= _PARTS else None
@@ -331,7 +331,9 @@ class Equation:
 # No axis is taken into more parts than this: a sequence with one token cut off is not one of parts.
 _PARTS = 16
 
-Rule = Callable[[Equation], Sequence[Value]]
+# Of each output the dimensions, or a Value where more is known of it.
+Rule = Callable[[Equation], Sequence[Value | Dims]]
+Call = Callable[[Equation], Sequence[Value]]
 
 
 def alive(jaxpr: Any) -> list[Any]:
@@ -343,6 +345,20 @@ def alive(jaxpr: Any) -> list[Any]:
             needed.update(var for var in eqn.invars if not hasattr(var, "val"))
             alive.append(eqn)
     return alive[::-1]
+
+
+def _values_of(e: Equation, outputs: Any) -> list[Value]:
+    """What a rule, perhaps a user's own, returns: for each output a Value, or its dimensions."""
+    found = outputs if isinstance(outputs, list | tuple) else ()
+    values = [value if isinstance(value, Value) else Value(tuple(value)) for value in found]
+    if [len(value.dims) for value in values] != [len(shape) for shape in e.shapes]:
+        raise DiscoveryError(
+            f"the rule for {e.name} does not return the dimensions of each output",
+            seen=[len(value.dims) for value in values] or type(outputs).__name__,
+            expected=f"a list of {len(e.shapes)}, with as many dimensions as the shapes {e.shapes}",
+            mend="correct the function under @axis_rule",
+        )
+    return values
 
 
 def _fits(total: Value, bias: Value) -> bool:

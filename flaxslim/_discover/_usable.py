@@ -1,10 +1,10 @@
 """Whether the activation of a pair may be claimed: the rules of `_dead` rest on it."""
 
-from flaxslim._discover._atoms import roots, size_of
+from flaxslim._discover._atoms import Atom, roots, size_of
 from flaxslim._discover._formula import Formula
 from flaxslim._discover._function import Walked
 from flaxslim._discover._groups import Group
-from flaxslim._discover._trace import Walk
+from flaxslim._discover._trace import Sum
 
 
 def layer_of(path: str) -> str:
@@ -44,7 +44,7 @@ def usable(form: Formula, group: Group, seen: Walked) -> Formula:
     if any(f"{layer_of(source.path)}/bias" in extra for source in form.sources):
         return plain  # a bias that is no bias
     usual = f"{layer_of(second)}/bias"
-    added = bias_of(group, second, seen.walk)
+    added = bias_of(group, second, seen)
     if added is None and usual in seen.leaves:
         return plain
     literal = any(
@@ -58,12 +58,31 @@ def usable(form: Formula, group: Group, seen: Walked) -> Formula:
     return form
 
 
-def bias_of(group: Group, second: str, walk: Walk) -> str | None:
-    """The parameter that is added to every sum with the second layer, and is all that follows."""
+def bias_of(group: Group, second: str, seen: Walked) -> str | None:
+    """The parameter that is added to every sum with the second layer, and is all that follows.
+
+    The layer must be summed as it is: scaled, it would scale what a constant channel adds.
+    """
+    walk = seen.walk
     sums = [t for t in group.sums if any(second in value.weights for value in t.args)]
+    axes = {atom for dim in seen.dims[second] for atom in roots(dim)}
+    if not all(_reads_plainly(t, second) and _atoms(t) <= axes for t in sums):
+        return None
     uses = [walk.uses.get(total, []) for total in sums]
     first = uses[0][0] if uses and uses[0] else None
     if first is None or any(use != [first] for use in uses) or not all(t.plain for t in sums):
         return None
     # Used elsewhere too, it would bring the constant there.
     return first if walk.added.get(first) == sums else None
+
+
+def _reads_plainly(total: Sum, second: str) -> bool:
+    """Whether one factor of a sum is a parameter itself, and no more than a view of it."""
+    nodes = [value.node for value in total.args]
+    if len(nodes) == 1 and nodes[0].kind == "mul":  # multiplied and summed by hand
+        nodes = list(nodes[0].args)
+    return any(node.kind == "param" and node.data == second for node in nodes)
+
+
+def _atoms(total: Sum) -> set[Atom]:
+    return {atom for dim in total.dims for atom in roots(dim)}

@@ -36,6 +36,8 @@ class _Writer:
         self.second, *self.readers = group.seconds
         self.formula = usable(formula(group), group, seen)
         self.firsts = self._firsts()
+        kernels = [path for path in group.paths if path.endswith("/kernel")]
+        self.root = _root([layer_of(path) for path in (*self.firsts, *group.seconds, *kernels)])
         self.inner = self._inner(self.firsts[0])
         self.axis = "h" if self.inner or heads is not None else "f"
         self.stack = self._stack()
@@ -43,47 +45,64 @@ class _Writer:
 
     def pair(self) -> Pair:
         first, second = self.firsts[0], self.second
-        kernels = [path for path in self.group.paths if path.endswith("/kernel")]
-        root = _root([layer_of(path) for path in (*self.firsts, *self.group.seconds, *kernels)])
         axes = {path: self._pattern(path) for path in self.group.paths}
         if any(axes[path] != axes[first] for path in self.firsts):
             raise Unwritable("the layers whose product it is have different shapes")
-        biases = {s.path: s.bias for s in self.formula.sources if s.path in self.firsts}
-        layers = {layer_of(path) for path in (*self.firsts, *self.group.seconds)}
-        taken = {*self.firsts, *self.group.seconds, *filter(None, biases.values())}
-        also: dict[str, str] = {}
-        for path in self.group.paths:
-            if path not in taken and path.endswith("/kernel"):
-                also[_below(root, layer_of(path))] = axes[path]
-                layers.add(layer_of(path))
-                taken.add(path)
-        taken |= {f"{layer}/bias" for layer in layers - {layer_of(p) for p in self.group.seconds}}
-        tables = {_table(root, p): axes[p] for p in self.group.paths if p not in taken}
-        first_bias = tuple(biases.get(path) for path in self.firsts)
-        usual = tuple(f"{layer_of(path)}/bias" for path in self.firsts)
-        own = [b for b, u in zip(first_bias, usual, strict=True) if b is not None and b != u]
-        bias = bias_of(self.group, second, self.seen.walk)
-        parts = self._parts()
+        bias = bias_of(self.group, second, self.seen)
+        usual = f"{layer_of(second)}/bias"
+        also = self._also()
         return Pair(
-            at=root,
-            first=_one_or_more([_below(root, layer_of(path)) for path in self.firsts]),
-            second=_below(root, layer_of(second)),
+            at=self.root,
+            first=_one_or_more(map(self._name, self.firsts)),
+            second=self._name(second),
             first_axes=axes[first],
             second_axes=axes[second],
-            first_bias=_one_or_more([_below(root, b or f"{u}?") for b, u in
-                                     zip(first_bias, usual, strict=True)]) if own else None,
-            second_bias=_below(root, bias) if bias and bias != f"{layer_of(second)}/bias" else None,
+            first_bias=self._first_bias(),
+            second_bias=_below(self.root, bias) if bias and bias != usual else None,
             activation=self.formula.activation,
             gated=self.formula.gated,
             axis=self.axis,
-            also=also,
-            readers={_below(root, layer_of(path)): axes[path] for path in self.readers},
-            tables=tables,
-            parts=parts,
+            also={self._name(path): axes[path] for path in also},
+            readers={self._name(path): axes[path] for path in self.readers},
+            tables={_table(self.root, path): axes[path] for path in self._tables(also)},
+            parts=self._parts(),
             group="g" if self.heads is not None else None,
             sizes={name: str(size) for name, size in sorted(self.sizes.items())},
             ragged=False,
-        )  # fmt: skip
+        )
+
+    # --- which tensors they are -----------------------------------------------------------------
+
+    def _name(self, path: str) -> str:
+        """The name of a layer, from the root on."""
+        return _below(self.root, layer_of(path))
+
+    def _biases(self) -> list[str | None]:
+        """The bias that the trace adds to each first layer."""
+        own = {source.path: source.bias for source in self.formula.sources}
+        return [own.get(path) for path in self.firsts]
+
+    def _first_bias(self) -> str | tuple[str, ...] | None:
+        """The biases of the first layers, if one of them is not `<layer>/bias`."""
+        usual = [f"{layer_of(path)}/bias" for path in self.firsts]
+        biases = self._biases()
+        if all(bias in (None, name) for bias, name in zip(biases, usual, strict=True)):
+            return None
+        named = [bias or f"{name}?" for bias, name in zip(biases, usual, strict=True)]
+        return _one_or_more(_below(self.root, name) for name in named)
+
+    def _also(self) -> list[str]:
+        """The kernels of other layers that have the axis."""
+        named = {*self.firsts, *self.group.seconds, *self._biases()}
+        return [p for p in self.group.paths if p.endswith("/kernel") and p not in named]
+
+    def _tables(self, also: Collection[str]) -> list[str]:
+        """What else has the axis: neither a kernel nor the bias of one."""
+        layers = {layer_of(path) for path in (*self.firsts, *also)}
+        layers -= {layer_of(path) for path in self.group.seconds}
+        named = {*self.firsts, *self.group.seconds, *self._biases(), *also}
+        named |= {f"{layer}/bias" for layer in layers}
+        return [path for path in self.group.paths if path not in named]
 
     def _firsts(self) -> list[str]:
         sources = list(dict.fromkeys(source.path for source in self.formula.sources))

@@ -48,7 +48,7 @@ class Found:
                     "size": group.size,
                     "tensors": list(group.paths),
                     "why": group.reason.why if group.reason else None,
-                    "where": str(group.reason.place) if group.reason else None,
+                    "where": (str(group.reason.place) or None) if group.reason else None,
                 }
                 for group in self.discovery.groups
             ],
