@@ -336,7 +336,10 @@ def added_by_constants(
     value = site.first_biases[0]
     inside = [n for n in (value.axes if value else axes).names if n in pair.inner]
     inside = [n for n in inside if n not in (pair.axis, pair.group)]
-    inside += [n for n in axes.names if n in WINDOW]
+    beside = axes.dimensions[axes.dimension(pair.axis)]  # summed over with the channels
+    inside += [
+        n for n in axes.names if n in WINDOW or (n in beside and n not in (pair.axis, *inside))
+    ]
     front = [axes.position(name) for name in (*stack, pair.axis, *inside)]
     channels = np.flatnonzero(folded.any(axis=0))
     rows = axes.split(axes.take(second, pair.axis, channels))

@@ -189,7 +189,9 @@ def _site(
         bias(name, g, first_axes.bias(carried)) for name, g in zip(pair.firsts, given, strict=True)
     )
     second = tensor(found.kernels[pair.second], second_axes)
-    outside = {*second_axes.names} - {pair.axis, *pair.inner, *WINDOW}
+    # What is in one dimension with the channels is summed over with them.
+    summed = second_axes.dimensions[second_axes.dimension(pair.axis)]
+    outside = {*second_axes.names} - {pair.axis, *pair.inner, *WINDOW, *summed}
     # A second layer with one output, as a vector, has no axis that a bias could have.
     second_bias = (
         bias(pair.second, pair.second_bias, second_axes.bias(outside)) if outside else None

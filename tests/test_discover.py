@@ -766,7 +766,7 @@ def test_linen_parameters_without_their_collection() -> None:
 
 def test_a_rule_that_returns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RULES, "sin", lambda e: None)
-    with pytest.raises(DiscoveryError, match="the rule for sin does not return the dimensions of each"):
+    with pytest.raises(DiscoveryError, match="the rule for sin does not return"):
         discover(functools.partial(mlp, between=jnp.sin), PLAIN, X)
 
 
@@ -1011,3 +1011,24 @@ def test_keys_that_cannot_be_sorted() -> None:
         discover(mlp, {**PLAIN, 7: shape(3)}, X)
     with pytest.raises(DiscoveryError, match="cannot flatten the inputs"):
         discover(lambda p, x: mlp(p, x["x"]), PLAIN, {"x": X, 7: X})
+
+
+def test_a_flattened_image_is_summed_over_with_its_channels() -> None:
+    """Each place of the image has rows of its own for a channel, and its constant adds up."""
+
+    def fn(p: Any, x: Any) -> Any:
+        h = jax.nn.sigmoid(x @ p["up"] + p["b"])
+        return h.reshape(h.shape[0], -1) @ p["down"] + p["c"]
+
+    params = {"up": shape(D, F), "b": shape(F), "down": shape(5 * F, 3), "c": shape(3)}
+    (pair,) = spec = discover(fn, params, X)
+    assert (pair.second_axes, pair.activation, pair.second_bias) == ("(n5 f) d", "sigmoid", "c")
+    rng = np.random.default_rng(0)
+    values = {name: rng.normal(size=leaf.shape) for name, leaf in params.items()}
+    values["up"][:, 2:4] = 0  # constants
+    values["down"].reshape(5, F, 3)[:, :2] = 0  # nobody reads them
+    with enable_x64():
+        small, _ = slim(values, spec=spec)
+        x = rng.normal(size=X.shape)
+        np.testing.assert_allclose(fn(small, x), fn(values, x), rtol=1e-12)
+    assert small["down"].shape == (5 * (F - 4), 3)
