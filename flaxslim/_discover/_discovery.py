@@ -164,32 +164,42 @@ def discovered(
     )
 
 
+# At most so many traces at other widths, of a model whose pairs do not fold and do not run so.
+_TRACES = 64
+
+
 def _tried(
     seen: Walked, pairs: Sequence[Paired]
 ) -> tuple[list[Paired], list[str], dict[Group, Group]]:
-    """The pairs at whose other widths the function is the same, or cannot run at all."""
+    """The pairs at whose other widths the function is the same, or cannot run at all.
 
-    def tried(chosen: Sequence[Paired]) -> Difference | DiscoveryError | None:
+    All at once; and where that fails, by halves.
+    """
+    kept: list[Paired] = []
+    stiff = 0
+    refused: dict[Group, Group] = {}
+    left, traces = [list(pairs)] if pairs else [], 0
+    while left:
+        chosen, traces = left.pop(0), traces + 1
         own = [group for _, members in chosen for group in members]
-        return checked(seen, own)
-
-    if not pairs or (whole := tried(pairs)) is None:
-        return list(pairs), [], {}
-    kept, stiff, refused = [], [], {}
-    for one in pairs:
-        result = whole if len(pairs) == 1 else tried([one])
-        doubts = [g.doubt for g in one[1] if g.doubt is not None] if result is not None else []
-        against = result if isinstance(result, Difference) else next(iter(doubts), None)
-        if against is not None:
-            refused |= {g: g.refused(against.why, against.place) for g in one[1]}
+        result = checked(seen, own)
+        if result is not None and len(chosen) > 1 and traces < _TRACES:
+            left += [chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]]
             continue
-        kept.append(one)
-        stiff += [one[0]] if result is not None else []
+        for pair, members in chosen:
+            doubts = [g.doubt for g in members if g.doubt is not None] if result else []
+            against = result if isinstance(result, Difference) else next(iter(doubts), None)
+            if against is not None:
+                refused |= {g: g.refused(against.why, against.place) for g in members}
+                continue
+            kept.append((pair, members))
+            stiff += result is not None
     notes = []
     if stiff:
         notes.append(
-            f"the function does not run at another width of {len(stiff)} of its pairs, as a module "
-            "with sizes of its own does not: a number that follows from the width would not be "
-            "seen, so prove each cut with flaxslim.verify"
+            f"the function does not run at another width of {stiff} of its pairs, as a module with "
+            "sizes of its own does not: a number that follows from the width would not be seen, so "
+            "prove each cut with flaxslim.verify"
         )
-    return kept, notes, refused
+    order = {id(members): number for number, (_, members) in enumerate(pairs)}
+    return sorted(kept, key=lambda one: order[id(one[1])]), notes, refused

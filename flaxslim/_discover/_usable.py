@@ -13,49 +13,53 @@ def layer_of(path: str) -> str:
 
 
 def usable(form: Formula, group: Group, seen: Walked) -> Formula:
-    """The formula, without its activation where a rule of `_dead` would be wrong by it.
-
-    The rules also fold what is constant into the second bias, so that the trace must show that
-    this is added to the sum, and nothing else happens to that.
-    """
-    second = group.seconds[0]
-    plain = Formula(sources=form.sources)
-    if form.activation is None:
-        return plain
-    # One layer, two factors of one, or two layers.
-    if {source.path for source in form.sources} & {*group.seconds}:
-        return plain  # its zero rows are zero columns too
-    # A gate and what it is multiplied with are halves of a layer, or two layers.
-    paths = {source.path for source in form.sources}
-    halves = [size_of(s.parts) == 2 for s in form.sources]
-    whole = all(source.part is None for source in form.sources)
-    if form.gated and not (all(halves) if len(paths) == 1 else whole):
-        return plain
-    # The first literal factor of a pattern is the one that counts the parts.
-    for source in form.sources:
-        dims = [[*roots(dim)] for dim in seen.dims[source.path]]
-        parts = [*roots(source.parts)]
-        factors = [a for dim in dims for a in dim if dim == parts or group.atom in dim]
-        literals = [a for a in factors if a.literal]
-        if parts and literals[:1] != parts:
-            return plain
-    biases = {source.bias for source in form.sources} - {None}
-    extra = {*group.paths} - biases
-    if any(f"{layer_of(source.path)}/bias" in extra for source in form.sources):
-        return plain  # a bias that is no bias
-    usual = f"{layer_of(second)}/bias"
-    added = bias_of(group, second, seen)
-    if added is None and usual in seen.leaves:
-        return plain
-    literal = any(
-        atom.literal for dim in seen.dims[second] for atom in roots(dim) if group.atom in roots(dim)
+    """The formula, without its activation where a rule of `_dead` would be wrong by it."""
+    claimed = (
+        form.activation is not None
+        and _reads_one_way(form, group)
+        and _parts_can_be_said(form, group, seen)
+        and _biases_are_told(form, group, seen)
     )
-    if added is not None and literal:
-        return plain
+    return form if claimed else Formula(sources=form.sources)
+
+
+def _reads_one_way(form: Formula, group: Group) -> bool:
+    """Whether no first layer is a second one too: its zero rows would be zero columns."""
+    return not {source.path for source in form.sources} & {*group.seconds}
+
+
+def _parts_can_be_said(form: Formula, group: Group, seen: Walked) -> bool:
+    """Whether gate and up are halves of one layer, or two whole ones; and parts come first.
+
+    The first literal factor of a pattern is the one that counts the parts.
+    """
+    if form.gated and len({source.path for source in form.sources}) == 1:
+        if any(size_of(source.parts) != 2 for source in form.sources):
+            return False
+    elif form.gated and any(source.part is not None for source in form.sources):
+        return False
+    for source in form.sources:
+        parts = [*roots(source.parts)]
+        dims = [[*roots(dim)] for dim in seen.dims[source.path]]
+        factors = [a for dim in dims for a in dim if dim == parts or group.atom in dim]
+        if parts and [a for a in factors if a.literal][:1] != parts:
+            return False
+    return True
+
+
+def _biases_are_told(form: Formula, group: Group, seen: Walked) -> bool:
+    """Whether what stands at the place of a bias is one, so that constants may be folded there."""
+    others = {*group.paths} - {source.bias for source in form.sources}
+    if any(f"{layer_of(source.path)}/bias" in others for source in form.sources):
+        return False
+    second = group.seconds[0]
+    added = bias_of(group, second, seen)
+    if added is None:
+        return f"{layer_of(second)}/bias" not in seen.leaves
+    beside = [a for dim in seen.dims[second] if group.atom in roots(dim) for a in roots(dim)]
     stack = {*group.stack}  # of which it has the outputs of each
-    if added is not None and sum(not {*roots(dim)} <= stack for dim in seen.dims[added]) != 1:
-        return plain
-    return form
+    outputs = [dim for dim in seen.dims[added] if not {*roots(dim)} <= stack]
+    return len(outputs) == 1 and not any(atom.literal for atom in beside)
 
 
 def bias_of(group: Group, second: str, seen: Walked) -> str | None:
