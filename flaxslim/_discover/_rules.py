@@ -68,7 +68,7 @@ def looked_along(e: Equation) -> list[tuple[int, int]]:
     Their entries are summed, or some are picked: what comes out may tell how many there were.
     """
     p, shapes = e.params, e.in_shapes
-    if e.name in (*_ELEMENTWISE, *_IDENTITY, *_OTHERWISE, *_RANDOM, *_KEEP, *_SCATTER):
+    if e.name in _AXES_STAY:
         return []
     if e.name == "dot_general":
         (left, right), _ = p["dimension_numbers"]
@@ -125,6 +125,7 @@ _OTHERWISE = (
     "psum_invariant", "reduce_precision",
 )
 # fmt: on
+_AXES_STAY = frozenset((*_ELEMENTWISE, *_IDENTITY, *_OTHERWISE, *_RANDOM, *_KEEP, *_SCATTER))
 
 
 @axis_rule(*_ELEMENTWISE)
