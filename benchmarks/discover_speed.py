@@ -4,10 +4,11 @@
 
 No weights are made: the stock Flax classes are traced on shapes, each model in a fresh process.
 "trace" is JAX's own tracing of the class, "walk" following the axes through the jaxpr, grouping
-them and writing the pairs, "retrace" tracing at other widths and comparing (the heads of a stock class
-refuse these, its other layers do not), all three medians of later calls; "all" is the call of `discover` as a user makes it,
-the first of the process. "peak" is the largest resident memory of the process during that call,
-above what it held before, with all modules imported and the shapes at hand.
+them and writing the pairs, "retrace" tracing at other widths and comparing (the heads of a stock
+class refuse these, its other layers do not), all three medians of later calls; "all" is the call of
+`discover` as a user makes it, the first of the process. "peak" is the largest resident memory of
+the process during that call, above what it held before, with all modules imported and the shapes at
+hand.
 """
 
 import dataclasses
