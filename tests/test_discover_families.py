@@ -154,7 +154,7 @@ def test_what_is_exact_in_a_family_can_be_cut(family, record_property):
 
 
 def _check_alike(site: Site, found: Site, cfg: Any) -> None:
-    """The same activation, where one was found; of an FFN it always is."""
+    """The same activation, where one was found: of an FFN and of plain attention it always is."""
     ours, pair = found.pair, site.pair
     where = f"{found.second.path}: {ours}"
     # Groups of one head each, or one of all, are as good as none.
@@ -162,8 +162,12 @@ def _check_alike(site: Site, found: Site, cfg: Any) -> None:
     assert found.size == site.size, where
     assert sizes[0] == sizes[1], where
     if ours.activation is None:
-        # What a router weighs between is no function of the channel alone.
-        assert pair.axis == "h" or pair.activation is None or "e" in site.second.axes.names, where
+        # What a router weighs between is no function of the channel alone, and LongT5 lays its
+        # keys end to end before it averages the values. Of several queries for one key and value
+        # the values have no axis of heads.
+        unclear = "e" in site.second.axes.names or re.search("(Local|Global)Self", where)
+        alone = pair.axis == "h" and not {t.path for t in site.first} & {t.path for t in found.cut}
+        assert pair.activation is None or unclear or alone, where
         return
     act = activation(pair.activation, cfg, pair.config)
     mine = activation(ours.activation, cfg)

@@ -12,6 +12,7 @@ those of an input are new (`e.fixed`, or `e.new` where all entries are the same)
 blocks everything that enters it and is named.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -132,7 +133,10 @@ _AXES_STAY = frozenset((*_ELEMENTWISE, *_IDENTITY, *_OTHERWISE, *_RANDOM, *_KEEP
 def elementwise(e: Equation) -> list[Value]:
     arrays = [value for value in e.inputs if value.dims]
     dims = tuple(_broadcast(e, each) for each in zip(*(v.dims for v in arrays), strict=True))
-    node = _scaled(e) or Node(e.name, tuple(value.node for value in e.inputs), e.params)
+    if (one := _scaled(e)) is not None and len(one.dims) == len(dims):
+        shares = one.shares if e.in_shapes[e.inputs.index(one)] == e.shapes[0] else frozenset()
+        return [Value(dims, one.node, _weights(e), shares)]
+    node = Node(e.name, tuple(value.node for value in e.inputs), e.params)
     if e.name in ("mul", "div"):
         _note_scale(e)
     return [Value(dims, node, _weights(e), _shares(e))]
@@ -173,14 +177,14 @@ def _shares(e: Equation) -> frozenset[int]:
     return axes if total.args[0].dims == x.dims else frozenset()
 
 
-def _scaled(e: Equation) -> Node | None:
-    """The node of what is multiplied by one."""
+def _scaled(e: Equation) -> Value | None:
+    """What is multiplied by one."""
     if e.name not in ("mul", "dot_general"):
         return None
     a, b = e.inputs
     if b.node.kind == "number" and b.node.data == 1:
-        return a.node
-    return b.node if a.node.kind == "number" and a.node.data == 1 else None
+        return a
+    return b if a.node.kind == "number" and a.node.data == 1 else None
 
 
 def _note_scale(e: Equation) -> None:
@@ -198,7 +202,9 @@ def identity(e: Equation) -> Sequence[Value]:
 
 @axis_rule("convert_element_type", "reduce_precision")
 def converted(e: Equation) -> Sequence[Value]:
-    return e.inputs if _is_rounded(e) else other_numbers(e)
+    (x,) = e.inputs
+    whole = x.node.kind == "number" and x.node.data in (0, 1)  # as every type can say
+    return e.inputs if whole or _is_rounded(e) else other_numbers(e)
 
 
 def _is_rounded(e: Equation) -> bool:
@@ -256,11 +262,15 @@ def iota(e: Equation) -> list[Value]:
 def transpose(e: Equation) -> list[Value]:
     (x,) = e.inputs
     order = e.params["permutation"]
-    dims = tuple(x.dims[i] for i in order)
-    axes = [tuple(roots(x.dims[i])) for i in order if x.dims[i]]
-    if len({*axes}) < len(axes):  # queries and keys: which is which could not be told any more
-        return [Value(dims, OPAQUE, x.weights)]
-    return [_moved(x, dims, {old: new for new, old in enumerate(order)})]
+    moved = _moved(x, tuple(x.dims[i] for i in order), {old: new for new, old in enumerate(order)})
+    # Of queries and keys, which are one class, it could not be told any more which is which.
+    last: dict[tuple[Atom, ...], int] = {}
+    for i in order:
+        axis = tuple(roots(x.dims[i]))
+        if axis and last.setdefault(axis, i) > i:
+            return [dataclasses.replace(moved, node=OPAQUE)]
+        last[axis] = i
+    return [moved]
 
 
 @axis_rule("reshape")
@@ -480,12 +490,18 @@ def _contraction(
     a, b = e.inputs[:2]
     batch = [e.same(a.dims[i], b.dims[j]) for i, j in zip(left_batch, right_batch, strict=True)]
     summed = [e.same(a.dims[i], b.dims[j]) for i, j in zip(left_sum, right_sum, strict=True)]
-    free = [d for i, d in enumerate(a.dims) if i not in (*left_sum, *left_batch)]
     gone = (*right_sum, *right_batch, *right_gone)
-    free += [d for i, d in enumerate(b.dims) if i not in gone]
+    left = [i for i in range(len(a.dims)) if i not in (*left_sum, *left_batch)]
+    right = [i for i in range(len(b.dims)) if i not in gone]
+    dims = (*batch, *(a.dims[i] for i in left), *(b.dims[i] for i in right))
     total = e.sum(summed, a, b, axes=(left_sum, right_sum))
-    node = None if any(summed) else _scaled(e)  # einsum("bhqk,h->bhqk") with ones
-    return Value((*batch, *free), node or _sum_node(total))
+    if any(summed) or (one := _scaled(e)) is None:
+        return Value(dims, _sum_node(total))
+    # Multiplied by ones, as einsum("bhqk,h->bhqk") does with a mask of heads.
+    own = [*left_batch, *left] if one is a else [*right_batch, *[-1] * len(left), *right]
+    return _moved(
+        Value(one.dims, one.node, shares=one.shares), dims, {i: n for n, i in enumerate(own)}
+    )
 
 
 @axis_rule("ragged_dot", "ragged_dot_general")
