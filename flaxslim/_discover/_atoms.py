@@ -99,6 +99,11 @@ def roots(dim: Iterable[Atom]) -> list[Atom]:
     return found
 
 
+def all_roots(dims: Iterable[Dim]) -> list[Atom]:
+    """The classes of several dimensions, one after another."""
+    return roots(atom for dim in dims for atom in dim)
+
+
 def size_of(dim: Iterable[Atom]) -> int:
     return math.prod(atom.size for atom in dim)
 

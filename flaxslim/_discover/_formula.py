@@ -15,7 +15,7 @@ import numpy as np
 from jax.lax import RoundingMethod
 
 from flaxslim._activation import ACTIVATIONS, compiled
-from flaxslim._discover._atoms import Atom, Dim, roots, size_of
+from flaxslim._discover._atoms import Atom, Dim, all_roots, roots, size_of
 from flaxslim._discover._groups import Group
 from flaxslim._discover._trace import Node, Part, Sum, Value
 
@@ -182,7 +182,7 @@ class _Back:
         """The parameter of a first layer whose output this is."""
         if node.kind == "sum":
             total: Sum = node.data
-            if self.group.atom not in [a for dim in total.dims for a in roots(dim)]:
+            if self.group.atom not in all_roots(total.dims):
                 weights = [value for value in total.args if value.weights & self.own]
                 if len(weights) == 1 and len(total.args) == 2:
                     return self._kernel(weights[0])
@@ -194,8 +194,7 @@ class _Back:
         """The parameter of which a value is a view."""
         path = _only(value.weights & self.own)
         if path is not None:
-            atoms = {atom for dim in value.dims for atom in roots(dim)}
-            self._atoms.setdefault(path, set()).update(atoms)
+            self._atoms.setdefault(path, set()).update(all_roots(value.dims))
         return path
 
     def _averaged(self, node: Node) -> Tree:
@@ -218,7 +217,7 @@ def _mean(node: Node) -> Node | None:
     if node.kind != "div" or node.args[0].kind != "sum" or node.args[1].kind != "number":
         return None
     total: Sum = node.args[0].data
-    count = size_of(atom for dim in total.dims for atom in roots(dim))
+    count = size_of(all_roots(total.dims))
     return total.args[0].node if len(total.args) == 1 and node.args[1].data == count else None
 
 

@@ -13,7 +13,7 @@ from flax import linen, nnx
 from jax.core import Tracer
 from jax.tree_util import tree_flatten, tree_flatten_with_path
 
-from flaxslim._discover._atoms import Atom, Dims, Reason, roots
+from flaxslim._discover._atoms import Atom, Dims, Reason, all_roots
 from flaxslim._discover._place import Place
 from flaxslim._discover._trace import Node, Value, Walk, alive
 from flaxslim._errors import DiscoveryError
@@ -212,9 +212,8 @@ def walked(fn: Function, shapes: Mapping[str, tuple[int, ...]] | None = None) ->
     walk.note_other_uses(outputs)
     for value in outputs:
         reason = Reason(why="it is an axis of the outputs", place=_NOWHERE, order=walk.order + 1)
-        for dim in value.dims:
-            for atom in roots(dim):
-                atom.block(reason)
+        for atom in all_roots(value.dims):
+            atom.block(reason)
     return Walked(function=fn, closed=closed, walk=walk, dims=dims, unused=unused)
 
 

@@ -5,7 +5,7 @@ import enum
 import math
 from collections.abc import Iterable, Mapping
 
-from flaxslim._discover._atoms import Atom, Dim, Dims, Reason, roots
+from flaxslim._discover._atoms import Atom, Dim, Dims, Reason, all_roots, roots, size_of
 from flaxslim._discover._place import Place
 from flaxslim._discover._trace import Sum, Walk
 
@@ -65,6 +65,10 @@ class Group:
     def paths(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(member.path for member in self.members))
 
+    def sums_with(self, second: str) -> tuple[Sum, ...]:
+        """The sums in which a parameter is a factor."""
+        return tuple(t for t in self.sums if any(second in value.weights for value in t.args))
+
     def refused(self, why: str, place: Place, verdict: Verdict = Verdict.REFUSED) -> "Group":
         reason = Reason(why=why, place=place, order=0)
         return dataclasses.replace(self, verdict=verdict, reason=reason)
@@ -80,7 +84,7 @@ def groups(walk: Walk, params: Mapping[str, Dims]) -> tuple[Group, ...]:
                 members.setdefault(atom, []).append(member)
     sums: dict[Atom, list[Sum]] = {}
     for total in walk.sums:
-        for atom in _atoms(total.dims):
+        for atom in dict.fromkeys(all_roots(total.dims)):
             sums.setdefault(atom, []).append(total)
     counted = {a.size for a in sums if a.uniform}
     stacks = _stacks(walk, params, members)
@@ -97,10 +101,6 @@ def groups(walk: Walk, params: Mapping[str, Dims]) -> tuple[Group, ...]:
     return tuple(_without_inner(found))
 
 
-def _atoms(dims: Iterable[Dim]) -> dict[Atom, None]:
-    return {atom: None for dim in dims for atom in roots(dim)}
-
-
 def _stacks(
     walk: Walk, params: Mapping[str, Dims], wanted: Mapping[Atom, object]
 ) -> dict[Atom, tuple[Atom, ...]]:
@@ -108,7 +108,7 @@ def _stacks(
     common: dict[Atom, dict[Atom, None]] = {}
 
     def see(dims: Dims, around: Dim = ()) -> None:
-        shown = [atom for dim in dims for atom in roots(dim)]
+        shown = all_roots(dims)
         if not shown:
             return
         everything = dict.fromkeys([*shown, *roots(around)])
@@ -127,8 +127,8 @@ def _stacks(
         see(seen.dims, seen.around)
     for total in walk.sums:
         # Summed over by itself, an axis mixes the channels of its indices.
-        mixed = _atoms(total.dims)
-        for atom in _atoms(dim for value in total.args for dim in value.dims):
+        mixed = {*all_roots(total.dims)}
+        for atom in {*all_roots(dim for value in total.args for dim in value.dims)}:
             if atom in common and atom not in mixed:
                 common[atom] = {a: None for a in common[atom] if a not in mixed}
     return {atom: tuple(a for a in own if a is not atom) for atom, own in common.items()}
@@ -189,7 +189,7 @@ def _doubt(walk: Walk, atom: Atom, sums: Iterable[Sum], counted: set[int]) -> Re
 
 def _is_a_count(number: float, total: Sum, atom: Atom) -> bool:
     """Whether a number is a size of the sum, its root, or one over these."""
-    sizes = {atom.size, math.prod(a.size for a in _atoms(total.dims))}
+    sizes = {atom.size, size_of(dict.fromkeys(all_roots(total.dims)))}
     powers = (size**power for size in sizes for power in (1, -1, 0.5, -0.5))
     return any(math.isclose(number, value, rel_tol=1e-4) for value in powers)
 
@@ -215,7 +215,7 @@ def _without_inner(found: list[Group]) -> list[Group]:
     inner = {atom for atom, group in exact.items() if _lies_inside(group)}
     for one in exact.values():
         for total in one.sums:
-            order = [a for a in _atoms(total.dims) if a in exact]
+            order = [a for a in dict.fromkeys(all_roots(total.dims)) if a in exact]
             for other in (exact[a] for a in order if a is not one.atom):
                 mine, theirs = {*one.paths}, {*other.paths}
                 left = order.index(other.atom) < order.index(one.atom)

@@ -100,6 +100,16 @@ def _beside(group: Group, seen: Walked) -> dict[str, Any]:
     return {p: seen.leaves[p] for layer in layers for p in seen.folders[layer]}
 
 
+def _with_places(pair: Pair) -> Pair:
+    """The same pair at `{i}` instead of a number."""
+    letters = iter("ijkmnopq")
+    at = re.sub(
+        r"(?<![^/_])\d+(?=/|$)", lambda _: f"{{{next(letters, 'r')}}}", pair.at
+    )  # layer/0, block_0; but dinov2
+    at = f"{at}/".removeprefix("params/").rstrip("/")
+    return dataclasses.replace(pair, at=at)
+
+
 # --- layers that share a table ----------------------------------------------------------------
 
 
@@ -135,7 +145,7 @@ def _by_layer(group: Group) -> list[Group]:
             for m in group.members
             if m.path.startswith(place) or not m.path.startswith(tuple(places))
         )
-        sums = tuple(t for t in group.sums if any(second in v.weights for v in t.args))
+        sums = group.sums_with(second)
         layers.append(dataclasses.replace(group, members=members, sums=sums, seconds=(second,)))
     return layers
 
@@ -166,13 +176,3 @@ def _within(found: Sequence[Group]) -> dict[Group, Group]:
         if firsts and not firsts & {*inner.paths}:
             within[outer] = inner
     return within
-
-
-def _with_places(pair: Pair) -> Pair:
-    """The same pair at `{i}` instead of a number."""
-    letters = iter("ijkmnopq")
-    at = re.sub(
-        r"(?<![^/_])\d+(?=/|$)", lambda _: f"{{{next(letters, 'r')}}}", pair.at
-    )  # layer/0, block_0; but dinov2
-    at = f"{at}/".removeprefix("params/").rstrip("/")
-    return dataclasses.replace(pair, at=at)

@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxslim._discover._atoms import Atom, Dim, Dims, Reason, regroup, roots, take_front, unify
+from flaxslim._discover._atoms import (
+    Atom,
+    Dim,
+    Dims,
+    Reason,
+    all_roots,
+    regroup,
+    roots,
+    take_front,
+    unify,
+)
 from flaxslim._discover._place import Place, is_library
 from flaxslim._errors import DiscoveryError
 
@@ -232,9 +242,8 @@ class Equation:
     def block(self, dims: Iterable[Dim], why: str) -> None:
         """No index along these dimensions can go."""
         reason = Reason(why=why, place=self.place, order=self.walk.order)
-        for dim in dims:
-            for atom in roots(dim):
-                atom.block(reason)
+        for atom in all_roots(dims):
+            atom.block(reason)
 
     def fixed(self, *sizes: int, why: str) -> Dims:
         """New dimensions, along which no index can go."""

@@ -1,6 +1,6 @@
 """Whether the activation of a pair may be claimed: the rules of `_dead` rest on it."""
 
-from flaxslim._discover._atoms import Atom, roots, size_of
+from flaxslim._discover._atoms import all_roots, roots, size_of
 from flaxslim._discover._formula import Formula
 from flaxslim._discover._function import Walked
 from flaxslim._discover._groups import Group
@@ -68,9 +68,9 @@ def bias_of(group: Group, second: str, seen: Walked) -> str | None:
     The layer must be summed as it is: scaled, it would scale what a constant channel adds.
     """
     walk = seen.walk
-    sums = [t for t in group.sums if any(second in value.weights for value in t.args)]
-    axes = {atom for dim in seen.dims[second] for atom in roots(dim)}
-    if not all(_reads_plainly(t, second) and _atoms(t) <= axes for t in sums):
+    sums = list(group.sums_with(second))
+    axes = {*all_roots(seen.dims[second])}
+    if not all(_reads_plainly(t, second) and {*all_roots(t.dims)} <= axes for t in sums):
         return None
     uses = [walk.uses.get(total, []) for total in sums]
     first = uses[0][0] if uses and uses[0] else None
@@ -86,7 +86,3 @@ def _reads_plainly(total: Sum, second: str) -> bool:
     if len(nodes) == 1 and nodes[0].kind == "mul":  # multiplied and summed by hand
         nodes = list(nodes[0].args)
     return any(node.kind == "param" and node.data == second for node in nodes)
-
-
-def _atoms(total: Sum) -> set[Atom]:
-    return {atom for dim in total.dims for atom in roots(dim)}

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Sequence
 
 from flaxslim._axes import WINDOW
-from flaxslim._discover._atoms import Atom, roots, size_of
+from flaxslim._discover._atoms import Atom, all_roots, roots, size_of
 from flaxslim._discover._formula import formula
 from flaxslim._discover._function import Walked
 from flaxslim._discover._groups import Group
@@ -68,7 +68,6 @@ class _Writer:
             parts=self._parts(),
             group="g" if self.heads is not None else None,
             sizes={name: str(size) for name, size in sorted(self.sizes.items())},
-            ragged=False,
         )
 
     # --- which tensors they are -----------------------------------------------------------------
@@ -128,14 +127,9 @@ class _Writer:
 
     def _inner(self, first: str) -> list[Atom]:
         """What is inside of a channel: summed over with it, and in the first layer too."""
-        summed = [
-            atom
-            for total in self.group.sums
-            if any(self.second in value.weights for value in total.args)
-            for dim in total.dims
-            for atom in roots(dim)
-        ]
-        own = {atom for dim in self.seen.dims[first] for atom in roots(dim)}
+        sums = self.group.sums_with(self.second)
+        summed = [atom for total in sums for atom in all_roots(total.dims)]
+        own = {*all_roots(self.seen.dims[first])}
         outside = {self.group.atom, *self.group.stack} - {
             a for a in self.group.stack if a in summed and self._after(a)
         }
@@ -144,7 +138,7 @@ class _Writer:
 
     def _after(self, atom: Atom) -> bool:
         """Whether it stands behind the group's own axis in the second layer."""
-        order = [a for dim in self.seen.dims[self.second] for a in roots(dim)]
+        order = all_roots(self.seen.dims[self.second])
         return order.index(atom) > order.index(self.group.atom) if atom in order else False
 
     def _stack(self) -> dict[Atom, str]:
@@ -159,9 +153,7 @@ class _Writer:
             )
             scanned = atom.reason is not None and atom.reason.why == SCANNED
             name = "l" if scanned else "e"
-            everywhere = all(
-                any(atom in roots(dim) for dim in self.seen.dims[path]) for path in self.group.paths
-            )
+            everywhere = all(atom in all_roots(self.seen.dims[path]) for path in self.group.paths)
             if alone and everywhere and atom not in self.inner and name not in names.values():
                 names[atom] = name
         return names
