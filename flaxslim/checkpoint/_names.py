@@ -133,7 +133,11 @@ def naming_of(paths: Iterable[str]) -> str:
 
 def spec_named(cfg: Any, part: str, naming: str) -> Spec:
     """The spec of a config's family (see `spec_for`), in PyTorch names if `naming` is "torch"."""
-    spec = spec_for(cfg, part)
+    return in_names(spec_for(cfg, part), naming)
+
+
+def in_names(spec: Spec, naming: str) -> Spec:
+    """A spec in PyTorch names if `naming` is "torch"."""
     return spec.torch() if naming == "torch" else spec
 
 

@@ -1,6 +1,7 @@
 """`flaxslim inspect --discover`: the spec of a checkpoint by what its Flax class computes."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from flaxslim._compat import parameter_shapes, shell
@@ -18,7 +19,7 @@ from flaxslim._inputs import inputs_for, model_class_for
 from flaxslim._spec import Spec
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import Checkpoint
-from flaxslim.checkpoint._names import convert
+from flaxslim.checkpoint._names import convert, in_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,18 +61,25 @@ class Found:
         }
 
 
-def discover(checkpoint: Checkpoint) -> Found:
-    """Trace the stock Flax class of a checkpoint's config; `DiscoveryError` if there is none."""
-    cfg = checkpoint.config
-    cls = _class_of(checkpoint)
+def on_shapes(cls: type, cfg: Any) -> tuple[Callable[[Any, Any], Any], Any, Any]:
+    """A stock class as a function of parameters and inputs, the shapes of the first, the second."""
     model: Any = shell(cls, cfg)
-    _check_shapes(checkpoint, cls, model.params_shape_tree)
 
     def forward(params: Any, inputs: Any) -> Any:
         return model(**inputs, params=params, train=False)
 
-    traced = function(forward, model.params_shape_tree, (inputs_for(cls, cfg),))
-    found = discovered(traced, cfg, lambda other: parameter_shapes(cls, other))
+    return forward, model.params_shape_tree, inputs_for(cls, cfg)
+
+
+def discover(checkpoint: Checkpoint) -> Found:
+    """Trace the stock Flax class of a checkpoint's config; `DiscoveryError` if there is none."""
+    cfg = checkpoint.config
+    cls = _class_of(checkpoint)
+    forward, shapes, inputs = on_shapes(cls, cfg)
+    _check_shapes(checkpoint, cls, shapes)
+    found = discovered(
+        function(forward, shapes, (inputs,)), cfg, lambda other: parameter_shapes(cls, other)
+    )
     name = "".join(c if c.isalnum() else "_" for c in cfg.model_type.upper())
     return Found(cls=cls, discovery=found, spec=found.spec(f"{name}_DISCOVERED"))
 
@@ -81,7 +89,7 @@ def named(spec: Spec, checkpoint: Checkpoint) -> Spec:
 
     Raises `DiscoveryError` if the tensors are not those of the class that was traced.
     """
-    spec = spec.torch() if checkpoint.naming == "torch" else spec
+    spec = in_names(spec, checkpoint.naming)
     try:
         spec.sites(checkpoint.params, checkpoint.config)
     except (IncompletePairError, NothingMatchedError) as error:

@@ -154,15 +154,7 @@ def _heads(
 
 def _flops(cfg: Any) -> float | None:
     """Floating point operations of one forward pass of the stock class, from shapes alone."""
-    from flaxslim._compat import shell
-    from flaxslim._inputs import inputs_for, model_class_for
+    from flaxslim._inputs import model_class_for
     from flaxslim._prove import flops
 
-    cls = model_class_for(stock_config(cfg))
-    model = shell(cls, cfg)
-    inputs = inputs_for(cls, cfg)
-
-    def forward(params: Any, inputs: Any) -> Any:
-        return model(**inputs, params=params, train=False)
-
-    return flops(forward, model.params_shape_tree, inputs)
+    return flops(*_discover.on_shapes(model_class_for(stock_config(cfg)), cfg))
