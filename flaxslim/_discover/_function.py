@@ -67,8 +67,9 @@ class Function:
                 seen=f"{type(error).__name__}: {first[:300]}",
                 expected="fn(params, *inputs), which works on arrays alone",
                 mend=mend
-                or "call it as it is meant: discover(lambda p, x: model.apply(p, x, "
-                "train=False), params, x), with rngs= if it draws random numbers",
+                or "fn(params, *inputs) must run at these shapes; call it as it is meant: "
+                "discover(lambda p, x: model.apply(p, x, train=False), params, x), with rngs= if "
+                "it draws random numbers",
             ) from error
 
 
