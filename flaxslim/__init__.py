@@ -119,6 +119,13 @@ if TYPE_CHECKING:
     from flaxslim.specs._libraries import NNX_HEADS as NNX_HEADS
     from flaxslim.specs._libraries import TUNIX_FFN as TUNIX_FFN
     from flaxslim.specs._libraries import TUNIX_HEADS as TUNIX_HEADS
+    from flaxslim.training._pruning import pruning as pruning
+    from flaxslim.training._schedule import cubic as cubic
+    from flaxslim.training._schedule import exponential as exponential
+    from flaxslim.training._schedule import linear as linear
+    from flaxslim.training._schedule import one_shot as one_shot
+    from flaxslim.training._schedule import scheduled as scheduled
+    from flaxslim.training._schedule import stepwise as stepwise
 
 __version__ = "0.1.0"
 
@@ -233,6 +240,15 @@ _PUBLIC = {
         "NNX_HEADS",
         "TUNIX_FFN",
         "TUNIX_HEADS",
+    ),
+    "training._pruning": ("pruning",),
+    "training._schedule": (
+        "cubic",
+        "exponential",
+        "linear",
+        "one_shot",
+        "scheduled",
+        "stepwise",
     ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -258,18 +258,35 @@ class Axes:
         rows = self.rows(np.asarray(relative, np.float64), axis, stack) * float(largest)
         return rows if stack else rows[0]
 
-    def _spread(
-        self, rows: np.ndarray, shape: Sequence[int], axis: str, stack: Sequence[str]
-    ) -> np.ndarray:
+    def spread(self, rows: Any, shape: Sequence[int], axis: str, stack: Sequence[str] = ()) -> Any:
+        """Rows `(s, f)` or `(f,)` as an array that broadcasts against `x` itself, of this shape.
+
+        >>> Axes("d (2 f)").spread(np.array([True, False]), (8, 4), "f")
+        array([[ True, False,  True, False]])
+        """
+        number, sizes = self.dimension(axis), self.sizes(shape)
+        y = self._spread(rows, shape, axis, stack)
+        # Only the dimension that holds the axis has to be whole; the others stay 1 where they are.
+        full = [y.shape[i] for i in range(y.ndim)]
+        dims, at = [], 0
+        for i, dim in enumerate(self.dimensions):
+            inside = slice(at, at + len(dim))
+            if i == number or any(full[j] > 1 for j in range(at, at + len(dim))):
+                full[inside] = [f if isinstance(f, int) else sizes[f] for f in dim]
+            dims.append(math.prod(full[inside]))
+            at += len(dim)
+        return namespace(y).broadcast_to(y, full).reshape(dims)
+
+    def _spread(self, rows: Any, shape: Sequence[int], axis: str, stack: Sequence[str]) -> Any:
         """Rows `(s, w)` or `(w,)` as an array that broadcasts against the split `x`."""
-        rows = np.atleast_2d(rows)
+        rows = rows if rows.ndim > 1 else rows[None]
         sizes = self.sizes(shape)
         own = () if len(rows) == 1 else tuple(stack)
         y = rows.reshape([*(sizes[name] for name in own), rows.shape[-1]])
         order = [f for f in self.factors if f == axis or f in own]
         y = y.transpose([(*own, axis).index(name) for name in order])
         at = [i for i, f in enumerate(self.factors) if f not in order]
-        return np.expand_dims(y, tuple(at))
+        return namespace(y).expand_dims(y, tuple(at))
 
 
 def _resharded(y: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -141,6 +141,13 @@ class InputsError(FlaxslimError, ValueError):
     """Inputs for the proof cannot be made from the config; they must be given."""
 
 
+# --- training ---------------------------------------------------------------------------------
+
+
+class TrainingError(FlaxslimError, ValueError):
+    """A schedule, score or optimizer state that cannot prune."""
+
+
 # --- checkpoint -------------------------------------------------------------------------------
 
 

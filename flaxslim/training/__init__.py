@@ -1,0 +1,1 @@
+"""Channels die while a model trains: scores, schedules, the Optax wrapper, and `shrink`."""

@@ -1,0 +1,89 @@
+"""What belongs to each channel of a site, in terms that JAX can trace.
+
+A number of a tensor belongs to the channel at whose index of the prunable axis it stands. Values of
+channels are rows `(s, f)`, one row for each index of the stacked axes (s = 1 for most). Of tensors
+that have an axis of key/value groups, what belongs to a group belongs to each of its heads, and a
+group lives as long as one of them does.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxslim._spec import Site, Tensor
+
+Rows = jax.Array
+
+
+def total(
+    site: Site, term: Callable[..., Any], *leaves: Mapping[str, Any], of: Sequence[Tensor] = ()
+) -> Rows:
+    """The sum of `term(x, ...)` over all numbers of each channel: float32 (or wider) `(s, f)`.
+
+    `x, ...` is a tensor in each of the trees in turn. `of` are the tensors to look at, all that
+    are cut if it is empty. Dimensions are summed where they lie, so that a sharded tensor is never
+    gathered.
+    """
+    rows = jnp.zeros((site.rows, site.size), jnp.float32)
+    for tensor in of or site.cut:
+        axes, axis, stack = tensor.axes, site.axis(tensor), site.second.axes.stack
+        split = [axes.split(_wide(tree[tensor.path])) for tree in leaves]
+        found = axes.rows(term(*split).sum(axes.others(axis, stack)), axis, stack)
+        rows = rows + (found[:, site.owners] if axis == site.pair.group else found)
+    return rows
+
+
+def values(site: Site, tensor: Tensor, leaf: Any) -> jax.Array:
+    """All numbers of each channel in one tensor, `(s, f, n)`."""
+    axes, axis, stack = tensor.axes, site.axis(tensor), site.second.axes.stack
+    front = [axes.position(name) for name in (*stack, axis)]
+    rest = [i for i in range(len(axes.factors)) if i not in front]
+    y = axes.split(jnp.asarray(leaf)).transpose([*front, *rest])
+    size = y.shape[len(front) - 1]
+    y = y.reshape(site.rows, size, -1)
+    return y[:, site.owners] if axis == site.pair.group else y
+
+
+def spread(site: Site, tensor: Tensor, rows: Any) -> jax.Array:
+    """Values of channels `(s, f)` as an array that broadcasts against one tensor of the site.
+
+    Of a group it is the largest value of its heads.
+    """
+    axis = site.axis(tensor)
+    if axis == site.pair.group:
+        owners = site.owners
+        heads = [rows[:, np.flatnonzero(owners == g)] for g in range(len(site.groups))]
+        rows = jnp.stack([own.max(-1) for own in heads], axis=-1)
+    return tensor.axes.spread(jnp.asarray(rows), tensor.shape, axis, site.second.axes.stack)
+
+
+def masks(
+    sites: Iterable[Site],
+    alive: Mapping[str, Any],
+    of: Callable[[Site], Iterable[Tensor]] = lambda site: site.cut,
+) -> dict[str, jax.Array]:
+    """Which numbers of each tensor belong to living channels, by path; each broadcasts.
+
+    `alive` holds rows `(s, f)` of bool by the paths of the second kernels, `of` says which tensors
+    of a site to look at. One that belongs to two sites is looked at along both axes.
+    """
+    found: dict[str, jax.Array] = {}
+    for site in sites:
+        for tensor in of(site):
+            mask = spread(site, tensor, alive[site.second.path])
+            old = found.get(tensor.path)
+            found[tensor.path] = mask if old is None else old & mask
+    return found
+
+
+def read(site: Site, leaves: Mapping[str, Any]) -> Rows:
+    """Which channels something reads: bool `(s, f)`, false by rule (i) of `flaxslim._dead`."""
+    return total(site, lambda x: x != 0, leaves, of=site.reading) > 0
+
+
+def _wide(x: Any) -> jax.Array:
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,486 @@
+"""`pruning`: any Optax optimizer, under which channels die on a schedule.
+
+Under `optax.apply_updates` a dead channel is exactly zero, since its update is minus what it is:
+p + (-p) = 0 in every floating point type. So a loop needs no mask and no word of pruning. The state
+is one bool and one float32 for each channel, beside the state of the inner optimizer, whose moments
+are held at zero where channels are dead. Both are selections on arrays that the optimizer writes
+anyway, so that XLA makes them part of the same pass; what decides who dies runs under `lax.cond`,
+in the steps in which some do.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import unflatten_dict
+
+from flaxslim import _tree
+from flaxslim._copies import Names, copies
+from flaxslim._errors import TrainingError, nearest
+from flaxslim._spec import Site, Spec, SpecLike, Tensor
+from flaxslim._state_kinds import Kind
+from flaxslim.specs import chosen
+from flaxslim.training._allocation import Allocation, choose, members, regrown
+from flaxslim.training._channels import Rows, masks, read, spread, total
+from flaxslim.training._schedule import Schedule, as_schedule
+from flaxslim.training._score import Evidence, Score, ScoreFn, as_score
+
+# A Schedule, a function of the step, a share; or these by axis: {"f": ..., "h": ...}.
+ScheduleLike = Any
+
+# What is known of the channels of each site, by the path of its second kernel.
+_Channels = dict[str, dict[str, jax.Array]]
+
+
+class PruningState(NamedTuple):
+    """The state of `pruning`.
+
+    Attributes:
+      inner_state: of the inner optimizer.
+      count: how many updates there were.
+      skipped: how many scores were not finite, so that they did not count and nothing died by them.
+      channels: nested like the parameters; at the place of each second kernel `alive` (bool) and
+        `score` (float32) of its channels `(s, f)`, and `gone`, how many of each row `shrink` has
+        cut. With fade= also `fading` (bool).
+    """
+
+    inner_state: Any
+    count: jax.Array
+    skipped: jax.Array
+    channels: Any
+
+
+def pruning(
+    inner: Any,
+    spec: SpecLike,
+    schedule: ScheduleLike = None,
+    score: str | ScoreFn = "magnitude",
+    *,
+    cfg: Any = None,
+    allocation: str = "site",
+    min_width: int = 1,
+    max_sparsity: float = 1.0,
+    lock: bool = False,
+    fade: int = 0,
+    regrow: float = 0.0,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer under which the channels of a spec die on a schedule, exactly to zero.
+
+    Args:
+      inner: the optimizer, of Optax or of its kind. `optax.MultiSteps` may stand inside or around.
+        `pruning` goes outermost, or last in a chain: whatever came after it would change the
+        updates that make dead channels zero.
+      spec: where the channels are, as in `flaxslim.plan`.
+      schedule: when how many are dead: `flaxslim.cubic`, `linear`, `exponential`, `stepwise`,
+        `one_shot`, `scheduled`, or a function of the step such as an Optax schedule. For each axis
+        its own, if a mapping: `{"f": cubic(...), "h": cubic(...)}`. None: nothing dies.
+      score: by what (see `flaxslim.training._score`), such as "magnitude", "snip_momentum",
+        "taylor"; or `fn(params, grads, state)`, called for each site in each step with the numbers
+        of its channels, `(s, f, n)` for each tensor, and the score so far. It returns the new one,
+        `(s, f)`.
+      cfg: the config, which tells the size of heads that lie side by side. Once heads were cut,
+        call `pruning` again with the new one; the state stays.
+      allocation: "site": the same share at each site. "global": the smallest scores among all.
+      min_width, max_sparsity: so many channels live on at each site; no larger share of it dies.
+      lock: what is dead at the start (nothing reads it) stays dead.
+      fade: over how many steps what is doomed goes to zero, in equal parts; 0 is at once.
+      regrow: which share of the living gives way to dead channels with larger gradients, each time
+        (RigL, Evci et al. 2020), less and less until the schedule ends. Only what reads a dead
+        channel is zero then; what writes it stays as it was, or no gradient would tell its worth.
+      seed: of the score "random".
+
+    Returns: the optimizer. Its `update` needs `params`, and its state is a `PruningState`.
+
+    Raises `TrainingError` for what cannot be; `init` and `update` raise what `Spec.sites` does, and
+    `update` a `TrainingError` for parameters, gradients or a state that do not belong together.
+
+    >>> import numpy as np
+    >>> from flaxslim import Pair, Spec, one_shot, pruning
+    >>> MLP = Spec(name="MLP", pairs=Pair(first="up", second="down"))
+    >>> params = {"up": {"kernel": np.diag([1.0, 2.0])}, "down": {"kernel": np.ones((2, 3))}}
+    >>> tx = pruning(optax.sgd(0.1), MLP, one_shot(0.5))
+    >>> grads = jax.tree.map(np.ones_like, params)
+    >>> updates, state = tx.update(grads, tx.init(params), params)
+    >>> print(optax.apply_updates(params, updates)["down"]["kernel"])
+    [[0.  0.  0. ]
+     [0.9 0.9 0.9]]
+    """
+    found = chosen(spec, cfg)
+    p = Pruning(
+        inner=_transformation(inner),
+        spec=found,
+        schedules=_by_axis(schedule, found),
+        score=as_score(score),
+        cfg=cfg,
+        how=_allocation(allocation, min_width, max_sparsity),
+        lock=lock,
+        fade=fade,
+        regrow=regrow,
+        seed=seed,
+    )
+    return optax.GradientTransformationExtraArgs(p.init, p.update)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """What `pruning` was told; `init` and `update` are the transformation."""
+
+    inner: optax.GradientTransformationExtraArgs
+    spec: Spec
+    schedules: Mapping[str, Schedule]
+    score: Score
+    cfg: Any
+    how: Allocation
+    lock: bool
+    fade: int
+    regrow: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        gap = min((schedule.gap for schedule in self.schedules.values()), default=math.inf)
+        if not 0 <= self.fade <= gap:
+            raise TrainingError(
+                "what is doomed must have faded before the next channels die",
+                seen=f"fade={self.fade}, and channels die {gap} steps apart",
+                expected=f"fade from 0 to {gap} steps",
+            )
+        if not 0 <= self.regrow <= 1:
+            raise TrainingError("regrow is a share", seen=self.regrow, expected="0.0 to 1.0")
+        if self.regrow and (self.fade or self.how.among_all):
+            raise TrainingError(
+                "channels give way to others at once, at each site by itself",
+                seen="regrow= with fade= or allocation='global'",
+                mend="leave out the one or the other",
+            )
+
+    def init(self, params: Any) -> PruningState:
+        leaves = _tree.flatten(params)
+        channels: _Channels = {}
+        for site in self.spec.sites(params, self.cfg):
+            alive = read(site, leaves) if self.lock else jnp.ones((site.rows, site.size), bool)
+            own = {
+                "alive": alive,
+                "score": jnp.zeros(alive.shape, jnp.float32),
+                "gone": jnp.zeros((), jnp.int32),
+            }
+            if self.fade:
+                own["fading"] = jnp.zeros(alive.shape, bool)
+            channels[site.second.path] = own
+        zero = jnp.zeros((), jnp.int32)
+        return PruningState(self.inner.init(params), zero, zero, _nested(channels))
+
+    def update(
+        self, updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, PruningState]:
+        if params is None:
+            raise TrainingError(
+                "pruning needs the parameters", mend="tx.update(grads, state, params)"
+            )
+        sites = self.spec.sites(params, self.cfg)
+        leaves, grads = _tree.flatten(params), _tree.flatten(updates)
+        _check_gradients(sites, grads)
+        channels = by_site(state.channels)
+        _check_state(sites, channels, self.fade)
+        activations = extra.pop("activations", {})
+
+        evidence = {
+            site.second.path: Evidence(
+                site=site,
+                params=leaves,
+                grads=grads,
+                state=channels[site.second.path]["score"],
+                activations=activations,
+                seed=self.seed,
+            )
+            for site in sites
+        }
+        channels, skipped = self._decided(sites, evidence, channels, state.count)
+        channels, fading = self._faded(sites, channels, state.count)
+
+        alive = {path: own["alive"] for path, own in channels.items()}
+        zero = masks(sites, alive, self._zeroed)
+        frozen = masks(sites, alive) if self.regrow else {}
+        living = zero | frozen
+        held = {path: jnp.where(mask, grads[path], 0) for path, mask in living.items()}
+        new, inner = self.inner.update(
+            _tree.replace(updates, held), state.inner_state, params, **extra
+        )
+        steps = _tree.flatten(new)
+        for path, mask in frozen.items():
+            steps[path] = jnp.where(mask, steps[path], 0)
+        for path, (doomed, ratio) in fading.items():
+            p = leaves[path]
+            steps[path] = jnp.where(doomed, (p + steps[path]) * ratio - p, steps[path])
+        for path, mask in zero.items():
+            # In the wider of the two types, or it would not be minus what it is.
+            steps[path] = jnp.where(mask, steps[path], -leaves[path])
+        new = _tree.replace(new, {path: steps[path] for path in living})
+        inner = _held(inner, leaves, living, zero)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return new, PruningState(inner, count, state.skipped + skipped, _nested(channels))
+
+    def _zeroed(self, site: Site) -> tuple[Tensor, ...]:
+        """The tensors in which what is dead is zero."""
+        return site.reading if self.regrow else site.cut
+
+    # --- who dies -----------------------------------------------------------------------------
+
+    def _decided(
+        self,
+        sites: Sequence[Site],
+        evidence: Mapping[str, Evidence],
+        channels: _Channels,
+        count: jax.Array,
+    ) -> tuple[_Channels, jax.Array]:
+        """The channels after what happens in this step, and how many scores did not count."""
+        if not self.schedules:
+            return channels, jnp.zeros((), jnp.int32)
+        now = {path: own["score"] for path, own in channels.items()}
+        if self.score.adds_up:
+            now = {path: self.score.rows(e) for path, e in evidence.items()}
+
+        def some_die() -> tuple[_Channels, jax.Array]:
+            rows = now
+            if not self.score.adds_up:
+                rows = {path: self.score.rows(e) for path, e in evidence.items()}
+            skipped = self._not_finite(channels, rows)
+            kept = _counted(channels, rows)
+            if (finish := self.score.finish) is not None:
+                rows = {
+                    path: finish(dataclasses.replace(e, state=rows[path]))
+                    for path, e in evidence.items()
+                }
+            after = self._chosen(sites, evidence, kept, rows, count)
+            return after, skipped
+
+        def none_dies() -> tuple[_Channels, jax.Array]:
+            skipped = self._not_finite(channels, now)
+            return _counted(channels, now), skipped
+
+        due = jnp.stack([schedule.is_due(count) for schedule in self.schedules.values()]).any()
+        return jax.lax.cond(due, some_die, none_dies)
+
+    def _chosen(
+        self,
+        sites: Sequence[Site],
+        evidence: Mapping[str, Evidence],
+        channels: _Channels,
+        score: Mapping[str, Rows],
+        count: jax.Array,
+    ) -> _Channels:
+        """Some die, and perhaps others grow again, at the axes that are due."""
+        own = members(sites, score, channels)
+        share = {axis: schedule(count) for axis, schedule in self.schedules.items()}
+        alive = choose(own, share, self.how)
+        if self.regrow:
+            for m in own:
+                if (schedule := self.schedules.get(m.axis)) is None:
+                    continue
+                growth = sum(_growth(evidence[path]) for path in m.paths)
+                part = self.regrow * _half_cosine(schedule, count)
+                rows = regrown(m, alive[m.paths[0]], jnp.asarray(growth), part)
+                alive |= dict.fromkeys(m.paths, rows)
+        due = {axis: schedule.is_due(count) for axis, schedule in self.schedules.items()}
+        after: _Channels = {}
+        for site in sites:
+            path, axis = site.second.path, site.pair.axis
+            after[path] = dict(channels[path])
+            if axis not in due:
+                continue
+            old = channels[path]["alive"]
+            new = jnp.where(due[axis], alive[path], old)
+            if self.fade:
+                after[path]["fading"] = channels[path]["fading"] | (old & ~new)
+            else:
+                after[path]["alive"] = new
+            if self.score.anew:
+                zero = jnp.zeros_like(channels[path]["score"])
+                after[path]["score"] = jnp.where(due[axis], zero, channels[path]["score"])
+        return after
+
+    def _not_finite(self, channels: _Channels, score: Mapping[str, Rows]) -> jax.Array:
+        counts = [
+            (own["alive"] & ~jnp.isfinite(score[path])).sum() for path, own in channels.items()
+        ]
+        return jnp.stack(counts).sum().astype(jnp.int32)
+
+    def _faded(
+        self, sites: Sequence[Site], channels: _Channels, count: jax.Array
+    ) -> tuple[_Channels, dict[str, tuple[jax.Array, jax.Array]]]:
+        """The channels, and of each tensor that fades where, and to which part of what it is."""
+        if not self.fade:
+            return channels, {}
+        after, fading = dict(channels), {}
+        for site in sites:
+            if (schedule := self.schedules.get(site.pair.axis)) is None:
+                continue
+            path, own = site.second.path, channels[site.second.path]
+            left = jnp.maximum(self.fade - schedule.since(count), 1)
+            last = left == 1
+            after[path] = own | {
+                "alive": own["alive"] & ~(own["fading"] & last),
+                "fading": own["fading"] & ~last,
+            }
+            ratio = (left - 1) / left
+            for tensor in site.cut:
+                doomed = spread(site, tensor, after[path]["fading"])
+                if (old := fading.get(tensor.path)) is not None:
+                    doomed = doomed | old[0]
+                fading[tensor.path] = doomed, ratio
+        return after, fading
+
+
+def by_site(channels: Any) -> _Channels:
+    """What is known of the channels of each site, from the nested dict of a state."""
+    found: _Channels = {}
+    for path, leaf in _tree.flatten(channels).items():
+        site, _, name = path.rpartition("/")
+        found.setdefault(site, {})[name] = leaf
+    return found
+
+
+def _nested(channels: _Channels) -> dict[str, Any]:
+    return unflatten_dict({tuple(path.split("/")): own for path, own in channels.items()})
+
+
+def _counted(channels: _Channels, score: Mapping[str, Rows]) -> _Channels:
+    """The channels with new scores, where these are finite."""
+    return {
+        path: own | {"score": jnp.where(jnp.isfinite(score[path]), score[path], own["score"])}
+        for path, own in channels.items()
+    }
+
+
+def _growth(e: Evidence) -> Rows:
+    """The L2 norm of the gradient of what reads each channel, which is zero while it is dead."""
+    return jnp.sqrt(total(e.site, jnp.square, e.grads, of=e.site.reading))
+
+
+def _half_cosine(schedule: Schedule, count: jax.Array) -> Any:
+    """From 1 at the first step to 0 at the end of a schedule (Evci et al. 2020, f_decay)."""
+    if not schedule.end:
+        return 1.0
+    return (1 + jnp.cos(jnp.pi * jnp.minimum(count / schedule.end, 1.0))) / 2
+
+
+def _held(
+    inner: Any, leaves: Mapping[str, Any], living: Mapping[str, Any], zero: Mapping[str, Any]
+) -> Any:
+    """The inner state with zero wherever it follows a number of a dead channel.
+
+    Copies of the parameters themselves (of a schedule-free optimizer) hold what is dead as it is.
+    """
+    own, new = _tree.flatten(inner), {}
+    for copy in copies(inner, own, Names(leaves), fold=True):
+        for name, path in copy.arrays(own).items():
+            x = own[path]
+            if name not in living or np.shape(x) != np.shape(leaves[name]):
+                continue  # what an optimizer sums up over rows or columns follows no channel
+            dead: Any = jnp.zeros_like(x)
+            if copy.kind is Kind.PARAMETERS and name not in zero:
+                dead = jnp.asarray(leaves[name]).astype(x.dtype)
+            new[path] = jnp.where(living[name], x, dead)
+    return _tree.replace(inner, new)
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def _transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
+    if isinstance(inner, optax.MultiSteps):
+        inner = inner.gradient_transformation()
+    if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
+        raise TrainingError(
+            "this is no optimizer",
+            seen=repr(inner),
+            expected="an optax.GradientTransformation",
+            mend="pruning(optax.adamw(3e-5), spec, schedule)",
+        )
+    return optax.with_extra_args_support(inner)
+
+
+def _by_axis(schedule: ScheduleLike, spec: Spec) -> dict[str, Schedule]:
+    axes = dict.fromkeys(pair.axis for pair in spec)
+    if schedule is None:
+        return {}
+    if not isinstance(schedule, Mapping):
+        return dict.fromkeys(axes, as_schedule(schedule))
+    if unknown := [axis for axis in schedule if axis not in axes]:
+        raise TrainingError(
+            f"the schedule is for an axis that {spec.name} does not prune",
+            seen=", ".join(map(repr, unknown)),
+            expected=" or ".join(map(repr, axes)),
+            near=nearest(str(unknown[0]), axes),
+            mend="pass a spec with heads, such as BERT_FFN + BERT_HEADS, for an axis 'h'",
+        )
+    return {axis: as_schedule(own) for axis, own in schedule.items()}
+
+
+def _allocation(name: str, min_width: int, max_sparsity: float) -> Allocation:
+    if name not in ("site", "global"):
+        raise TrainingError(
+            "there is no such allocation", seen=repr(name), expected='"site" or "global"'
+        )
+    if min_width < 0 or not 0 <= max_sparsity <= 1:
+        raise TrainingError(
+            "no site can have so many channels",
+            seen=f"min_width={min_width}, max_sparsity={max_sparsity}",
+            expected="min_width of 0 or more, max_sparsity from 0.0 to 1.0",
+        )
+    return Allocation(among_all=name == "global", min_width=min_width, max_sparsity=max_sparsity)
+
+
+def _check_gradients(sites: Sequence[Site], grads: Mapping[str, Any]) -> None:
+    for site in sites:
+        for tensor in site.cut:
+            if tensor.path not in grads:
+                raise TrainingError(
+                    "a tensor of a pair that is pruned has no gradient",
+                    path=tensor.path,
+                    near=nearest(tensor.path, grads),
+                    mend="take the gradient by all parameters that the spec names; where others "
+                    "are frozen, give pruning only the subtree that is trained",
+                )
+            if np.shape(grads[tensor.path]) != tensor.shape:
+                raise TrainingError(
+                    "a gradient has not the shape of its parameter",
+                    path=tensor.path,
+                    seen=np.shape(grads[tensor.path]),
+                    expected=tensor.shape,
+                )
+
+
+def _check_state(sites: Sequence[Site], channels: _Channels, fade: int) -> None:
+    paths = {site.second.path for site in sites}
+    if strange := sorted(paths ^ channels.keys()):
+        raise TrainingError(
+            "the state was made for another spec, or for other parameters",
+            path=strange[0],
+            seen="in the state only" if strange[0] in channels else "in the parameters only",
+            expected=f"the {len(paths)} sites of the spec",
+            mend="resume with the spec that the state was saved with, or start anew: "
+            "tx.init(params)",
+        )
+    for site in sites:
+        own = channels[site.second.path]
+        if own["alive"].shape != (site.rows, site.size):
+            raise TrainingError(
+                "the state has another number of channels than the parameters",
+                path=site.second.path,
+                seen=own["alive"].shape,
+                expected=(site.rows, site.size),
+                mend="cut both in one call: params, opt_state, cfg = flaxslim.shrink(params, "
+                "opt_state, cfg, spec=...)",
+            )
+        if bool(fade) != ("fading" in own):
+            raise TrainingError(
+                "either the state or the optimizer has fade=, and the other has not",
+                path=site.second.path,
+                mend="resume with the settings that the state was made with",
+            )
