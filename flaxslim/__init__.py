@@ -126,6 +126,10 @@ if TYPE_CHECKING:
     from flaxslim.training._schedule import one_shot as one_shot
     from flaxslim.training._schedule import scheduled as scheduled
     from flaxslim.training._schedule import stepwise as stepwise
+    from flaxslim.training._shrink import ShrinkEvery as ShrinkEvery
+    from flaxslim.training._shrink import shrink as shrink
+    from flaxslim.training._sparsity import Sparsity as Sparsity
+    from flaxslim.training._sparsity import sparsity as sparsity
 
 __version__ = "0.1.0"
 
@@ -249,6 +253,14 @@ _PUBLIC = {
         "one_shot",
         "scheduled",
         "stepwise",
+    ),
+    "training._shrink": (
+        "ShrinkEvery",
+        "shrink",
+    ),
+    "training._sparsity": (
+        "Sparsity",
+        "sparsity",
     ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -1,6 +1,7 @@
 """The copies of the parameters in a tree: where they are, and which parameter a leaf stands for."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,23 +11,29 @@ from flaxslim import _lora, _scales
 from flaxslim._state_kinds import Kind, kinds
 
 
+# What `flaxslim.pruning` keeps for the channels that a second kernel reads.
+_OF_CHANNELS = re.compile(r"(?P<second>.+)/(?P<part>alive|score|fading|gone)")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
-    """What a leaf stands for: a parameter, or the matrix or scale of one.
+    """What a leaf stands for: a parameter, or the matrix or scale of one, or its channels.
 
     Attributes:
       parameter: the path of the parameter in the plan.
       matrix: the low-rank matrix that it is.
       scale: whether it is a scale, a zero point or the like.
+      channels: what it says of the channels that this kernel reads: "alive", "score", "gone".
     """
 
     parameter: str
     matrix: _lora.Matrix | None = None
     scale: bool = False
+    channels: str = ""
 
     @property
     def is_parameter(self) -> bool:
-        return self.matrix is None and not self.scale
+        return self.matrix is None and not self.scale and not self.channels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,16 @@ class Copy:
         return {name: path for name, path in self.parameters.items() if np.shape(leaves[path])}
 
 
+def of_channels(name: str) -> tuple[str, str] | None:
+    """The second kernel and the part, of a leaf that `flaxslim.pruning` keeps for channels.
+
+    >>> of_channels("down/kernel/alive")
+    ('down/kernel', 'alive')
+    """
+    match = _OF_CHANNELS.fullmatch(name)
+    return (match["second"], match["part"]) if match else None
+
+
 class Names:
     """The paths of the parameters: whole, and without the collection ("params") in front."""
 
@@ -67,6 +84,8 @@ class Names:
         """What a leaf stands for, by its path in a copy."""
         if (parameter := self.parameters.get(name)) is not None:
             return Place(parameter=parameter)
+        if (found := of_channels(name)) and found[0] in self.parameters:
+            return Place(parameter=self.parameters[found[0]], channels=found[1])
         if (match := _scales.PART.fullmatch(name)) and match["kernel"] in self.parameters:
             kernel = self.parameters[match["kernel"]]
             return Place(parameter=kernel, scale=match["part"] != "qvalue")

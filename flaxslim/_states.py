@@ -17,6 +17,7 @@ import numpy as np
 from flaxslim import _bits, _lora, _scales, _tree
 from flaxslim._activation import named
 from flaxslim._apply import check_fits, folded_biases, taken
+from flaxslim._axes import namespace
 from flaxslim._copies import Copy, Names, Place, copies, splits
 from flaxslim._dead import added_by_constants, evidence, first_is_constant, mark
 from flaxslim._errors import PlanError
@@ -57,9 +58,33 @@ def apply_like(plan: Plan, tree: Any, like: Any, *, fold: bool) -> Any:
         for path, along in cut_along.items():
             for cut, tensor in along:
                 new[path] = taken(new.get(path, leaves[path]), cut, tensor)
+        new |= _channels(plan, copy, leaves)
         if copy.kind is not Kind.STATE:
             _warn_of_living(plan, copy, leaves, fold=fold)
     return mended(_tree.replace(tree, new), plan, places={copy.path for copy in found})
+
+
+def _channels(plan: Plan, copy: Copy, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """What `flaxslim.pruning` knows of the channels that stay, and how many are gone, by path."""
+    cuts = {cut.site.second.path: cut for cut in plan.cuts if cut.removed}
+    new: dict[str, Any] = {}
+    for path, place in copy.places.items():
+        if not place.channels or (cut := cuts.get(place.parameter)) is None:
+            continue
+        x = leaves[path]
+        if place.channels == "gone":
+            new[path] = x + (cut.site.size - cut.width)
+        elif np.shape(x) != (cut.site.rows, cut.site.size):
+            raise PlanError(
+                "what is known of the channels of a site does not fit their number",
+                path=path,
+                seen=np.shape(x),
+                expected=(cut.site.rows, cut.site.size),
+                mend="give as like= the parameters that this state was made for",
+            )
+        else:
+            new[path] = namespace(x).take_along_axis(x, cut.kept, axis=-1)
+    return new
 
 
 def _folded(plan: Plan, copy: Copy, leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -318,6 +343,8 @@ def _cut_along(path: str, place: Place, array: Any, cuts: _Cuts) -> list[tuple[C
     found: list[tuple[Cut, Tensor]] = []
     for cut, tensor in cuts.get(place.parameter, ()) if shape else ():
         if not cut.removed:
+            continue
+        if place.channels:
             continue
         if place.is_parameter:
             found.append((cut, dataclasses.replace(tensor, path=path)))

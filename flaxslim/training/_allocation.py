@@ -145,7 +145,7 @@ def _key(m: Member) -> Rows:
 
 
 def _rank(key: Rows) -> Rows:
-    """The place of each channel in its row, the smallest first, of equals that with the lower index."""
+    """The place of each channel in its row, the smallest first."""
     return jnp.argsort(jnp.argsort(key, axis=-1, stable=True), axis=-1)
 
 

@@ -28,8 +28,8 @@ a_n is the root mean square of the hidden value over a batch, which the loop han
 channel adds to the output, for an activation with slopes up to 1. [4] Lee et al. 2019, arXiv
 1810.02340. [5] Intel Neural Compressor 2, "snip_momentum". [6] Mozer and Smolensky 1989, as a
 first-order estimate. [7] Molchanov et al. 2019, arXiv 1906.10771, formula (8). [8] Theis et al.
-2018, arXiv 1801.05787, with the diagonal of the Fisher matrix. [9] Sanh et al. 2020, arXiv 2005.07683.
-[10] Molchanov et al. 2017, arXiv 1611.06440. [11] Sun et al. 2024, arXiv 2306.11695.
+2018, arXiv 1801.05787, with the diagonal of the Fisher matrix. [9] Sanh et al. 2020, arXiv
+2005.07683. [10] Molchanov et al. 2017, arXiv 1611.06440. [11] Sun et al. 2024, arXiv 2306.11695.
 """
 
 import dataclasses

@@ -1,0 +1,210 @@
+"""`shrink`: dead channels cut from a model in training, and from all that was made for it."""
+
+import collections
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from flaxslim._apply import apply
+from flaxslim._draw import draw
+from flaxslim._errors import NothingRemovedWarning, TrainingError
+from flaxslim._plan import Plan, counted
+from flaxslim._slim import slim
+from flaxslim._spec import SpecLike
+from flaxslim.training._sparsity import Sparsity, sparsity
+
+_log = logging.getLogger("flaxslim")
+
+
+def shrink(
+    params: Any,
+    opt_state: Any = None,
+    cfg: Any = None,
+    spec: SpecLike = None,
+    *,
+    width: str = "uniform",
+    multiple_of: int | Mapping[str, int] = 1,
+) -> tuple[Any, Any, Any]:
+    """Cut the dead channels from the parameters and from the state of their optimizer.
+
+    Training goes on as if nothing had happened, only faster: a step function under `jax.jit` is
+    compiled anew by itself, since the shapes are others. A stock class needs the new config
+    (`flaxslim.module(cls, cfg)`, `flaxslim.layout`), and `pruning` too once heads were cut.
+
+    Args:
+      params: the parameters; or a `TrainState` or the like, with fields `params` and `opt_state`,
+        that is cut whole; or an nnx module.
+      opt_state: what was made for them: the state of `flaxslim.pruning` (the schedule goes on to
+        count from the first widths), of any other optimizer, an `nnx.Optimizer`, an average of the
+        parameters, or a tuple of such.
+      cfg, spec, width, multiple_of: as in `flaxslim.slim`.
+
+    Returns: `(params, opt_state, cfg)`, each of the kind that went in. If nothing is dead they are
+    what went in, and a `NothingRemovedWarning` says so. The logger "flaxslim" tells what went.
+
+    Raises: what `slim` and `apply(plan, tree, like=params)` raise, among it `PlanError` for an
+    inner state that cannot be cut and `TracedError` under `jax.jit`.
+
+    >>> import optax
+    >>> from flaxslim import Pair, Spec, one_shot, pruning
+    >>> MLP = Spec(name="MLP", pairs=Pair(first="up", second="down", width="hidden"))
+    >>> params = {"up": {"kernel": np.diag([1.0, 2.0])}, "down": {"kernel": np.ones((2, 3))}}
+    >>> tx = pruning(optax.adam(0.1), MLP, one_shot(0.5))
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> params, state, cfg = shrink(params, state, {"hidden": 2}, MLP)
+    >>> params["up"]["kernel"].shape, state.inner_state[0].mu["up"]["kernel"].shape, cfg
+    ((2, 1), (2, 1), {'hidden': 1})
+    """
+    whole = _parameters_of(params)
+    plan = draw(whole, cfg, spec, width=width, multiple_of=multiple_of)
+    if not plan.removed:
+        warnings.warn(
+            f"nothing was removed: {plan.why_nothing}", NothingRemovedWarning, stacklevel=2
+        )
+        return params, opt_state, cfg
+    _warn_of_unpruned(plan, (params, opt_state))
+    small, new = slim(whole, cfg, plan=plan)
+    if whole is not params:
+        small = apply(plan, params, like=whole)
+    if opt_state is not None:
+        opt_state = apply(plan, opt_state, like=whole)
+    gone = counted((cut.site, cut.removed) for cut in plan.cuts)
+    _log.info("shrink: %s went, with %s parameters", gone, f"{plan.removed_parameters:,}")
+    return small, opt_state, new
+
+
+def _parameters_of(tree: Any) -> Any:
+    """The parameters in a `TrainState`, or the tree itself."""
+    if hasattr(tree, "opt_state") and hasattr(tree, "params"):
+        return tree.params
+    return tree
+
+
+def _warn_of_unpruned(plan: Plan, trees: Any) -> None:
+    """Warn of channels that happen to be zero, but would have trained on."""
+    known = _known(trees)
+    if known is None:
+        return
+    living = 0
+    for cut in plan.cuts:
+        if (site := known.sites.get(cut.site.second.path)) is not None:
+            alive = site.alive.copy()
+            np.put_along_axis(alive, cut.kept, False, axis=-1)
+            living += int(alive.sum())
+    if living:
+        warnings.warn(
+            f"{living} channels were cut that are dead, but not by pruning (a second layer that "
+            "starts at zero?): they would have trained on",
+            stacklevel=3,
+        )
+
+
+def _known(trees: Any) -> Sparsity | None:
+    for tree in trees:
+        try:
+            return sparsity(tree)
+        except TrainingError:
+            continue
+    return None
+
+
+# The steps whose times are looked at, and how many there must be.
+_RECENT, _FEWEST = 100, 3
+
+
+class ShrinkEvery:
+    """Calls `shrink` every so many steps, but only if a width has become smaller.
+
+    Each other width means another compilation, so widths are rounded up to `multiple_of`. It tells
+    the logger "flaxslim" what went and, at the next time, how much faster a step has become:
+    the median time between two calls, before and after.
+
+    Args:
+      steps: look every so many calls.
+      spec, width, multiple_of: as in `shrink`.
+
+    >>> import optax
+    >>> from flaxslim import Pair, Spec, one_shot, pruning
+    >>> MLP = Spec(name="MLP", pairs=Pair(first="up", second="down", width="hidden"))
+    >>> params = {"up": {"kernel": np.diag([1.0, 2.0])}, "down": {"kernel": np.ones((2, 3))}}
+    >>> tx = pruning(optax.adam(0.1), MLP, one_shot(0.5, at=1))
+    >>> state, cfg, shrinking = tx.init(params), {"hidden": 2}, ShrinkEvery(2, MLP)
+    >>> for step in range(4):
+    ...     updates, state = tx.update(params, state, params)
+    ...     params = optax.apply_updates(params, updates)
+    ...     params, state, cfg = shrinking(params, state, cfg)
+    ...     if shrinking.changed:
+    ...         print(step, cfg)  # here a loop makes what depends on the config anew
+    1 {'hidden': 1}
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        spec: SpecLike = None,
+        *,
+        width: str = "uniform",
+        multiple_of: int | Mapping[str, int] = 1,
+    ):
+        if steps < 1:
+            raise TrainingError("shrink every how many steps?", seen=steps, expected="1 or more")
+        self.steps, self.spec, self.width, self.multiple_of = steps, spec, width, multiple_of
+        self.changed = False
+        self._calls = 0
+        self._widths: Mapping[str, int] | None = None
+        self._last: float | None = None
+        self._times = collections.deque[float](maxlen=_RECENT)
+        self._before: float | None = None
+
+    def __call__(self, params: Any, opt_state: Any, cfg: Any = None) -> tuple[Any, Any, Any]:
+        """The three, smaller perhaps; then `changed` is true until the next call."""
+        self._clock()
+        self._calls += 1
+        self.changed = False
+        if self._calls % self.steps:
+            return params, opt_state, cfg
+        if (ratio := self.speedup) is not None:
+            _log.info("a step takes %.1f ms, %.2fx as fast", 1e3 * self._typical, ratio)
+            self._before = None
+        known = _known((opt_state, params))
+        widths = None if known is None else known.widths
+        if widths is not None and widths == self._widths:
+            return params, opt_state, cfg
+        self._widths = widths
+        if known is not None and not known.total:
+            return params, opt_state, cfg
+        with warnings.catch_warnings():
+            # Widths that are rounded often stay as they are, which is no fault.
+            warnings.simplefilter("ignore", NothingRemovedWarning)
+            found = shrink(
+                params, opt_state, cfg, self.spec, width=self.width, multiple_of=self.multiple_of
+            )
+        self.changed = found[0] is not params
+        if self.changed:
+            self._before = self._typical if len(self._times) >= _FEWEST else None
+            self._times.clear()
+            self._last = None  # the next step compiles
+        return found
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times as fast a step is as before the last cut; None until that is known."""
+        if self._before is None or len(self._times) < _FEWEST:
+            return None
+        return self._before / self._typical
+
+    @property
+    def _typical(self) -> float:
+        return statistics.median(self._times)
+
+    def _clock(self) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            self._times.append(now - self._last)
+        self._last = now
