@@ -130,6 +130,9 @@ if TYPE_CHECKING:
     from flaxslim.training._shrink import shrink as shrink
     from flaxslim.training._sparsity import Sparsity as Sparsity
     from flaxslim.training._sparsity import sparsity as sparsity
+    from flaxslim.training._masks import channel_mask as channel_mask
+    from flaxslim.training._masks import keep_dead as keep_dead
+    from flaxslim.training._masks import prunable as prunable
 
 __version__ = "0.1.0"
 
@@ -261,6 +264,11 @@ _PUBLIC = {
     "training._sparsity": (
         "Sparsity",
         "sparsity",
+    ),
+    "training._masks": (
+        "channel_mask",
+        "keep_dead",
+        "prunable",
     ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
