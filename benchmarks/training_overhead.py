@@ -96,8 +96,6 @@ def main() -> None:
 
         return jax.jit(step, donate_argnums=(0, 1))
 
-    inner_bytes = size(jax.eval_shape(inner.init, model.params))
-    del inner_bytes
     times: dict[str, list[float]] = {name: [] for name in ways}
     extra: dict[str, float] = {}
     base = size(inner.init(model.params))

@@ -133,6 +133,15 @@ if TYPE_CHECKING:
     from flaxslim.training._masks import channel_mask as channel_mask
     from flaxslim.training._masks import keep_dead as keep_dead
     from flaxslim.training._masks import prunable as prunable
+    from flaxslim.training._distill import distill_loss as distill_loss
+    from flaxslim.training._lasso import group_lasso as group_lasso
+    from flaxslim.training._lasso import proximal_group_lasso as proximal_group_lasso
+    from flaxslim.training._gates import expected_sparsity as expected_sparsity
+    from flaxslim.training._gates import gate_lagrangian as gate_lagrangian
+    from flaxslim.training._gates import gated as gated
+    from flaxslim.training._gates import gates as gates
+    from flaxslim.training._gates import open_gates as open_gates
+    from flaxslim.training._gates import sample_gates as sample_gates
 
 __version__ = "0.1.0"
 
@@ -269,6 +278,19 @@ _PUBLIC = {
         "channel_mask",
         "keep_dead",
         "prunable",
+    ),
+    "training._distill": ("distill_loss",),
+    "training._lasso": (
+        "group_lasso",
+        "proximal_group_lasso",
+    ),
+    "training._gates": (
+        "expected_sparsity",
+        "gate_lagrangian",
+        "gated",
+        "gates",
+        "open_gates",
+        "sample_gates",
     ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

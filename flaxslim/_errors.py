@@ -177,3 +177,14 @@ class TargetError(CheckpointError):
 
 class HubError(CheckpointError):
     """The Hub did not give the checkpoint (absent, gated, offline, or connection lost)."""
+
+
+# --- recipes ----------------------------------------------------------------------------------
+
+
+class RecipeError(FlaxslimError, ValueError):
+    """A recipe says what cannot be done; the path is the file and the line that says it."""
+
+
+class DivergedError(FlaxslimError, ArithmeticError):
+    """The loss of a run is NaN or infinite, so nothing that follows would mean anything."""

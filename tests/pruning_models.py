@@ -76,7 +76,7 @@ def mlp(layers: int = 2, d: int = 6, f: int = 10, seed: int = 0) -> Net:
             x = x + h @ layer["down"]["kernel"] + layer["down"]["bias"]
         return x @ p["out"]["kernel"]
 
-    return Net(params=jax.tree.map(jnp.asarray, params), spec=MLP, fn=fn)
+    return Net(params=jax.tree.map(jnp.asarray, params), spec=MLP, fn=fn, cfg={"hidden": f})
 
 
 def gated(d: int = 6, f: int = 10) -> Net:

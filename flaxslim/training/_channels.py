@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from flaxslim._spec import Site, Tensor
 
@@ -31,9 +33,21 @@ def total(
     for tensor in of or site.cut:
         axes, axis, stack = tensor.axes, site.axis(tensor), site.second.axes.stack
         split = [axes.split(_wide(tree[tensor.path])) for tree in leaves]
-        found = axes.rows(term(*split).sum(axes.others(axis, stack)), axis, stack)
+        found = whole(axes.rows(term(*split).sum(axes.others(axis, stack)), axis, stack))
         rows = rows + (found[:, site.owners] if axis == site.pair.group else found)
     return rows
+
+
+def whole(rows: Rows) -> Rows:
+    """Rows that each device has all of, as sorting needs them.
+
+    The compiler sees to that by itself, but not on a mesh with explicit axes (the default of
+    `jax.make_mesh`), where the sharding of an array is part of its type.
+    """
+    sharding = jax.typeof(rows).sharding
+    if all(part is None for part in sharding.spec):
+        return rows
+    return jax.sharding.reshard(rows, NamedSharding(sharding.mesh, P()))
 
 
 def values(site: Site, tensor: Tensor, leaf: Any) -> jax.Array:
@@ -81,7 +95,9 @@ def masks(
 
 def read(site: Site, leaves: Mapping[str, Any]) -> Rows:
     """Which channels something reads: bool `(s, f)`, false by rule (i) of `flaxslim._dead`."""
-    return total(site, lambda x: x != 0, leaves, of=site.reading) > 0
+    reading = {tensor.path for tensor in site.reading}
+    added = (matrix for kernel, matrix in site.lora if kernel in reading)
+    return total(site, lambda x: x != 0, leaves, of=(*site.reading, *added)) > 0
 
 
 def _wide(x: Any) -> jax.Array:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
+from jax.core import Tracer
 
 from flaxslim import _tree
 from flaxslim._copies import Names, copies
@@ -172,8 +173,9 @@ class Pruning:
             if self.fade:
                 own["fading"] = jnp.zeros(alive.shape, bool)
             channels[site.second.path] = own
-        zero = jnp.zeros((), jnp.int32)
-        return PruningState(self.inner.init(params), zero, zero, _nested(channels))
+        # Two arrays, or a step function could not be given both to overwrite.
+        count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return PruningState(self.inner.init(params), count, skipped, _nested(channels))
 
     def update(
         self, updates: Any, state: Any, params: Any = None, **extra: Any
@@ -264,6 +266,8 @@ class Pruning:
             return _counted(channels, now), skipped
 
         due = jnp.stack([schedule.is_due(count) for schedule in self.schedules.values()]).any()
+        if not isinstance(due, Tracer):  # eagerly each cond would be compiled, and kept, anew
+            return some_die() if due else none_dies()
         return jax.lax.cond(due, some_die, none_dies)
 
     def _chosen(
@@ -351,10 +355,11 @@ def _nested(channels: _Channels) -> dict[str, Any]:
 
 def _counted(channels: _Channels, score: Mapping[str, Rows]) -> _Channels:
     """The channels with new scores, where these are finite."""
-    return {
-        path: own | {"score": jnp.where(jnp.isfinite(score[path]), score[path], own["score"])}
-        for path, own in channels.items()
-    }
+    after: _Channels = {}
+    for path, own in channels.items():
+        new = score[path].astype(own["score"].dtype)  # wider where the parameters are
+        after[path] = own | {"score": jnp.where(jnp.isfinite(new), new, own["score"])}
+    return after
 
 
 def _growth(e: Evidence) -> Rows:

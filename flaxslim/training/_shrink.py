@@ -161,6 +161,7 @@ class ShrinkEvery:
         self._last: float | None = None
         self._times = collections.deque[float](maxlen=_RECENT)
         self._before: float | None = None
+        self._told = False
 
     def __call__(self, params: Any, opt_state: Any, cfg: Any = None) -> tuple[Any, Any, Any]:
         """The three, smaller perhaps; then `changed` is true until the next call."""
@@ -169,9 +170,9 @@ class ShrinkEvery:
         self.changed = False
         if self._calls % self.steps:
             return params, opt_state, cfg
-        if (ratio := self.speedup) is not None:
+        if (ratio := self.speedup) is not None and not self._told:
             _log.info("a step takes %.1f ms, %.2fx as fast", 1e3 * self._typical, ratio)
-            self._before = None
+            self._told = True
         known = _known((opt_state, params))
         widths = None if known is None else known.widths
         if widths is not None and widths == self._widths:
@@ -188,6 +189,7 @@ class ShrinkEvery:
         self.changed = found[0] is not params
         if self.changed:
             self._before = self._typical if len(self._times) >= _FEWEST else None
+            self._told = False
             self._times.clear()
             self._last = None  # the next step compiles
         return found

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from flaxslim import _tree
-from flaxslim._copies import of_channels
+from flaxslim._copies import of_channels, splits
 from flaxslim._errors import TrainingError
 
 
@@ -104,12 +104,15 @@ def sparsity(opt_state: Any) -> Sparsity:
     found: dict[str, dict[str, Any]] = {}
     skipped = 0
     for path, leaf in leaves.items():
-        head, mark, rest = path.rpartition("channels/")
-        if mark and (site := of_channels(rest)) is not None:
-            second, part = site
-            found.setdefault(second, {})[part] = np.asarray(leaf)
-            if (count := leaves.get(f"{head}skipped")) is not None:
+        # A layer may be called so too, but has no count beside it.
+        for head, rest in splits(path):
+            count = leaves.get(f"{head}/skipped" if head else "skipped")
+            site = of_channels(rest.removeprefix("channels/"))
+            if count is not None and site is not None and rest.startswith("channels/"):
+                second, part = site
+                found.setdefault(second, {})[part] = np.asarray(leaf)
                 skipped = int(np.max(np.asarray(count)))
+                break
     if not found:
         raise TrainingError(
             "there is no state of flaxslim.pruning in this tree",
