@@ -20,9 +20,9 @@ from flaxslim._errors import NothingMatchedError, TrainingError
 from flaxslim._tree import flatten
 from flaxslim.training._allocation import Allocation, Member, choose, regrown
 from flaxslim.training._channels import masks
-from flaxslim.training._pruning import by_site
 from flaxslim.training._schedule import as_schedule
 from flaxslim.training._score import SCORES, Evidence
+from flaxslim.training._state import by_site
 
 STEPS = 20
 SCHEDULES = {

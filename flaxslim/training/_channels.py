@@ -93,6 +93,15 @@ def masks(
     return found
 
 
+def placed(mask: Any, like: Any) -> Any:
+    """A mask that is sharded as the array it selects from; the same mask without explicit axes."""
+    sharding = jax.typeof(like).sharding
+    if all(part is None for part in sharding.spec):
+        return mask
+    spec = [part if n > 1 else None for part, n in zip(sharding.spec, mask.shape, strict=True)]
+    return jax.sharding.reshard(mask, NamedSharding(sharding.mesh, P(*spec)))
+
+
 def read(site: Site, leaves: Mapping[str, Any]) -> Rows:
     """Which channels something reads: bool `(s, f)`, false by rule (i) of `flaxslim._dead`."""
     reading = {tensor.path for tensor in site.reading}

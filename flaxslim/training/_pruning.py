@@ -11,13 +11,12 @@ in the steps in which some do.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import unflatten_dict
 from jax.core import Tracer
 
 from flaxslim import _tree
@@ -27,33 +26,13 @@ from flaxslim._spec import Site, Spec, SpecLike, Tensor
 from flaxslim._state_kinds import Kind
 from flaxslim.specs import chosen
 from flaxslim.training._allocation import Allocation, choose, members, regrown
-from flaxslim.training._channels import Rows, masks, read, spread, total
+from flaxslim.training._channels import Rows, masks, placed, read, spread, total
 from flaxslim.training._schedule import Schedule, as_schedule
 from flaxslim.training._score import Evidence, Score, ScoreFn, as_score
+from flaxslim.training._state import BySite, PruningState, by_site, nested
 
 # A Schedule, a function of the step, a share; or these by axis: {"f": ..., "h": ...}.
 ScheduleLike = Any
-
-# What is known of the channels of each site, by the path of its second kernel.
-_Channels = dict[str, dict[str, jax.Array]]
-
-
-class PruningState(NamedTuple):
-    """The state of `pruning`.
-
-    Attributes:
-      inner_state: of the inner optimizer.
-      count: how many updates there were.
-      skipped: how many scores were not finite, so that they did not count and nothing died by them.
-      channels: nested like the parameters; at the place of each second kernel `alive` (bool) and
-        `score` (float32) of its channels `(s, f)`, and `gone`, how many of each row `shrink` has
-        cut. With fade= also `fading` (bool).
-    """
-
-    inner_state: Any
-    count: jax.Array
-    skipped: jax.Array
-    channels: Any
 
 
 def pruning(
@@ -75,8 +54,8 @@ def pruning(
 
     Args:
       inner: the optimizer, of Optax or of its kind. `optax.MultiSteps` may stand inside or around.
-        `pruning` goes outermost, or last in a chain: whatever came after it would change the
-        updates that make dead channels zero.
+        `pruning` goes outermost, or last in a chain: whatever came after it (or around it, as
+        `optax.lookahead`) would change the updates that make dead channels zero.
       spec: where the channels are, as in `flaxslim.plan`.
       schedule: when how many are dead: `flaxslim.cubic`, `linear`, `exponential`, `stepwise`,
         `one_shot`, `scheduled`, or a function of the step such as an Optax schedule. For each axis
@@ -162,7 +141,7 @@ class Pruning:
 
     def init(self, params: Any) -> PruningState:
         leaves = _tree.flatten(params)
-        channels: _Channels = {}
+        channels: BySite = {}
         for site in self.spec.sites(params, self.cfg):
             alive = read(site, leaves) if self.lock else jnp.ones((site.rows, site.size), bool)
             own = {
@@ -175,7 +154,7 @@ class Pruning:
             channels[site.second.path] = own
         # Two arrays, or a step function could not be given both to overwrite.
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        return PruningState(self.inner.init(params), count, skipped, _nested(channels))
+        return PruningState(self.inner.init(params), count, skipped, nested(channels))
 
     def update(
         self, updates: Any, state: Any, params: Any = None, **extra: Any
@@ -183,6 +162,13 @@ class Pruning:
         if params is None:
             raise TrainingError(
                 "pruning needs the parameters", mend="tx.update(grads, state, params)"
+            )
+        if not isinstance(state, PruningState):
+            raise TrainingError(
+                "this is no state of pruning",
+                seen=f"a {type(state).__name__}",
+                mend="tx.init(params) makes one; flax.serialization.from_bytes(tx.init(params), "
+                "data) restores one that was saved",
             )
         sites = self.spec.sites(params, self.cfg)
         leaves, grads = _tree.flatten(params), _tree.flatten(updates)
@@ -206,8 +192,8 @@ class Pruning:
         channels, fading = self._faded(sites, channels, state.count)
 
         alive = {path: own["alive"] for path, own in channels.items()}
-        zero = masks(sites, alive, self._zeroed)
-        frozen = masks(sites, alive) if self.regrow else {}
+        zero = _placed(masks(sites, alive, self._zeroed), leaves)
+        frozen = _placed(masks(sites, alive), leaves) if self.regrow else {}
         living = zero | frozen
         held = {path: jnp.where(mask, grads[path], 0) for path, mask in living.items()}
         new, inner = self.inner.update(
@@ -218,6 +204,7 @@ class Pruning:
             steps[path] = jnp.where(mask, steps[path], 0)
         for path, (doomed, ratio) in fading.items():
             p = leaves[path]
+            doomed = placed(doomed, p)
             steps[path] = jnp.where(doomed, (p + steps[path]) * ratio - p, steps[path])
         for path, mask in zero.items():
             # In the wider of the two types, or it would not be minus what it is.
@@ -225,7 +212,7 @@ class Pruning:
         new = _tree.replace(new, {path: steps[path] for path in living})
         inner = _held(inner, leaves, living, zero)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return new, PruningState(inner, count, state.skipped + skipped, _nested(channels))
+        return new, PruningState(inner, count, state.skipped + skipped, nested(channels))
 
     def _zeroed(self, site: Site) -> tuple[Tensor, ...]:
         """The tensors in which what is dead is zero."""
@@ -237,9 +224,9 @@ class Pruning:
         self,
         sites: Sequence[Site],
         evidence: Mapping[str, Evidence],
-        channels: _Channels,
+        channels: BySite,
         count: jax.Array,
-    ) -> tuple[_Channels, jax.Array]:
+    ) -> tuple[BySite, jax.Array]:
         """The channels after what happens in this step, and how many scores did not count."""
         if not self.schedules:
             return channels, jnp.zeros((), jnp.int32)
@@ -247,7 +234,7 @@ class Pruning:
         if self.score.adds_up:
             now = {path: self.score.rows(e) for path, e in evidence.items()}
 
-        def some_die() -> tuple[_Channels, jax.Array]:
+        def some_die() -> tuple[BySite, jax.Array]:
             rows = now
             if not self.score.adds_up:
                 rows = {path: self.score.rows(e) for path, e in evidence.items()}
@@ -261,7 +248,7 @@ class Pruning:
             after = self._chosen(sites, evidence, kept, rows, count)
             return after, skipped
 
-        def none_dies() -> tuple[_Channels, jax.Array]:
+        def none_dies() -> tuple[BySite, jax.Array]:
             skipped = self._not_finite(channels, now)
             return _counted(channels, now), skipped
 
@@ -274,10 +261,10 @@ class Pruning:
         self,
         sites: Sequence[Site],
         evidence: Mapping[str, Evidence],
-        channels: _Channels,
+        channels: BySite,
         score: Mapping[str, Rows],
         count: jax.Array,
-    ) -> _Channels:
+    ) -> BySite:
         """Some die, and perhaps others grow again, at the axes that are due."""
         own = members(sites, score, channels)
         share = {axis: schedule(count) for axis, schedule in self.schedules.items()}
@@ -291,7 +278,7 @@ class Pruning:
                 rows = regrown(m, alive[m.paths[0]], jnp.asarray(growth), part)
                 alive |= dict.fromkeys(m.paths, rows)
         due = {axis: schedule.is_due(count) for axis, schedule in self.schedules.items()}
-        after: _Channels = {}
+        after: BySite = {}
         for site in sites:
             path, axis = site.second.path, site.pair.axis
             after[path] = dict(channels[path])
@@ -308,15 +295,15 @@ class Pruning:
                 after[path]["score"] = jnp.where(due[axis], zero, channels[path]["score"])
         return after
 
-    def _not_finite(self, channels: _Channels, score: Mapping[str, Rows]) -> jax.Array:
+    def _not_finite(self, channels: BySite, score: Mapping[str, Rows]) -> jax.Array:
         counts = [
             (own["alive"] & ~jnp.isfinite(score[path])).sum() for path, own in channels.items()
         ]
         return jnp.stack(counts).sum().astype(jnp.int32)
 
     def _faded(
-        self, sites: Sequence[Site], channels: _Channels, count: jax.Array
-    ) -> tuple[_Channels, dict[str, tuple[jax.Array, jax.Array]]]:
+        self, sites: Sequence[Site], channels: BySite, count: jax.Array
+    ) -> tuple[BySite, dict[str, tuple[jax.Array, jax.Array]]]:
         """The channels, and of each tensor that fades where, and to which part of what it is."""
         if not self.fade:
             return channels, {}
@@ -340,26 +327,17 @@ class Pruning:
         return after, fading
 
 
-def by_site(channels: Any) -> _Channels:
-    """What is known of the channels of each site, from the nested dict of a state."""
-    found: _Channels = {}
-    for path, leaf in _tree.flatten(channels).items():
-        site, _, name = path.rpartition("/")
-        found.setdefault(site, {})[name] = leaf
-    return found
-
-
-def _nested(channels: _Channels) -> dict[str, Any]:
-    return unflatten_dict({tuple(path.split("/")): own for path, own in channels.items()})
-
-
-def _counted(channels: _Channels, score: Mapping[str, Rows]) -> _Channels:
+def _counted(channels: BySite, score: Mapping[str, Rows]) -> BySite:
     """The channels with new scores, where these are finite."""
-    after: _Channels = {}
+    after: BySite = {}
     for path, own in channels.items():
         new = score[path].astype(own["score"].dtype)  # wider where the parameters are
         after[path] = own | {"score": jnp.where(jnp.isfinite(new), new, own["score"])}
     return after
+
+
+def _placed(found: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: placed(mask, leaves[path]) for path, mask in found.items()}
 
 
 def _growth(e: Evidence) -> Rows:
@@ -461,7 +439,7 @@ def _check_gradients(sites: Sequence[Site], grads: Mapping[str, Any]) -> None:
                 )
 
 
-def _check_state(sites: Sequence[Site], channels: _Channels, fade: int) -> None:
+def _check_state(sites: Sequence[Site], channels: BySite, fade: int) -> None:
     paths = {site.second.path for site in sites}
     if strange := sorted(paths ^ channels.keys()):
         raise TrainingError(

@@ -136,7 +136,8 @@ def _product(e: Evidence) -> Rows:
 def _random(e: Evidence) -> Rows:
     # By the name and not by the place: the same whatever else the spec has.
     key = jax.random.fold_in(jax.random.key(e.seed), zlib.crc32(e.site.second.path.encode()))
-    return jax.random.uniform(key, (e.site.rows, e.site.size))
+    fresh = jax.random.uniform(key, (e.site.rows, e.site.size), minval=1e-6)
+    return jnp.where(e.state > 0, e.state, fresh)  # so that `shrink` leaves each its own
 
 
 def _saliency(w: Any, g: Any) -> Any:

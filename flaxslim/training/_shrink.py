@@ -13,7 +13,7 @@ import numpy as np
 from flaxslim._apply import apply
 from flaxslim._draw import draw
 from flaxslim._errors import NothingRemovedWarning, TrainingError
-from flaxslim._plan import Plan, counted
+from flaxslim._plan import Plan
 from flaxslim._slim import slim
 from flaxslim._spec import SpecLike
 from flaxslim.training._sparsity import Sparsity, sparsity
@@ -74,8 +74,6 @@ def shrink(
         small = apply(plan, params, like=whole)
     if opt_state is not None:
         opt_state = apply(plan, opt_state, like=whole)
-    gone = counted((cut.site, cut.removed) for cut in plan.cuts)
-    _log.info("shrink: %s went, with %s parameters", gone, f"{plan.removed_parameters:,}")
     return small, opt_state, new
 
 
@@ -123,7 +121,8 @@ class ShrinkEvery:
 
     Each other width means another compilation, so widths are rounded up to `multiple_of`. It tells
     the logger "flaxslim" what went and, at the next time, how much faster a step has become:
-    the median time between two calls, before and after.
+    the median time between two calls, before and after. It counts its own calls, which no
+    checkpoint knows: make it anew at a multiple of `steps`, or a resumed loop shrinks at others.
 
     Args:
       steps: look every so many calls.
