@@ -119,6 +119,18 @@ if TYPE_CHECKING:
     from flaxslim.specs._libraries import NNX_HEADS as NNX_HEADS
     from flaxslim.specs._libraries import TUNIX_FFN as TUNIX_FFN
     from flaxslim.specs._libraries import TUNIX_HEADS as TUNIX_HEADS
+    from flaxslim.training._distill import distill_loss as distill_loss
+    from flaxslim.training._gates import expected_sparsity as expected_sparsity
+    from flaxslim.training._gates import gate_lagrangian as gate_lagrangian
+    from flaxslim.training._gates import gated as gated
+    from flaxslim.training._gates import gates as gates
+    from flaxslim.training._gates import open_gates as open_gates
+    from flaxslim.training._gates import sample_gates as sample_gates
+    from flaxslim.training._lasso import group_lasso as group_lasso
+    from flaxslim.training._lasso import proximal_group_lasso as proximal_group_lasso
+    from flaxslim.training._masks import channel_mask as channel_mask
+    from flaxslim.training._masks import keep_dead as keep_dead
+    from flaxslim.training._masks import prunable as prunable
     from flaxslim.training._pruning import pruning as pruning
     from flaxslim.training._schedule import cubic as cubic
     from flaxslim.training._schedule import exponential as exponential
@@ -130,18 +142,6 @@ if TYPE_CHECKING:
     from flaxslim.training._shrink import shrink as shrink
     from flaxslim.training._sparsity import Sparsity as Sparsity
     from flaxslim.training._sparsity import sparsity as sparsity
-    from flaxslim.training._masks import channel_mask as channel_mask
-    from flaxslim.training._masks import keep_dead as keep_dead
-    from flaxslim.training._masks import prunable as prunable
-    from flaxslim.training._distill import distill_loss as distill_loss
-    from flaxslim.training._lasso import group_lasso as group_lasso
-    from flaxslim.training._lasso import proximal_group_lasso as proximal_group_lasso
-    from flaxslim.training._gates import expected_sparsity as expected_sparsity
-    from flaxslim.training._gates import gate_lagrangian as gate_lagrangian
-    from flaxslim.training._gates import gated as gated
-    from flaxslim.training._gates import gates as gates
-    from flaxslim.training._gates import open_gates as open_gates
-    from flaxslim.training._gates import sample_gates as sample_gates
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,6 @@ import numpy as np
 from flaxslim import _lora, _scales
 from flaxslim._state_kinds import Kind, kinds
 
-
 # What `flaxslim.pruning` keeps for the channels that a second kernel reads.
 _OF_CHANNELS = re.compile(r"(?P<second>.+)/(?P<part>alive|score|fading|gone)")
 

@@ -1,4 +1,4 @@
-"""The command line: `flaxslim inspect | slim | verify | families | demo`.
+"""The command line: `flaxslim inspect | slim | verify | families | run | demo`.
 
 Nothing heavy is imported until a command needs it, so that `--help` answers at once.
 """
@@ -16,7 +16,7 @@ EXIT_CODES = """exit codes:
   2    the command line itself is wrong
   3    nothing is dead, so nothing was written
   4    the two models are not proven equal, so nothing was written
-  130  stopped by Ctrl-C; nothing was written
+  130  stopped by Ctrl-C; no model was written
 
 environment:
   FLAXSLIM_TRACEBACK=1   show the traceback of an unexpected error"""
@@ -32,6 +32,7 @@ def _by_name() -> dict[str, Callable[..., Any]]:
         "slim": _commands.slim,
         "verify": _commands.verify,
         "families": _commands.families,
+        "run": _commands.run,
         "demo": _commands.demo,
     }
 

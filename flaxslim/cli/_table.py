@@ -1,7 +1,8 @@
 """Tables and progress bars, with rich."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Group
@@ -12,19 +13,34 @@ from rich.text import Text
 
 from flaxslim.cli._console import messages
 
-T = TypeVar("T")
 
-
-def track(items: Iterable[T], task: str) -> Iterable[T]:
-    """The items, with a progress bar and the time left."""
+@contextlib.contextmanager
+def training(task: str, steps: int) -> Iterator[Callable[..., None]]:
+    """A progress bar; tell it the step that was taken, and the last row of metrics."""
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=8),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
     )
     with Progress(*columns, console=messages) as progress:
-        yield from progress.track(items, description=task)
+        number = progress.add_task(task, total=steps, said="")
+
+        def said(step: int, row: Any = None) -> None:
+            progress.update(number, completed=step)
+            if row is not None:
+                progress.update(number, said=_row(row))
+
+        yield said
+
+
+def _row(row: Any) -> str:
+    widths = dict.fromkeys((row.width_min, row.width_max))
+    return (
+        f"loss {row.loss:.3f}  dead {row.sparsity:.0%}  "
+        f"width {' to '.join(f'{width:,}' for width in widths)}  {row.ms_per_step:.1f} ms"
+    )
 
 
 def _table(label: str, *numbers: str) -> Table:
@@ -160,9 +176,38 @@ def families() -> Table:
     return table
 
 
-def accuracies(results: Mapping[str, float]) -> Table:
-    """Accuracy by model, in percent."""
-    table = _table("model", "accuracy")
-    for name, value in results.items():
-        table.add_row(name, f"{value:.2%}")
+def scores(results: Mapping[str, Mapping[str, float]], show: Callable[[float], str]) -> Table:
+    """The metrics of each model."""
+    names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
+    table = _table("model", *names)
+    for model, metrics in results.items():
+        table.add_row(model, *(show(metrics[name]) if name in metrics else "" for name in names))
     return table
+
+
+def trained(report: Any) -> Table:
+    """What a run has done to size and speed."""
+    table = _table("", "dense", "slim", "ratio")
+    rows = (
+        ("parameters", report.parameters, "{:,.0f}".format),
+        ("bytes", report.bytes, lambda n: decimal(int(n), precision=2)),
+        ("FLOPs, one training step", report.step_flops, "{:,.0f}".format),
+        ("training step", report.step_milliseconds, "{:.1f} ms".format),
+        ("latency", report.latency, "{:.1f} ms".format),
+    )
+    for label, change, show in rows:
+        if change.before is not None and change.after is not None:
+            ratio = _ratio(change.before, change.after)
+            table.add_row(label, show(change.before), show(change.after), ratio)
+    return table
+
+
+def step_time(report: Any) -> str | None:
+    """How the time of a step compares with what FLOPs say; None where nothing was cut."""
+    if not report.shrunk or report.predicted is None or report.measured is None:
+        return None
+    beyond = report.measured / report.predicted
+    return (
+        f"a training step takes {report.measured:.2f} of its time, and FLOPs say "
+        f"{report.predicted:.2f}: {beyond:.2f} times as long as predicted"
+    )
