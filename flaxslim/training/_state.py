@@ -56,7 +56,7 @@ def nested(channels: BySite) -> Channels:
     return Channels(unflatten_dict({tuple(path.split("/")): own for path, own in channels.items()}))
 
 
-def _flatten(channels: Channels) -> tuple[list[tuple[DictKey, Any]], tuple[str, ...]]:
+def _flatten(channels: Channels) -> tuple[list[Any], tuple[str, ...]]:
     keys = tuple(sorted(channels))
     return [(DictKey(key), channels[key]) for key in keys], keys
 
