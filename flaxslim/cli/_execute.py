@@ -1,0 +1,67 @@
+"""What `flaxslim run` and `flaxslim demo` print: around the run itself, which is in `_run`."""
+
+import json as json_module
+
+from flaxslim.cli import INTERRUPTED, _table
+from flaxslim.cli._console import console, messages
+from flaxslim.cli._recipe import Read
+from flaxslim.cli._tasks import TASKS
+
+
+def show(read: Read) -> int:
+    """Print the checked recipe, and what it names that is not there."""
+    _say_missing(read)
+    console.print(read.recipe.to_toml(), markup=False, soft_wrap=True, end="")
+    return 0
+
+
+def check(read: Read) -> int:
+    """Take the first step on random numbers, and print what it was."""
+    from flaxslim.cli import _run
+
+    _say_missing(read)
+    with messages.status("the first training step, on random weights and numbers"):
+        found = _run.check(read.recipe)
+    console.print(
+        f"{read.recipe.model.cls}: {found.parameters:,} parameters, {found.channels:,} channels "
+        f"that can die\nfirst step: loss {found.loss:.3f}; compiled and run in "
+        f"{found.compiling:.1f} s, again in {found.seconds:.1f} s\nthe recipe is ready to run",
+        markup=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def execute(read: Read, *, overwrite: bool = False, json: bool = False, kept: bool = True) -> int:
+    """Run it, and print what came of it. `kept` is false if the folder will vanish."""
+    from flaxslim.cli import _run
+
+    recipe = read.recipe
+    try:
+        report = _run.run(recipe, overwrite=overwrite)
+    except KeyboardInterrupt:
+        partial = _run.partial_folder(recipe.output.folder)
+        where = f"; what was measured so far is in {partial}" if kept else ""
+        messages.print(f"stopped; no model was written{where}", markup=False, soft_wrap=True)
+        return INTERRUPTED
+    if json:
+        print(json_module.dumps(report.to_dict(), indent=1))
+        return 0
+    console.print(_table.scores(report.scores, TASKS[recipe.task]().show))
+    console.print(_table.trained(report))
+    for one in report.shrunk:
+        if one.proof is not None:
+            what = f"step {one.step}, {one.removed:,} channels cut out: "
+            console.print(what + _table.verdict(one.proof), markup=False, soft_wrap=True)
+    if text := _table.step_time(report):
+        console.print(text, markup=False, soft_wrap=True)
+    if report.skipped:
+        messages.print(f"note: {report.skipped:,} scores were not finite and did not count")
+    where = f", saved in {recipe.output.folder}" if kept else ""
+    console.print(f"done in {report.seconds:.0f} s{where}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _say_missing(read: Read) -> None:
+    for missing in read.missing:
+        messages.print(f"note: {missing}", markup=False, soft_wrap=True)
