@@ -40,7 +40,7 @@ def masked(inner: optax.GradientTransformation, every: int) -> optax.GradientTra
         }
         return inner.init(params), masks, jnp.zeros((), jnp.int32)
 
-    def update(grads: Any, state: Any, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         inner_state, masks, count = state
         leaves = flatten(params)
 
@@ -51,7 +51,7 @@ def masked(inner: optax.GradientTransformation, every: int) -> optax.GradientTra
             }
 
         masks = jax.lax.cond(count % every == every - 1, chosen, lambda: masks)
-        updates, inner_state = inner.update(grads, inner_state, params)
+        updates, inner_state = inner.update(updates, inner_state, params)
         own = flatten(updates)
         new = {path: jnp.where(m, own[path], -leaves[path]) for path, m in masks.items()}
         return replace(updates, new), (inner_state, masks, count + 1)
@@ -64,7 +64,7 @@ def size(tree: Any) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
@@ -96,19 +96,20 @@ def main() -> None:
 
         return jax.jit(step, donate_argnums=(0, 1))
 
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    extra: dict[str, float] = {}
+    console, held, times, extra = Console(), {}, {name: [] for name in ways}, {}
     base = size(inner.init(model.params))
-    steps = {name: stepping(tx) for name, tx in ways.items()}
-    for round_ in range(arguments.rounds + 1):
-        for name, tx in ways.items():
+    for name, tx in ways.items():
+        with console.status(f"compiling {name}"):
             params = jax.tree.map(jnp.array, model.params)
             state = tx.init(params)
             extra[name] = (size(state) - base) / base
-            params, state = jax.block_until_ready(steps[name](params, state))  # warm
-            started = time.perf_counter()
-            params, state = jax.block_until_ready(steps[name](params, state))
-            if round_:
+            step = stepping(tx)
+            held[name] = step, *jax.block_until_ready(step(params, state))
+    for number in range(arguments.rounds):
+        with console.status(f"round {number + 1} of {arguments.rounds}"):
+            for name, (step, params, state) in held.items():
+                started = time.perf_counter()
+                held[name] = step, *jax.block_until_ready(step(params, state))
                 times[name].append(time.perf_counter() - started)
 
     table = Table("optimizer", "ms per step", "ratio", "state beside adamw's")
@@ -121,7 +122,6 @@ def main() -> None:
             f"{decimal(round(extra[name] * base))}, {extra[name]:.3%}",
         )
     shape = f"{arguments.batch} x {arguments.length}"
-    console = Console()
     console.print(f"BERT, {arguments.layers} layers, {shape}, float32, {jax.devices()[0]}")
     console.print(table)
 

@@ -2,13 +2,15 @@
 
 import re
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
 
 from flaxslim import FlaxslimError
-from flaxslim.cli import _demo, _recipe
-from flaxslim.cli._recipe import Pruning, Recipe, parse, read
+from flaxslim.cli import _demo, _recipe_lines
+from flaxslim.cli._recipe import Pruning, Recipe
+from flaxslim.cli._recipe_read import parse, read
 
 CONFIGS = sorted(_demo.recipes().glob("*.toml"))
 
@@ -218,7 +220,7 @@ f = [
 [l.m]
 n = \'\'\'x\'\'\'
 '''
-    lines = _recipe._lines(text)
+    lines = _recipe_lines.lines(text)
     names = {".".join(key): line for key, line in lines.items()}
     assert names == {
         "a": 1,
@@ -323,6 +325,6 @@ def test_the_demo_is_its_recipe():
 def test_choices_are_those_of_the_library():
     from flaxslim.training._score import SCORES
 
-    known = {*_recipe.typing.get_args(_recipe.typing.get_type_hints(Pruning)["score"])}
+    known = {*typing.get_args(typing.get_type_hints(Pruning)["score"])}
     # Those by activations need a loop that hands them over.
     assert known == {*SCORES} - {"activation", "wanda"}

@@ -14,7 +14,19 @@ from cli.tiny import Result
 import flaxslim
 from flaxslim import FlaxslimError
 from flaxslim._errors import DivergedError, TargetError
-from flaxslim.cli import INTERRUPTED, _demo, _metrics, _plot, _recipe, _run, main
+from flaxslim.cli import (
+    INTERRUPTED,
+    _build,
+    _demo,
+    _metrics,
+    _output,
+    _plot,
+    _program,
+    _recipe_read,
+    _report,
+    _run,
+    main,
+)
 from flaxslim.cli._console import console, messages
 from flaxslim.cli._recipe import Recipe
 
@@ -42,18 +54,18 @@ TINY = (
 
 def _tiny(folder: Path, *overrides: str) -> Recipe:
     said = (*TINY, f"output.folder={str(folder)!r}", *overrides)
-    return _recipe.read(_demo.recipes() / "digits.toml", said).recipe
+    return _recipe_read.read(_demo.recipes() / "digits.toml", said).recipe
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """No time is spent on timing."""
-    monkeypatch.setattr(_run, "_TIMED", 0.0)
-    monkeypatch.setattr(_run, "_LEAST", 1)
+    monkeypatch.setattr(_report, "_TIMED", 0.0)
+    monkeypatch.setattr(_report, "_LEAST", 1)
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> _run.Report:
+def ran(tmp_path_factory) -> _report.Report:
     """The run that most tests look at."""
     return _run.run(_tiny(tmp_path_factory.mktemp("runs") / "digits"))
 
@@ -90,7 +102,7 @@ def test_the_folder_is_the_model_with_its_story(ran):
         "report.json",
         "training.png",
     }
-    assert not _run.partial_folder(ran.folder).exists()
+    assert not _output.partial_folder(ran.folder).exists()
     picture = (ran.folder / "training.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 10_000
@@ -141,7 +153,7 @@ def test_the_report(ran):
 
 
 def test_the_recipe_beside_it_is_what_was_run(ran):
-    again = _recipe.read(ran.folder / "recipe.toml").recipe
+    again = _recipe_read.read(ran.folder / "recipe.toml").recipe
     assert again.train == _tiny(ran.folder).train
     assert again.pruning == _tiny(ran.folder).pruning
 
@@ -201,7 +213,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     assert "step " in str(caught.value)
     assert "train.learning_rate" in str(caught.value)
     assert not recipe.output.folder.exists()
-    assert (_run.partial_folder(recipe.output.folder) / "metrics.jsonl").exists()
+    assert (_output.partial_folder(recipe.output.folder) / "metrics.jsonl").exists()
 
 
 def test_a_folder_is_replaced_only_on_demand_and_only_if_a_run_made_it(tmp_path, monkeypatch):
@@ -211,9 +223,9 @@ def test_a_folder_is_replaced_only_on_demand_and_only_if_a_run_made_it(tmp_path,
     def begin(*_: Any) -> None:
         raise Begun
 
-    monkeypatch.setattr(_run, "_start", begin)
+    monkeypatch.setattr(_build, "start", begin)
     recipe = _tiny(tmp_path / "out")
-    folder, partial = recipe.output.folder, _run.partial_folder(recipe.output.folder)
+    folder, partial = recipe.output.folder, _output.partial_folder(recipe.output.folder)
     folder.mkdir()
     with pytest.raises(Begun):  # an empty one is no loss
         _run.run(recipe)
@@ -224,11 +236,11 @@ def test_a_folder_is_replaced_only_on_demand_and_only_if_a_run_made_it(tmp_path,
         _run.run(recipe)
     with pytest.raises(TargetError, match="something else"):
         _run.run(recipe, overwrite=True)
-    (folder / _run.REPORT).touch()
+    (folder / _output.REPORT).touch()
     with pytest.raises(Begun):
         _run.run(recipe, overwrite=True)
     assert (folder / "thesis.tex").exists(), "until the new one is whole"
-    (partial / _run.RECIPE).unlink()
+    (partial / _output.RECIPE).unlink()
     with pytest.raises(TargetError, match="something else"):
         _run.run(recipe, overwrite=True)
 
@@ -246,7 +258,7 @@ def test_ctrl_c(command, tmp_path, monkeypatch):
     def interrupt(self: Any, *arguments: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(_run._Program, "train", interrupt)
+    monkeypatch.setattr(_program.Program, "train", interrupt)
     said = [part for text in TINY for part in ("--set", text)]
     result = command("run", "digits", *said, "--out", tmp_path / "out")
     assert result.code == INTERRUPTED
@@ -392,7 +404,7 @@ def test_stories_are_measured_as_their_reference_says(data):
 
     from flaxslim.cli._tasks._language import Language
 
-    recipe = _recipe.read(_demo.recipes() / "stories260k.toml").recipe
+    recipe = _recipe_read.read(_demo.recipes() / "stories260k.toml").recipe
     task = Language.load(recipe.data, None)
     model: Any = flaxslim.from_pretrained(FlaxLlamaForCausalLM, data / "stories260K")
     forward = jax.jit(lambda inputs: (model(**inputs).logits,))

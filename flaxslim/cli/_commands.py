@@ -223,10 +223,10 @@ def run(
     until the run is over they grow in OUT.partial. The same recipe gives the same numbers.
     Example: flaxslim run configs/digits.toml --set pruning.sparsity=0.8 --set train.steps=300
     """
-    from flaxslim.cli import _demo, _execute, _recipe
+    from flaxslim.cli import _demo, _execute, _recipe_read
 
     overrides = [*set, *([f"output.folder={str(out)!r}"] if out else [])]
-    read = _recipe.read(_demo.shipped(recipe), overrides, files=not (dry_run or check))
+    read = _recipe_read.read(_demo.shipped(recipe), overrides, files=not (dry_run or check))
     if dry_run:
         return _execute.show(read)
     if check:

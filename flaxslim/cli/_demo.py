@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 import flaxslim
-from flaxslim.cli import _recipe
+from flaxslim.cli import _recipe_read
 
 
 def recipes() -> Path:
@@ -45,5 +45,5 @@ def run(folder: Path | None = None, *, steps: int = 160) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         target = folder or Path(scratch) / "digits"
         said = [*overrides(steps), f"output.folder={str(target)!r}"]
-        read = _recipe.read(recipes() / "digits.toml", said)
+        read = _recipe_read.read(recipes() / "digits.toml", said)
         return _execute.execute(read, kept=folder is not None)

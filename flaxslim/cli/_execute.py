@@ -2,9 +2,9 @@
 
 import json as json_module
 
-from flaxslim.cli import INTERRUPTED, _table
+from flaxslim.cli import INTERRUPTED, _output, _table
 from flaxslim.cli._console import console, messages
-from flaxslim.cli._recipe import Read
+from flaxslim.cli._recipe_read import Read
 from flaxslim.cli._tasks import TASKS
 
 
@@ -17,11 +17,11 @@ def show(read: Read) -> int:
 
 def check(read: Read) -> int:
     """Take the first step on random numbers, and print what it was."""
-    from flaxslim.cli import _run
+    from flaxslim.cli import _check
 
     _say_missing(read)
     with messages.status("the first training step, on random weights and numbers"):
-        found = _run.check(read.recipe)
+        found = _check.check(read.recipe)
     console.print(
         f"{read.recipe.model.cls}: {found.parameters:,} parameters, {found.channels:,} channels "
         f"that can die\nfirst step: loss {found.loss:.3f}; compiled and run in "
@@ -40,7 +40,7 @@ def execute(read: Read, *, overwrite: bool = False, json: bool = False, kept: bo
     try:
         report = _run.run(recipe, overwrite=overwrite)
     except KeyboardInterrupt:
-        partial = _run.partial_folder(recipe.output.folder)
+        partial = _output.partial_folder(recipe.output.folder)
         where = f"; what was measured so far is in {partial}" if kept else ""
         messages.print(f"stopped; no model was written{where}", markup=False, soft_wrap=True)
         return INTERRUPTED

@@ -1,0 +1,63 @@
+"""`flaxslim run --check`: the first training step of a recipe, without its files."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from flaxslim.cli._build import model_class, optimizer
+from flaxslim.cli._program import check_finite, make_program, owned
+from flaxslim.cli._recipe import Recipe
+from flaxslim.cli._report import channels, sizes
+from flaxslim.cli._tasks import TASKS, Logits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checked:
+    """The first training step of a recipe on a random model."""
+
+    parameters: int
+    channels: int
+    loss: float
+    compiling: float
+    seconds: float
+
+
+def check(recipe: Recipe, *, batch_size: int = 2) -> Checked:
+    """Take the first training step with random weights and numbers; no file and no network.
+
+    The config is that of the source, if it is a folder that is there; else what the recipe says
+    of it, and the defaults of its class.
+    """
+    kind, cls = TASKS[recipe.task](), model_class(recipe)
+    source = recipe.model.source
+    if source is not None and (Path(source) / "config.json").is_file():
+        cfg = cls.config_class.from_pretrained(source)
+        cfg.update(dict(recipe.model.config))
+    else:
+        cfg = cls.config_class(**recipe.model.config)
+    params = cls(cfg, seed=recipe.seed).params
+    parameters, prunable = sizes(params)[0], channels(recipe, params, cfg)
+    rng = np.random.default_rng(recipe.seed)
+    batch = kind.random(recipe.data, cfg, min(batch_size, recipe.train.batch_size), rng)
+    tx = optimizer(recipe, cfg, recipe.train.steps, prunes=recipe.prunes)
+    program = make_program(recipe, kind, cls, cfg, tx)
+    teacher: Logits = ()
+    if recipe.distils:
+        shapes = jax.eval_shape(program.forward, params, kind.inputs(batch))
+        teacher = tuple(rng.standard_normal(x.shape, np.float32) for x in shapes)
+    state = owned(program.tx.init(params))
+    params, state, loss = program.train(params, state, batch, teacher, 1)
+    compiling, began = program.compiling, time.perf_counter()
+    _, _, loss = program.train(params, state, batch, teacher, 2)
+    value = np.asarray(loss)
+    check_finite(value[None], 1)
+    return Checked(
+        parameters=parameters,
+        channels=prunable,
+        loss=float(value),
+        compiling=compiling,
+        seconds=time.perf_counter() - began,
+    )

@@ -1,0 +1,55 @@
+"""The book of mistakes that is kept while a recipe is read and checked."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from flaxslim._errors import RecipeError, nearest
+from flaxslim.cli._recipe_lines import Key
+
+
+@dataclasses.dataclass(kw_only=True)
+class Book:
+    """Where the keys of a recipe stand, and the mistakes so far.
+
+    Attributes:
+      lines: of the keys in the file.
+      said: for keys that the command line sets, how.
+      missing: what the recipe names and is not there; a mistake or not, as the reader likes.
+    """
+
+    path: Path
+    lines: dict[Key, int]
+    said: dict[Key, str] = dataclasses.field(default_factory=dict)
+    mistakes: list[RecipeError] = dataclasses.field(default_factory=list)
+    missing: list[RecipeError] = dataclasses.field(default_factory=list)
+
+    def where(self, key: Key) -> str:
+        """The line of a key, or of the nearest table around it."""
+        for end in range(len(key), 0, -1):
+            inside = (text for said, text in self.said.items() if said[:end] == key[:end])
+            if text := next(inside, None):
+                return text
+            if key[:end] in self.lines:
+                return f"{self.path}:{self.lines[key[:end]]}"
+        return str(self.path)
+
+    def mistake(self, key: Key, problem: str, **details: Any) -> RecipeError:
+        """A mistake at a key, not yet noted."""
+        return RecipeError(problem, path=self.where(key), **details)
+
+    def note(self, key: Key, problem: str, **details: Any) -> None:
+        """Note a mistake."""
+        self.mistakes.append(self.mistake(key, problem, **details))
+
+    def base(self, key: Key) -> Path:
+        """What paths are relative to."""
+        on_the_command_line = any(key[:end] in self.said for end in range(1, len(key) + 1))
+        return Path() if on_the_command_line else self.path.parent
+
+
+def beside(path: Path) -> list[str]:
+    """What lies beside a path that is not there, spelled most like it."""
+    if not path.parent.is_dir():
+        return []
+    return nearest(path.name, (p.name for p in path.parent.iterdir()))
