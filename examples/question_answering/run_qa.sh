@@ -23,6 +23,7 @@ run() { # name, settings...
 # All of them begin with the same dense model, and learn from it.
 run start train.dense_steps=0 pruning.sparsity=0 distillation.weight=0 train.steps=560
 for sparsity in 0 0.5 0.8; do
-  run "sparsity-$sparsity" "model.source=$out/start" train.dense_steps=0 "pruning.sparsity=$sparsity"
+  run "sparsity-$sparsity" "model.source=$out/start" train.dense_steps=0 \
+    "pruning.sparsity=$sparsity" evaluation.dense=false
 done
 python "$here/table.py" "$out"/sparsity-*

@@ -5,7 +5,6 @@ site has fewer than its floor. What is dead stays dead, unless channels regrow.
 """
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxslim._spec import Site
-from flaxslim.training._channels import Rows
+from flaxslim.training._channels import Rows, together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,11 +62,8 @@ def members(
     sites: Sequence[Site], score: Mapping[str, Rows], channels: Mapping[str, Mapping[str, Any]]
 ) -> list[Member]:
     """The sites, those that are tied as one, with the sum of their scores."""
-    groups: dict[Any, list[Site]] = defaultdict(list)
-    for site in sites:
-        groups[site.tied or site.second.path].append(site)
     found: list[Member] = []
-    for own in groups.values():
+    for own in together(sites):
         paths = tuple(site.second.path for site in own)
         state = channels[paths[0]]
         found.append(

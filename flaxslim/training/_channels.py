@@ -102,6 +102,14 @@ def placed(mask: Any, like: Any) -> Any:
     return jax.sharding.reshard(mask, NamedSharding(sharding.mesh, P(*spec)))
 
 
+def together(sites: Iterable[Site]) -> list[tuple[Site, ...]]:
+    """The sites whose channels die together: those that are tied, every other by itself."""
+    found: dict[tuple[str, int], list[Site]] = {}
+    for site in sites:
+        found.setdefault((site.tied or site.second.path, site.size), []).append(site)
+    return [tuple(own) for own in found.values()]
+
+
 def read(site: Site, leaves: Mapping[str, Any]) -> Rows:
     """Which channels something reads: bool `(s, f)`, false by rule (i) of `flaxslim._dead`."""
     reading = {tensor.path for tensor in site.reading}

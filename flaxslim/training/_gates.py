@@ -49,7 +49,7 @@ from flaxslim._dead import with_lora
 from flaxslim._errors import TrainingError, nearest
 from flaxslim._spec import Site, SpecLike, Tensor
 from flaxslim.specs import chosen
-from flaxslim.training._channels import spread
+from flaxslim.training._channels import spread, together
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
@@ -173,11 +173,7 @@ def _stretched(x: Any) -> jax.Array:
 
 def _placed(sites: Sequence[Site]) -> list[tuple[Site, str]]:
     """Each site, and the path of its gates: of those that are tied, the second of the first."""
-    first: dict[Any, str] = {}
-    return [
-        (site, first.setdefault((site.tied or site.second.path, site.size), site.second.path))
-        for site in sites
-    ]
+    return [(site, own[0].second.path) for own in together(sites) for site in own]
 
 
 def _reading(site: Site) -> tuple[Tensor, ...]:

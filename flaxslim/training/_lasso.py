@@ -15,7 +15,7 @@ Boyd 2014, Proximal Algorithms (section 6.5.4, block soft thresholding).
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from flaxslim import _tree
 from flaxslim._errors import TrainingError
 from flaxslim._spec import Site, SpecLike, Tensor
 from flaxslim.specs import chosen
-from flaxslim.training._channels import Rows, spread, total
+from flaxslim.training._channels import Rows, spread, together, total
 
 
 def group_lasso(params: Any, spec: SpecLike, cfg: Any = None) -> jax.Array:
@@ -45,7 +45,7 @@ def group_lasso(params: Any, spec: SpecLike, cfg: Any = None) -> jax.Array:
     leaves = _tree.flatten(params)
     terms = [
         group.weight * _root(group.squares(leaves)).sum()
-        for group in _groups(chosen(spec, cfg).sites(params, cfg))
+        for group in map(_Group, together(chosen(spec, cfg).sites(params, cfg)))
     ]
     return sum(terms, jnp.zeros(()))
 
@@ -103,7 +103,7 @@ def proximal_group_lasso(
         rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         old, steps = _tree.flatten(params), _tree.flatten(updates)
         new: dict[str, jax.Array] = {}
-        for group in _groups(found.sites(params, cfg)):
+        for group in map(_Group, together(found.sites(params, cfg))):
             for _, tensor in group.tensors:  # one that belongs to two sites is there already
                 path = tensor.path
                 new.setdefault(path, _wide(old[path]) + _wide(steps[path]))
@@ -117,7 +117,7 @@ def proximal_group_lasso(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class _Group:
     """Sites whose channels die together, mostly a single one."""
 
@@ -136,13 +136,6 @@ class _Group:
         """The squared L2 norm of each channel, `(s, f)`."""
         rows = [total(site, jnp.square, leaves, of=_own(site)) for site in self.sites]
         return sum(rows[1:], rows[0])
-
-
-def _groups(sites: Sequence[Site]) -> list[_Group]:
-    found: dict[Any, list[Site]] = {}
-    for site in sites:
-        found.setdefault((site.tied or site.second.path, site.size), []).append(site)
-    return [_Group(sites=tuple(members)) for members in found.values()]
 
 
 def _own(site: Site) -> tuple[Tensor, ...]:
