@@ -2,8 +2,8 @@
 
     python examples/question_answering/table.py FOLDER...
 
-The first is what the others are compared with. Exact match and F1 are those that the run measured on
-the saved model, loaded again. Latency is measured here: all models in turns on one window of
+The first is what the others are compared with. Exact match and F1 are those that the run measured
+on the saved model, loaded again. Latency is measured here: all models in turns on one window of
 1 x 384 tokens; "faster" is the median of the ratios within a turn.
 """
 
