@@ -418,6 +418,72 @@ def test_regrowth_revives_some_and_keeps_their_number():
     assert (firsts != 0).all()  # what writes a dead channel is kept
 
 
+def test_what_living_heads_share_does_not_fade():
+    net = heads()
+    one = lambda p, g, s: jnp.arange(6.0)[None] + 1  # noqa: E731  the first head dies
+    schedule = flaxslim.one_shot(1 / 6, at=0)
+    tx: Any = flaxslim.pruning(optax.sgd(0.0), net.spec, schedule, one, cfg=net.cfg, fade=4)
+    params, state = net.params, tx.init(net.params)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    for _ in range(3):
+        updates, state = tx.update(zero, state, params)
+        params = applied(params, updates)
+    for name in ("k", "v"):
+        np.testing.assert_array_equal(params[name]["kernel"], net.params[name]["kernel"])
+    faded = np.asarray(params["o"]["kernel"][:2] / net.params["o"]["kernel"][:2])
+    np.testing.assert_allclose(faded, 0.25, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ramp", ["linear", "cubic", "exponential"])
+def test_a_schedule_that_ends_where_it_begins_is_one_shot(ramp):
+    schedule = getattr(flaxslim, ramp)(0.0, 0.5, begin=2, end=2)
+    assert [bool(schedule.is_due(step)) for step in (1, 2, 3)] == [False, True, False]
+    assert [float(schedule(step)) for step in (1, 2, 3)] == [0.0, 0.5, 0.5]
+
+
+def test_tied_sites_share_a_table_as_long_as_one_of_them_uses_it():
+    def kernel(*shape: int) -> Any:
+        return {"kernel": jnp.ones(shape)}
+
+    def block() -> Any:
+        return {"q": kernel(4, 6), "k": kernel(4, 6), "v": kernel(4, 6), "o": kernel(6, 4)}
+
+    blocks = {"0": block(), "1": block()}
+    blocks["0"]["table"] = {"embedding": jnp.ones((5, 3))}
+    for name, head in (("0", 0), ("1", 2)):  # one head is dead in each, another one
+        rows = slice(2 * head, 2 * head + 2)
+        blocks[name]["o"]["kernel"] = blocks[name]["o"]["kernel"].at[rows].set(0.0)
+    spec = Spec(
+        name="TIED",
+        pairs=Pair(
+            at="{i}",
+            axis="h",
+            first="v",
+            second="o",
+            first_axes="d (h k)",
+            second_axes="(h k) d",
+            also={"q": "d (h k)", "k": "d (h k)"},
+            tables={"table/embedding": "b h"},
+            sizes={"k": "head_dim"},
+        ),
+    )
+    cfg = {"head_dim": 2}
+    assert len({site.tied for site in spec.sites(blocks, cfg)}) == 1
+    assert flaxslim.channel_mask(blocks, spec, cfg)["0"]["table"]["embedding"].all()
+    tx: Any = flaxslim.pruning(
+        optax.sgd(0.0), spec, flaxslim.one_shot(1 / 3, at=1), cfg=cfg, lock=True
+    )
+    params, state = blocks, tx.init(blocks)
+    for _ in range(3):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, blocks), state, params)
+        params = applied(params, updates)
+    # Head 2, of which the table is the most, goes in both; what was locked stays so, in its block.
+    alive = [own["alive"][0].tolist() for own in by_site(state.channels).values()]
+    assert alive == [[False, True, False], [True, True, False]]
+    table = np.asarray(params["0"]["table"]["embedding"])
+    assert (table == [1.0, 1.0, 0.0]).all()
+
+
 # --- fading, locking --------------------------------------------------------------------------
 
 
@@ -478,6 +544,25 @@ def test_each_axis_has_its_schedule():
 # --- bad input --------------------------------------------------------------------------------
 
 
+def test_a_target_that_floors_forbid_is_told_at_once():
+    net = mlp(layers=1)
+    tx: Any = flaxslim.pruning(optax.sgd(0.1), net.spec, flaxslim.one_shot(0.9), min_width={"f": 8})
+    with pytest.warns(UserWarning, match="no more than 20% of the channels"):
+        tx.init(net.params)
+    with pytest.warns(UserWarning, match="no more than 20% of the channels"):
+        jax.eval_shape(tx.init, net.params)
+
+
+def test_several_states_in_one_tree_are_not_mixed_up():
+    net = mlp(layers=1)
+    tx: Any = flaxslim.pruning(optax.sgd(0.1), net.spec, flaxslim.one_shot(0.9))
+    with pytest.raises(TrainingError, match="several states"):
+        flaxslim.sparsity((tx.init(net.params), tx.init(net.params)))
+    replicated = jax.tree.map(lambda x: jnp.stack([x, x]), tx.init(net.params))
+    with pytest.raises(TrainingError, match="unreplicate"):
+        flaxslim.sparsity(replicated)
+
+
 def test_nothing_dies_by_gradients_that_are_not_numbers_and_it_is_said():
     net = mlp(layers=1)
     for score in ("snip", "snip_momentum", "taylor"):
@@ -501,6 +586,19 @@ def test_of_some_that_are_no_numbers_only_the_others_die():
     _, state = tx.update(grads, tx.init(net.params), net.params)
     (site,) = flaxslim.sparsity(state).sites.values()
     assert site.alive[0].tolist() == [True] * 3 + [False] * 7
+
+
+def test_a_step_that_was_lost_to_no_numbers_is_made_good_in_the_next():
+    net = mlp(layers=1)
+    nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), net.params)
+    for score in ("snip", "snip_momentum", "taylor"):
+        tx: Any = flaxslim.pruning(optax.sgd(0.0), net.spec, flaxslim.one_shot(0.5, at=1), score)
+        state, shares = tx.init(net.params), []
+        for grads in (net.params, nan, net.params, net.params):
+            _, state = tx.update(grads, state, net.params)
+            shares.append(flaxslim.sparsity(state).total)
+        assert shares[2:] == [0.5, 0.5]
+        assert shares[1] == (0.0 if score == "snip" else 0.5)  # sums go by the steps before
 
 
 NOT_A_SCHEDULE = {
@@ -535,6 +633,9 @@ WRONG: Mapping[str, tuple[Any, str]] = {
     "regrow": ({"regrow": 2.0}, "share"),
     "regrow and fade": ({"regrow": 0.1, "fade": 2}, "the one or the other"),
     "optimizer": ({"inner": 3e-5}, "adamw"),
+    "nothing": ({"schedule": None}, "nothing would ever die"),
+    "regrow and lock": ({"regrow": 0.1, "lock": True}, "cannot grow again"),
+    "half a step": ({"fade": 0.5}, "from 0 to 4"),
 }
 
 

@@ -23,7 +23,13 @@ from transformers.models.bert.modeling_flax_bert import FlaxBertForSequenceClass
 
 import flaxslim
 from flaxslim import NothingRemovedWarning, Pair, ShrinkEvery, Spec, shrink, sparsity
-from flaxslim._errors import NothingMatchedError, PlanError, TracedError, TrainingError
+from flaxslim._errors import (
+    NothingMatchedError,
+    PlanError,
+    TracedError,
+    TrainingError,
+    WidthError,
+)
 from flaxslim._tree import flatten
 from flaxslim.training import _shrink
 from flaxslim.training._channels import values
@@ -405,15 +411,13 @@ def test_it_warns_if_nothing_is_dead_and_gives_back_what_it_was_given():
     assert found[2] is CFG
 
 
-def test_it_warns_of_channels_that_are_zero_and_were_not_pruned():
+def test_channels_that_are_zero_and_were_not_pruned_are_refused():
     net, tx, *_ = _pruned()
     params = jax.tree.map(jnp.asarray, net.params)
     down = params["layers"]["0"]["down"]
     down["kernel"] = down["kernel"].at[jnp.array([2, 3])].set(0)
-    with pytest.warns(UserWarning, match="2 channels were cut that are dead, but not by pruning"):
-        small, state, _ = shrink(params, tx.init(params), CFG, net.spec)
-    assert sparsity(state).total == 0.2
-    assert small["layers"]["0"]["down"]["kernel"].shape == (8, 6)
+    with pytest.raises(TrainingError, match="2 channels are dead, but not by pruning"):
+        shrink(params, tx.init(params), CFG, net.spec)
 
 
 def test_what_was_pruned_goes_without_a_warning():
@@ -477,7 +481,6 @@ class Clock:
         self.now, self.step = 0.0, 1.0
 
     def __call__(self) -> float:
-        self.now += self.step
         return self.now
 
 
@@ -506,6 +509,7 @@ def _loop(
     changes: list[tuple[int, int]] = []
     for i, batch in enumerate(zip(*batches(steps), strict=True)):
         params, state = step(params, state, batch)
+        clock.now += clock.step
         params, state, cfg = shrinking(params, state, cfg)
         if shrinking.changed:
             changes.append((i, cfg["hidden"]))
@@ -540,11 +544,20 @@ def test_no_speedup_is_told_before_steps_were_seen(clock):
 def test_a_speedup_is_known_after_a_few_steps_and_stays_so(clock, caplog):
     shrinking = ShrinkEvery(6, MLP)
     with caplog.at_level(logging.INFO, logger="flaxslim"):
-        _loop(shrinking, flaxslim.one_shot(0.5, at=2), 20, clock, speed=0.25)
+        _loop(shrinking, flaxslim.one_shot(0.5, at=13), 30, clock, speed=0.25)
     assert shrinking.speedup == 4.0
     went, faster = caplog.messages
     assert went.endswith("5 channels go, with 65 parameters")
     assert faster == "a step takes 250.0 ms, 4.00x as fast"
+
+
+def test_a_class_that_can_say_no_smaller_width_is_refused():
+    net, _, params, state = _pruned()
+    (pair,) = net.spec
+    spec = Spec(name="FIXED", pairs=dataclasses.replace(pair, fixed=True))
+    for shrinking in (lambda *args: shrink(*args, spec), ShrinkEvery(1, spec)):
+        with pytest.raises(WidthError, match=r"per_layer"):
+            shrinking(params, state, CFG)
 
 
 def test_it_looks_at_the_parameters_if_no_state_tells_of_channels():

@@ -21,13 +21,23 @@ class Allocation:
 
     Attributes:
       among_all: the smallest scores among all sites die, instead of as many at each.
-      min_width: so many channels of each site live on.
-      max_sparsity: no larger share of a site's channels dies.
+      min_width: so many channels of each site live on; for each axis its own, if a mapping.
+      max_sparsity: no larger share of a site's channels dies; likewise.
     """
 
     among_all: bool = False
-    min_width: int = 1
-    max_sparsity: float = 1.0
+    min_width: int | Mapping[str, int] = 1
+    max_sparsity: float | Mapping[str, float] = 1.0
+
+    @staticmethod
+    def all_of(value: Any) -> list[Any]:
+        return [*value.values()] if isinstance(value, Mapping) else [value]
+
+    def floor(self, axis: str, whole: Any) -> Any:
+        """How many of so many channels live on: a number, traced if theirs is."""
+        least = _of_axis(self.min_width, axis, 0)
+        share = 1.0 - _of_axis(self.max_sparsity, axis, 1.0)
+        return jnp.maximum(jnp.ceil(share * whole - 1e-4).astype(int), least)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +47,7 @@ class Member:
     Attributes:
       paths: the second kernels of the sites.
       axis: of the pair.
-      score, alive: `(s, f)`.
+      score, alive: `(s, f)`; a channel is alive if it is at any of the sites.
       gone: how many channels each row has lost for good, which count as dead: a traced int.
     """
 
@@ -54,8 +64,11 @@ class Member:
 
     def floor(self, how: Allocation) -> Any:
         """How many channels of each row live on."""
-        share = jnp.ceil((1.0 - how.max_sparsity) * self.whole - 1e-4).astype(int)
-        return jnp.minimum(jnp.maximum(share, how.min_width), self.alive.shape[-1])
+        return jnp.minimum(how.floor(self.axis, self.whole), self.alive.shape[-1])
+
+
+def _of_axis(value: Any, axis: str, default: Any) -> Any:
+    return value.get(axis, default) if isinstance(value, Mapping) else value
 
 
 def members(
@@ -71,7 +84,7 @@ def members(
                 paths=paths,
                 axis=own[0].pair.axis,
                 score=sum((score[path] for path in paths[1:]), score[paths[0]]),
-                alive=state["alive"],
+                alive=jnp.stack([channels[path]["alive"] for path in paths]).any(0),
                 gone=state["gone"],
             )
         )

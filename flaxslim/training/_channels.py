@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from flaxslim._sites import table_path
 from flaxslim._spec import Site, Tensor
 
 Rows = jax.Array
@@ -82,14 +83,19 @@ def masks(
     """Which numbers of each tensor belong to living channels, by path; each broadcasts.
 
     `alive` holds rows `(s, f)` of bool by the paths of the second kernels, `of` says which tensors
-    of a site to look at. One that belongs to two sites is looked at along both axes.
+    of a site to look at. One that belongs to two sites is looked at along both axes. A table that
+    tied sites share lives where any of them does.
     """
     found: dict[str, jax.Array] = {}
-    for site in sites:
-        for tensor in of(site):
-            mask = spread(site, tensor, alive[site.second.path])
-            old = found.get(tensor.path)
-            found[tensor.path] = mask if old is None else old & mask
+    for own in together(sites):
+        any_alive = jnp.stack([jnp.asarray(alive[site.second.path]) for site in own]).any(0)
+        for site in own:
+            tables = {table_path(site.root, name) for name in site.pair.tables}
+            for tensor in of(site):
+                rows = any_alive if tensor.path in tables else alive[site.second.path]
+                mask = spread(site, tensor, rows)
+                old = found.get(tensor.path)
+                found[tensor.path] = mask if old is None else old & mask
     return found
 
 
@@ -110,11 +116,15 @@ def together(sites: Iterable[Site]) -> list[tuple[Site, ...]]:
     return [tuple(own) for own in found.values()]
 
 
+def reading(site: Site) -> tuple[Tensor, ...]:
+    """What reads the channels: kernels, and the low-rank matrices that are added to them."""
+    kernels = {tensor.path for tensor in site.reading}
+    return (*site.reading, *(matrix for kernel, matrix in site.lora if kernel in kernels))
+
+
 def read(site: Site, leaves: Mapping[str, Any]) -> Rows:
     """Which channels something reads: bool `(s, f)`, false by rule (i) of `flaxslim._dead`."""
-    reading = {tensor.path for tensor in site.reading}
-    added = (matrix for kernel, matrix in site.lora if kernel in reading)
-    return total(site, lambda x: x != 0, leaves, of=(*site.reading, *added)) > 0
+    return total(site, lambda x: x != 0, leaves, of=reading(site)) > 0
 
 
 def _wide(x: Any) -> jax.Array:

@@ -149,7 +149,11 @@ def _divergence(name: str, student: Any, teacher: Any, temperature: Any, mask: A
     counted = None
     if mask is not None and (mask := jnp.asarray(mask) != 0).shape == student.shape[:-1]:
         counted = mask
-    elif mask is not None and mask.shape == student.shape and (name in _SPANS or _UNNAMED in name):
+    elif (
+        mask is not None
+        and mask.shape == student.shape
+        and (name in _SPANS or name.startswith(f"{_UNNAMED} "))
+    ):
         counted = mask.any(axis=-1)
         lowest = jnp.finfo(z.dtype).min
         z, target = jnp.where(mask, z, lowest), jnp.where(mask, target, lowest)

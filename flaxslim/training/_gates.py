@@ -45,11 +45,10 @@ from flax.traverse_util import unflatten_dict
 from jax.core import Tracer
 
 from flaxslim import _tree
-from flaxslim._dead import with_lora
 from flaxslim._errors import TrainingError, nearest
-from flaxslim._spec import Site, SpecLike, Tensor
+from flaxslim._spec import Site, SpecLike
 from flaxslim.specs import chosen
-from flaxslim.training._channels import spread, together
+from flaxslim.training._channels import reading, spread, together
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
@@ -124,7 +123,7 @@ def gated(params: Any, values: Any, spec: SpecLike, cfg: Any = None) -> Any:
     new: dict[str, Any] = {}
     for site, path in _placed(sites):
         _check_gates(site, path, found)
-        for tensor in _reading(site):
+        for tensor in reading(site):
             x = jnp.asarray(new.get(tensor.path, leaves[tensor.path]))
             new[tensor.path] = x * spread(site, tensor, found[path]).astype(x.dtype)
     return _tree.replace(params, new)
@@ -174,14 +173,6 @@ def _stretched(x: Any) -> jax.Array:
 def _placed(sites: Sequence[Site]) -> list[tuple[Site, str]]:
     """Each site, and the path of its gates: of those that are tied, the second of the first."""
     return [(site, own[0].second.path) for own in together(sites) for site in own]
-
-
-def _reading(site: Site) -> tuple[Tensor, ...]:
-    """What reads the channels, and the low-rank matrices that are added to it."""
-    lora: dict[str, list[Tensor]] = {}
-    for kernel, tensor in site.lora:
-        lora.setdefault(kernel, []).append(tensor)
-    return tuple(t for kernel in site.reading for t in with_lora(kernel, lora))
 
 
 def _check_gates(site: Site, path: str, values: Mapping[str, Any]) -> None:

@@ -62,7 +62,7 @@ def proximal_group_lasso(
 
     Args:
       spec: where the channels are, as in `flaxslim.plan`.
-      strength: of the penalty, 0 or more.
+      strength: of the penalty, 0 or more, or a schedule of it.
       learning_rate: that of the optimizer before it: a number, or an Optax schedule.
       cfg: the config, which tells the size of heads that lie side by side.
 
@@ -82,7 +82,8 @@ def proximal_group_lasso(
      [0.  0. ]]
     """
     found = chosen(spec, cfg)
-    if not isinstance(strength, Tracer) and not (np.isfinite(strength) and strength >= 0):
+    known = not callable(strength) and not isinstance(strength, Tracer)
+    if known and not (np.isfinite(strength) and strength >= 0):
         raise TrainingError(
             "the strength of a penalty is 0 or more",
             seen=f"strength={strength}",
@@ -100,14 +101,16 @@ def proximal_group_lasso(
             raise TrainingError(
                 "a proximal step needs the parameters", mend="tx.update(grads, state, params)"
             )
-        rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate, penalty = (
+            value(state.count) if callable(value) else value for value in (learning_rate, strength)
+        )
         old, steps = _tree.flatten(params), _tree.flatten(updates)
         new: dict[str, jax.Array] = {}
         for group in map(_Group, together(found.sites(params, cfg))):
             for _, tensor in group.tensors:  # one that belongs to two sites is there already
                 path = tensor.path
                 new.setdefault(path, _wide(old[path]) + _wide(steps[path]))
-            scale = _shrinkage(group.squares(new), rate * strength * group.weight)
+            scale = _shrinkage(group.squares(new), rate * penalty * group.weight)
             for site, tensor in group.tensors:
                 new[tensor.path] *= spread(site, tensor, scale)
         changed = {path: _step(x, old[path], steps[path]) for path, x in new.items()}

@@ -9,7 +9,7 @@ in the steps in which some do.
 """
 
 import dataclasses
-import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
 from flaxslim import _tree
 from flaxslim._copies import Names, copies
@@ -25,11 +24,15 @@ from flaxslim._errors import TrainingError, nearest
 from flaxslim._spec import Site, Spec, SpecLike, Tensor
 from flaxslim._state_kinds import Kind
 from flaxslim.specs import chosen
-from flaxslim.training._allocation import Allocation, choose, members, regrown
-from flaxslim.training._channels import Rows, masks, placed, read, spread, total
+from flaxslim.training._allocation import Allocation
+from flaxslim.training._channels import masks, placed, read, reading
+from flaxslim.training._decide import Decide
 from flaxslim.training._schedule import Schedule, as_schedule
-from flaxslim.training._score import Evidence, Score, ScoreFn, as_score
+from flaxslim.training._score import Evidence, ScoreFn, as_score
 from flaxslim.training._state import BySite, PruningState, by_site, nested
+
+# The largest count that the state can hold.
+_MOST = np.iinfo(np.int32).max
 
 # A Schedule, a function of the step, a share; or these by axis: {"f": ..., "h": ...}.
 ScheduleLike = Any
@@ -43,8 +46,8 @@ def pruning(
     *,
     cfg: Any = None,
     allocation: str = "site",
-    min_width: int = 1,
-    max_sparsity: float = 1.0,
+    min_width: int | Mapping[str, int] = 1,
+    max_sparsity: float | Mapping[str, float] = 1.0,
     lock: bool = False,
     fade: int = 0,
     regrow: float = 0.0,
@@ -54,6 +57,7 @@ def pruning(
 
     Args:
       inner: the optimizer, of Optax or of its kind. `optax.MultiSteps` may stand inside or around.
+        Inside, the schedule counts the small steps, around the large ones.
         `pruning` goes outermost, or last in a chain: whatever came after it (or around it, as
         `optax.lookahead`) would change the updates that make dead channels zero.
       spec: where the channels are, as in `flaxslim.plan`.
@@ -68,11 +72,13 @@ def pruning(
         call `pruning` again with the new one; the state stays.
       allocation: "site": the same share at each site. "global": the smallest scores among all.
       min_width, max_sparsity: so many channels live on at each site; no larger share of it dies.
+        Each may be by axis: `{"f": 128, "h": 2}`.
       lock: what is dead at the start (nothing reads it) stays dead.
       fade: over how many steps what is doomed goes to zero, in equal parts; 0 is at once.
       regrow: which share of the living gives way to dead channels with larger gradients, each time
         (RigL, Evci et al. 2020), less and less until the schedule ends. Only what reads a dead
         channel is zero then; what writes it stays as it was, or no gradient would tell its worth.
+        What `shrink` has cut does not grow again.
       seed: of the score "random".
 
     Returns: the optimizer. Its `update` needs `params`, and its state is a `PruningState`.
@@ -95,13 +101,15 @@ def pruning(
     p = Pruning(
         inner=_transformation(inner),
         spec=found,
-        schedules=_by_axis(schedule, found),
-        score=as_score(score),
         cfg=cfg,
-        how=_allocation(allocation, min_width, max_sparsity),
+        decide=Decide(
+            score=as_score(score),
+            schedules=_by_axis(schedule, found),
+            how=_allocation(allocation, min_width, max_sparsity),
+            fade=fade,
+            regrow=regrow,
+        ),
         lock=lock,
-        fade=fade,
-        regrow=regrow,
         seed=seed,
     )
     return optax.GradientTransformationExtraArgs(p.init, p.update)
@@ -113,48 +121,45 @@ class Pruning:
 
     inner: optax.GradientTransformationExtraArgs
     spec: Spec
-    schedules: Mapping[str, Schedule]
-    score: Score
     cfg: Any
-    how: Allocation
+    decide: Decide
     lock: bool
-    fade: int
-    regrow: float
     seed: int
 
     def __post_init__(self) -> None:
-        gap = min((schedule.gap for schedule in self.schedules.values()), default=math.inf)
-        if not 0 <= self.fade <= gap:
+        if not self.decide.schedules and not self.lock:
             raise TrainingError(
-                "what is doomed must have faded before the next channels die",
-                seen=f"fade={self.fade}, and channels die {gap} steps apart",
-                expected=f"fade from 0 to {gap} steps",
+                "nothing would ever die",
+                seen="no schedule, and lock=False",
+                mend="schedule=flaxslim.cubic(0.0, 0.5, begin=200, end=2000, every=50), or "
+                "lock=True to keep dead what is dead at the start",
             )
-        if not 0 <= self.regrow <= 1:
-            raise TrainingError("regrow is a share", seen=self.regrow, expected="0.0 to 1.0")
-        if self.regrow and (self.fade or self.how.among_all):
+        if self.lock and self.decide.regrow:
             raise TrainingError(
-                "channels give way to others at once, at each site by itself",
-                seen="regrow= with fade= or allocation='global'",
+                "what is locked cannot grow again",
+                seen="lock=True with regrow=",
                 mend="leave out the one or the other",
             )
 
     def init(self, params: Any) -> PruningState:
         leaves = _tree.flatten(params)
         channels: BySite = {}
-        for site in self.spec.sites(params, self.cfg):
+        sites = self.spec.sites(params, self.cfg)
+        self._warn_of_idle(sites)
+        for site in sites:
             alive = read(site, leaves) if self.lock else jnp.ones((site.rows, site.size), bool)
             own = {
                 "alive": alive,
                 "score": jnp.zeros(alive.shape, jnp.float32),
                 "gone": jnp.zeros((), jnp.int32),
             }
-            if self.fade:
+            if self.decide.fade:
                 own["fading"] = jnp.zeros(alive.shape, bool)
             channels[site.second.path] = own
-        # Two arrays, or a step function could not be given both to overwrite.
+        # Arrays of their own, or a step function could not be given all of them to overwrite.
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        return PruningState(self.inner.init(params), count, skipped, nested(channels))
+        owed = jnp.zeros((), bool)
+        return PruningState(self.inner.init(params), count, skipped, owed, nested(channels))
 
     def update(
         self, updates: Any, state: Any, params: Any = None, **extra: Any
@@ -174,7 +179,7 @@ class Pruning:
         leaves, grads = _tree.flatten(params), _tree.flatten(updates)
         _check_gradients(sites, grads)
         channels = by_site(state.channels)
-        _check_state(sites, channels, self.fade)
+        _check_state(sites, channels, self.decide.fade)
         activations = extra.pop("activations", {})
 
         evidence = {
@@ -188,12 +193,12 @@ class Pruning:
             )
             for site in sites
         }
-        channels, skipped = self._decided(sites, evidence, channels, state.count)
-        channels, fading = self._faded(sites, channels, state.count)
+        verdict = self.decide(sites, evidence, channels, state.count, state.owed)
+        channels, factors = self.decide.faded(sites, verdict.channels, state.count)
 
         alive = {path: own["alive"] for path, own in channels.items()}
         zero = _placed(masks(sites, alive, self._zeroed), leaves)
-        frozen = _placed(masks(sites, alive), leaves) if self.regrow else {}
+        frozen = _placed(masks(sites, alive), leaves) if self.decide.regrow else {}
         living = zero | frozen
         held = {path: jnp.where(mask, grads[path], 0) for path, mask in living.items()}
         new, inner = self.inner.update(
@@ -202,154 +207,56 @@ class Pruning:
         steps = _tree.flatten(new)
         for path, mask in frozen.items():
             steps[path] = jnp.where(mask, steps[path], 0)
-        for path, (doomed, ratio) in fading.items():
-            p = leaves[path]
-            doomed = placed(doomed, p)
-            steps[path] = jnp.where(doomed, (p + steps[path]) * ratio - p, steps[path])
+        for path, factor in factors.items():
+            p, factor = leaves[path], placed(factor, leaves[path])
+            faded = ((p + steps[path]) * factor - p).astype(steps[path].dtype)
+            steps[path] = jnp.where(factor < 1, faded, steps[path])
         for path, mask in zero.items():
             # In the wider of the two types, or it would not be minus what it is.
             steps[path] = jnp.where(mask, steps[path], -leaves[path])
         new = _tree.replace(new, {path: steps[path] for path in living})
         inner = _held(inner, leaves, living, zero)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return new, PruningState(inner, count, state.skipped + skipped, nested(channels))
+        skipped = state.skipped + jnp.minimum(verdict.skipped, _MOST - state.skipped)
+        return new, PruningState(inner, count, skipped, verdict.owed, nested(channels))
+
+    def _warn_of_idle(self, sites: Sequence[Site]) -> None:
+        """Warn of schedules that cannot do what they say."""
+        for axis, schedule in self.decide.schedules.items():
+            own = [site for site in sites if site.pair.axis == axis]
+            if not own:
+                warnings.warn(
+                    f"the schedule of axis {axis!r} has nothing to prune: {self.spec.name} has no "
+                    "site with it in these parameters",
+                    stacklevel=5,
+                )
+                continue
+            if schedule.end is None:
+                continue
+            how = self.decide.how
+            with jax.ensure_compile_time_eval():  # `init` may be traced
+                target = float(schedule(schedule.end))
+                most = [1 - float(how.floor(axis, site.size)) / max(site.size, 1) for site in own]
+            sizes = [site.size * site.rows for site in own]
+            reach = float(np.dot(most, sizes)) / max(sum(sizes), 1)
+            if not how.among_all:
+                reach = min(most)
+            if reach < target - 0.5 / min(site.size for site in own):
+                warnings.warn(
+                    f"no more than {reach:.0%} of the channels of axis {axis!r} can die at some "
+                    f"site, and the schedule ends at {target:.0%}: lower min_width "
+                    f"({how.min_width}) or raise max_sparsity ({how.max_sparsity:g}); both may be "
+                    'by axis: {"f": 128, "h": 2}',
+                    stacklevel=5,
+                )
 
     def _zeroed(self, site: Site) -> tuple[Tensor, ...]:
         """The tensors in which what is dead is zero."""
-        return site.reading if self.regrow else site.cut
-
-    # --- who dies -----------------------------------------------------------------------------
-
-    def _decided(
-        self,
-        sites: Sequence[Site],
-        evidence: Mapping[str, Evidence],
-        channels: BySite,
-        count: jax.Array,
-    ) -> tuple[BySite, jax.Array]:
-        """The channels after what happens in this step, and how many scores did not count."""
-        if not self.schedules:
-            return channels, jnp.zeros((), jnp.int32)
-        now = {path: own["score"] for path, own in channels.items()}
-        if self.score.adds_up:
-            now = {path: self.score.rows(e) for path, e in evidence.items()}
-
-        def some_die() -> tuple[BySite, jax.Array]:
-            rows = now
-            if not self.score.adds_up:
-                rows = {path: self.score.rows(e) for path, e in evidence.items()}
-            skipped = self._not_finite(channels, rows)
-            kept = _counted(channels, rows)
-            if (finish := self.score.finish) is not None:
-                rows = {
-                    path: finish(dataclasses.replace(e, state=rows[path]))
-                    for path, e in evidence.items()
-                }
-            after = self._chosen(sites, evidence, kept, rows, count)
-            return after, skipped
-
-        def none_dies() -> tuple[BySite, jax.Array]:
-            skipped = self._not_finite(channels, now)
-            return _counted(channels, now), skipped
-
-        due = jnp.stack([schedule.is_due(count) for schedule in self.schedules.values()]).any()
-        if not isinstance(due, Tracer):  # eagerly each cond would be compiled, and kept, anew
-            return some_die() if due else none_dies()
-        return jax.lax.cond(due, some_die, none_dies)
-
-    def _chosen(
-        self,
-        sites: Sequence[Site],
-        evidence: Mapping[str, Evidence],
-        channels: BySite,
-        score: Mapping[str, Rows],
-        count: jax.Array,
-    ) -> BySite:
-        """Some die, and perhaps others grow again, at the axes that are due."""
-        own = members(sites, score, channels)
-        share = {axis: schedule(count) for axis, schedule in self.schedules.items()}
-        alive = choose(own, share, self.how)
-        if self.regrow:
-            for m in own:
-                if (schedule := self.schedules.get(m.axis)) is None:
-                    continue
-                growth = sum(_growth(evidence[path]) for path in m.paths)
-                part = self.regrow * _half_cosine(schedule, count)
-                rows = regrown(m, alive[m.paths[0]], jnp.asarray(growth), part)
-                alive |= dict.fromkeys(m.paths, rows)
-        due = {axis: schedule.is_due(count) for axis, schedule in self.schedules.items()}
-        after: BySite = {}
-        for site in sites:
-            path, axis = site.second.path, site.pair.axis
-            after[path] = dict(channels[path])
-            if axis not in due:
-                continue
-            old = channels[path]["alive"]
-            new = jnp.where(due[axis], alive[path], old)
-            if self.fade:
-                after[path]["fading"] = channels[path]["fading"] | (old & ~new)
-            else:
-                after[path]["alive"] = new
-            if self.score.anew:
-                zero = jnp.zeros_like(channels[path]["score"])
-                after[path]["score"] = jnp.where(due[axis], zero, channels[path]["score"])
-        return after
-
-    def _not_finite(self, channels: BySite, score: Mapping[str, Rows]) -> jax.Array:
-        counts = [
-            (own["alive"] & ~jnp.isfinite(score[path])).sum() for path, own in channels.items()
-        ]
-        return jnp.stack(counts).sum().astype(jnp.int32)
-
-    def _faded(
-        self, sites: Sequence[Site], channels: BySite, count: jax.Array
-    ) -> tuple[BySite, dict[str, tuple[jax.Array, jax.Array]]]:
-        """The channels, and of each tensor that fades where, and to which part of what it is."""
-        if not self.fade:
-            return channels, {}
-        after, fading = dict(channels), {}
-        for site in sites:
-            if (schedule := self.schedules.get(site.pair.axis)) is None:
-                continue
-            path, own = site.second.path, channels[site.second.path]
-            left = jnp.maximum(self.fade - schedule.since(count), 1)
-            last = left == 1
-            after[path] = own | {
-                "alive": own["alive"] & ~(own["fading"] & last),
-                "fading": own["fading"] & ~last,
-            }
-            ratio = (left - 1) / left
-            for tensor in site.cut:
-                doomed = spread(site, tensor, after[path]["fading"])
-                if (old := fading.get(tensor.path)) is not None:
-                    doomed = doomed | old[0]
-                fading[tensor.path] = doomed, ratio
-        return after, fading
-
-
-def _counted(channels: BySite, score: Mapping[str, Rows]) -> BySite:
-    """The channels with new scores, where these are finite."""
-    after: BySite = {}
-    for path, own in channels.items():
-        new = score[path].astype(own["score"].dtype)  # wider where the parameters are
-        after[path] = own | {"score": jnp.where(jnp.isfinite(new), new, own["score"])}
-    return after
+        return reading(site) if self.decide.regrow else site.cut
 
 
 def _placed(found: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
     return {path: placed(mask, leaves[path]) for path, mask in found.items()}
-
-
-def _growth(e: Evidence) -> Rows:
-    """The L2 norm of the gradient of what reads each channel, which is zero while it is dead."""
-    return jnp.sqrt(total(e.site, jnp.square, e.grads, of=e.site.reading))
-
-
-def _half_cosine(schedule: Schedule, count: jax.Array) -> Any:
-    """From 1 at the first step to 0 at the end of a schedule (Evci et al. 2020, f_decay)."""
-    if not schedule.end:
-        return 1.0
-    return (1 + jnp.cos(jnp.pi * jnp.minimum(count / schedule.end, 1.0))) / 2
 
 
 def _held(
@@ -405,18 +312,20 @@ def _by_axis(schedule: ScheduleLike, spec: Spec) -> dict[str, Schedule]:
     return {axis: as_schedule(own) for axis, own in schedule.items()}
 
 
-def _allocation(name: str, min_width: int, max_sparsity: float) -> Allocation:
+def _allocation(name: str, min_width: Any, max_sparsity: Any) -> Allocation:
     if name not in ("site", "global"):
         raise TrainingError(
             "there is no such allocation", seen=repr(name), expected='"site" or "global"'
         )
-    if min_width < 0 or not 0 <= max_sparsity <= 1:
+    how = Allocation(among_all=name == "global", min_width=min_width, max_sparsity=max_sparsity)
+    widths, shares = how.all_of(min_width), how.all_of(max_sparsity)
+    if min(widths) < 0 or not all(0 <= share <= 1 for share in shares):
         raise TrainingError(
             "no site can have so many channels",
             seen=f"min_width={min_width}, max_sparsity={max_sparsity}",
             expected="min_width of 0 or more, max_sparsity from 0.0 to 1.0",
         )
-    return Allocation(among_all=name == "global", min_width=min_width, max_sparsity=max_sparsity)
+    return how
 
 
 def _check_gradients(sites: Sequence[Site], grads: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ looked at.
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ class Schedule:
     """Sparsity as a function of the step, and the steps at which channels die.
 
     Attributes:
-      sparsity: step -> share of the channels that is dead after it.
+      sparsity: step -> share of the channels that is dead after it, once some have died.
       begin, end, every: channels die at step `begin`, each `every` steps after it, and at `end`;
         then the model only trains on (it cools down).
       at: or at these steps.
@@ -35,6 +36,12 @@ class Schedule:
     end: int | None = None
     every: int = 1
     at: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_span(self.begin, self.end, self.every)
+        for step in self.at:
+            _check_step("a step of the schedule", step)
+        object.__setattr__(self, "at", tuple(sorted(self.at)))
 
     def __call__(self, step: Any) -> Any:
         return self.sparsity(step)
@@ -84,10 +91,10 @@ def stepwise(sparsities: Mapping[int, float]) -> Schedule:
     """
     if not sparsities:
         raise TrainingError("a stepwise schedule needs steps", expected="{1000: 0.3, 2000: 0.5}")
-    steps = tuple(sorted(sparsities))
-    for step in steps:
-        _check_share("sparsity", sparsities[step])
+    for step, share in sparsities.items():
         _check_step("a step of the schedule", step)
+        _check_share("sparsity", share)
+    steps = tuple(sorted(sparsities))
     at = np.asarray(steps)
     shares = np.asarray([0.0, *(sparsities[step] for step in steps)], np.float32)
     return Schedule(
@@ -149,7 +156,6 @@ def scheduled(
     >>> bool(schedule.is_due(20)), bool(schedule.is_due(21))
     (True, False)
     """
-    _check_span(begin, end, every)
     return Schedule(sparsity=sparsity, begin=begin, end=end, every=every)
 
 
@@ -159,7 +165,7 @@ def as_schedule(value: Any) -> Schedule:
         return value
     if callable(value):
         return scheduled(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return one_shot(float(value))
     raise TrainingError(
         "this is no schedule",
@@ -179,8 +185,8 @@ def _ramp(
 
     def sparsity(step: Any) -> Any:
         x = jnp.clip((jnp.asarray(step, jnp.float32) - begin) / max(end - begin, 1), 0.0, 1.0)
-        # Exactly the ends: what the formula rounds to may be a channel less.
-        inside = jnp.where(x >= 1, final, shape(x))
+        # Exactly the end: what the formula rounds to may be a channel less.
+        inside = jnp.where(jnp.asarray(step) >= end, final, shape(x))
         return jnp.where(jnp.asarray(step) >= begin, inside, start)
 
     return Schedule(sparsity=sparsity, begin=begin, end=end, every=every)

@@ -33,6 +33,7 @@ first-order estimate. [7] Molchanov et al. 2019, arXiv 1906.10771, formula (8). 
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -101,7 +102,16 @@ class Evidence:
                 mend="tx.update(grads, state, params, activations={path: rms of shape (f,)}), with "
                 "an entry for each second kernel",
             )
-        return jnp.asarray(self.activations[path]).reshape(self.site.rows, self.site.size)
+        found, shape = jnp.asarray(self.activations[path]), (self.site.rows, self.site.size)
+        if found.size != math.prod(shape):
+            raise TrainingError(
+                "an activation is one number for each channel",
+                path=path,
+                seen=found.shape,
+                expected=shape,
+                mend="take the root mean square over all axes but that of the channels",
+            )
+        return found.reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,20 @@
 """`shrink`: dead channels cut from a model in training, and from all that was made for it."""
 
-import collections
 import logging
-import statistics
 import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
+from flaxslim import _tree
 from flaxslim._apply import apply
 from flaxslim._draw import draw
-from flaxslim._errors import NothingRemovedWarning, TrainingError
+from flaxslim._errors import NothingRemovedWarning, TrainingError, WidthError
 from flaxslim._plan import Plan
-from flaxslim._slim import slim
+from flaxslim._slim import mend_blocked, slim
 from flaxslim._spec import SpecLike
 from flaxslim.training._sparsity import Sparsity, sparsity
 
@@ -48,7 +48,9 @@ def shrink(
     what went in, and a `NothingRemovedWarning` says so. The logger "flaxslim" tells what went.
 
     Raises: what `slim` and `apply(plan, tree, like=params)` raise, among it `PlanError` for an
-    inner state that cannot be cut and `TracedError` under `jax.jit`.
+    inner state that cannot be cut, `WidthError` for a config that can say no smaller width and
+    `TracedError` under `jax.jit`; and `TrainingError` for channels that are zero without being
+    pruned. It warns of heads that are left in groups of unequal size.
 
     >>> import optax
     >>> from flaxslim import Pair, Spec, one_shot, pruning
@@ -63,17 +65,25 @@ def shrink(
     """
     whole = _parameters_of(params)
     plan = draw(whole, cfg, spec, width=width, multiple_of=multiple_of)
+    if plan.blocked and not plan.removed:
+        raise WidthError(plan.blocked[0], mend=mend_blocked(plan))
     if not plan.removed:
         warnings.warn(
             f"nothing was removed: {plan.why_nothing}", NothingRemovedWarning, stacklevel=2
         )
         return params, opt_state, cfg
-    _warn_of_unpruned(plan, (params, opt_state))
+    _check_pruned(plan, (params, opt_state))
     small, new = slim(whole, cfg, plan=plan)
     if whole is not params:
         small = apply(plan, params, like=whole)
     if opt_state is not None:
         opt_state = apply(plan, opt_state, like=whole)
+    if any(len({*cut.groups}) > 1 for cut in plan.cuts):
+        warnings.warn(
+            "groups of heads are of unequal size now, as only the new config tells: call "
+            "flaxslim.pruning again with it (the state stays)",
+            stacklevel=2,
+        )
     return small, opt_state, new
 
 
@@ -84,8 +94,8 @@ def _parameters_of(tree: Any) -> Any:
     return tree
 
 
-def _warn_of_unpruned(plan: Plan, trees: Any) -> None:
-    """Warn of channels that happen to be zero, but would have trained on."""
+def _check_pruned(plan: Plan, trees: Any) -> None:
+    """Raise `TrainingError` for channels that happen to be zero, but would have trained on."""
     known = _known(trees)
     if known is None:
         return
@@ -96,10 +106,12 @@ def _warn_of_unpruned(plan: Plan, trees: Any) -> None:
             np.put_along_axis(alive, cut.kept, False, axis=-1)
             living += int(alive.sum())
     if living:
-        warnings.warn(
-            f"{living} channels were cut that are dead, but not by pruning (a second layer that "
-            "starts at zero?): they would have trained on",
-            stacklevel=3,
+        raise TrainingError(
+            f"{living} channels are dead, but not by pruning: they would train on",
+            seen="a second layer that starts at zero, or another cause of zeros (group lasso)?",
+            mend="shrink after the first steps; or cut them all the same: "
+            "p = flaxslim.plan(params, cfg, spec), flaxslim.slim(params, cfg, plan=p), "
+            "flaxslim.apply(p, opt_state, like=params)",
         )
 
 
@@ -112,17 +124,13 @@ def _known(trees: Any) -> Sparsity | None:
     return None
 
 
-# The steps whose times are looked at, and how many there must be.
-_RECENT, _FEWEST = 100, 3
-
-
 class ShrinkEvery:
     """Calls `shrink` every so many steps, but only if a width has become smaller.
 
     Each other width means another compilation, so widths are rounded up to `multiple_of`. It tells
-    the logger "flaxslim" what went and, at the next time, how much faster a step has become:
-    the median time between two calls, before and after. It counts its own calls, which no
-    checkpoint knows: make it anew at a multiple of `steps`, or a resumed loop shrinks at others.
+    the logger "flaxslim" what went and, once it has seen `steps` steps without a compilation on
+    either side, how much faster a step has become. It counts its own calls, which no checkpoint
+    knows: make it anew at a multiple of `steps`, or a resumed loop shrinks at others.
 
     Args:
       steps: look every so many calls.
@@ -157,27 +165,22 @@ class ShrinkEvery:
         self.changed = False
         self._calls = 0
         self._widths: Mapping[str, int] | None = None
-        self._last: float | None = None
-        self._times = collections.deque[float](maxlen=_RECENT)
+        self._since: float | None = None
+        self._compiles = True
         self._before: float | None = None
-        self._told = False
+        self._after: float | None = None
 
     def __call__(self, params: Any, opt_state: Any, cfg: Any = None) -> tuple[Any, Any, Any]:
         """The three, smaller perhaps; then `changed` is true until the next call."""
-        self._clock()
         self._calls += 1
         self.changed = False
         if self._calls % self.steps:
             return params, opt_state, cfg
-        if (ratio := self.speedup) is not None and not self._told:
-            _log.info("a step takes %.1f ms, %.2fx as fast", 1e3 * self._typical, ratio)
-            self._told = True
+        jax.block_until_ready([*_tree.flatten(params).values()])
+        self._clock()
         known = _known((opt_state, params))
         widths = None if known is None else known.widths
-        if widths is not None and widths == self._widths:
-            return params, opt_state, cfg
-        self._widths = widths
-        if known is not None and not known.total:
+        if known is not None and (widths == self._widths or not known.total):
             return params, opt_state, cfg
         with warnings.catch_warnings():
             # Widths that are rounded often stay as they are, which is no fault.
@@ -185,27 +188,26 @@ class ShrinkEvery:
             found = shrink(
                 params, opt_state, cfg, self.spec, width=self.width, multiple_of=self.multiple_of
             )
+        self._widths = widths
         self.changed = found[0] is not params
         if self.changed:
-            self._before = self._typical if len(self._times) >= _FEWEST else None
-            self._told = False
-            self._times.clear()
-            self._last = None  # the next step compiles
+            self._before, self._after = self._after or self._before, None
+            self._compiles = True
+        self._since = time.perf_counter()
         return found
 
     @property
     def speedup(self) -> float | None:
         """How many times as fast a step is as before the last cut; None until that is known."""
-        if self._before is None or len(self._times) < _FEWEST:
+        if self._before is None or self._after is None:
             return None
-        return self._before / self._typical
-
-    @property
-    def _typical(self) -> float:
-        return statistics.median(self._times)
+        return self._before / self._after
 
     def _clock(self) -> None:
+        """Take the time of the steps since it looked last, if none of them was compiled."""
         now = time.perf_counter()
-        if self._last is not None:
-            self._times.append(now - self._last)
-        self._last = now
+        if self._since is not None and not self._compiles:
+            first, self._after = self._after is None, (now - self._since) / self.steps
+            if first and self.speedup is not None:
+                _log.info("a step takes %.1f ms, %.2fx as fast", 1e3 * self._after, self.speedup)
+        self._compiles, self._since = False, now

@@ -89,7 +89,7 @@ def sparsity(opt_state: Any) -> Sparsity:
     `opt_state` is that state, or anything with it inside: a chain's state, a `TrainState`, an
     `nnx.Optimizer`. Fetches a bool and a number for each channel.
 
-    Raises `TrainingError` if there is none.
+    Raises `TrainingError` if there is none, or more than one, or if it is replicated.
 
     >>> import optax
     >>> from flaxslim import Pair, Spec, one_shot, pruning
@@ -102,7 +102,7 @@ def sparsity(opt_state: Any) -> Sparsity:
     """
     leaves = _tree.flatten(opt_state)
     found: dict[str, dict[str, Any]] = {}
-    skipped = 0
+    counts: dict[str, Any] = {}
     for path, leaf in leaves.items():
         # A layer may be called so too, but has no count beside it.
         for head, rest in splits(path):
@@ -111,7 +111,7 @@ def sparsity(opt_state: Any) -> Sparsity:
             if count is not None and site is not None and rest.startswith("channels/"):
                 second, part = site
                 found.setdefault(second, {})[part] = np.asarray(leaf)
-                skipped = int(np.max(np.asarray(count)))
+                counts[head] = np.asarray(count)
                 break
     if not found:
         raise TrainingError(
@@ -120,8 +120,21 @@ def sparsity(opt_state: Any) -> Sparsity:
             mend="make the optimizer with tx = flaxslim.pruning(optax.adamw(3e-5), spec, "
             "schedule), and pass tx.init(params) or what became of it",
         )
+    if len(counts) > 1:
+        raise TrainingError(
+            "there are several states of flaxslim.pruning in this tree",
+            seen=", ".join(head or "(top)" for head in counts),
+            mend="pass one of them",
+        )
+    (skipped,) = counts.values()
+    if skipped.ndim:
+        raise TrainingError(
+            "the state is replicated, one for each device",
+            seen=f"a count of shape {skipped.shape}",
+            mend="flax.jax_utils.unreplicate it first",
+        )
     sites = {
         path: SiteChannels(alive=own["alive"], score=own["score"], gone=int(own["gone"]))
         for path, own in found.items()
     }
-    return Sparsity(sites=sites, skipped=skipped)
+    return Sparsity(sites=sites, skipped=int(skipped))

@@ -31,6 +31,7 @@ class PruningState(NamedTuple):
       inner_state: of the inner optimizer.
       count: how many updates there were.
       skipped: how many scores were not finite, so that they did not count and nothing died by them.
+      owed: some should have died in the last step, and no score was finite.
       channels: nested like the parameters; at the place of each second kernel `alive` (bool) and
         `score` (float32) of its channels `(s, f)`, and `gone`, how many of each row `shrink` has
         cut. With fade= also `fading` (bool).
@@ -39,6 +40,7 @@ class PruningState(NamedTuple):
     inner_state: Any
     count: jax.Array
     skipped: jax.Array
+    owed: jax.Array
     channels: Any
 
 
