@@ -129,9 +129,14 @@ class Distillation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is measured: always the pruned model and the one reloaded; the dense one if asked."""
+    """What is measured: always the model that was saved, loaded again.
+
+    Attributes:
+      dense: the model before pruning, too; pruned: and the one with its dead channels in it.
+    """
 
     dense: bool = True
+    pruned: bool = True
     batch_size: Count = 64
 
 

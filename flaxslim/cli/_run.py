@@ -136,7 +136,8 @@ class _Story:
         with _table.training(what, train.steps) as said:
             point = self._steps(point, train.steps, teacher, said, dense=False)
         if self.recipe.prunes:
-            self.scores["pruned"] = self.evaluate(point.cfg, point.params)
+            if self.recipe.evaluation.pruned:
+                self.scores["pruned"] = self.evaluate(point.cfg, point.params)
             if self.recipe.shrink.end:
                 point = self._shrink(point, train.steps)
         return point
