@@ -3,9 +3,9 @@
 Under `optax.apply_updates` a dead channel is exactly zero, since its update is minus what it is:
 p + (-p) = 0 in every floating point type. So a loop needs no mask and no word of pruning. The state
 is one bool and one float32 for each channel, beside the state of the inner optimizer, whose moments
-are held at zero where channels are dead. Both are selections on arrays that the optimizer writes
-anyway, so that XLA makes them part of the same pass; what decides who dies runs under `lax.cond`,
-in the steps in which some do.
+are held at zero where channels are dead. These are selections on arrays that the optimizer reads or
+writes anyway, so that XLA makes them part of the same pass; what decides who dies runs under
+`lax.cond`, in the steps in which some do.
 """
 
 import dataclasses
@@ -200,9 +200,14 @@ class Pruning:
         zero = _placed(masks(sites, alive, self._zeroed), leaves)
         frozen = _placed(masks(sites, alive), leaves) if self.decide.regrow else {}
         living = zero | frozen
-        held = {path: jnp.where(mask, grads[path], 0) for path, mask in living.items()}
+        # The inner optimizer sees zeros in place of what is dead, in all that it reads, so what it
+        # writes is zero there. Selected on the way in this costs nothing; on the way out it would
+        # be another pass over each array.
         new, inner = self.inner.update(
-            _tree.replace(updates, held), state.inner_state, params, **extra
+            _tree.replace(updates, _selected(living, grads)),
+            _held(state.inner_state, leaves, living, zero),
+            _tree.replace(params, _selected(living, leaves)),
+            **extra,
         )
         steps = _tree.flatten(new)
         for path, mask in frozen.items():
@@ -215,7 +220,6 @@ class Pruning:
             # In the wider of the two types, or it would not be minus what it is.
             steps[path] = jnp.where(mask, steps[path], -leaves[path])
         new = _tree.replace(new, {path: steps[path] for path in living})
-        inner = _held(inner, leaves, living, zero)
         count = jnp.asarray(optax.safe_increment(state.count))
         skipped = state.skipped + jnp.minimum(verdict.skipped, _MOST - state.skipped)
         return new, PruningState(inner, count, skipped, verdict.owed, nested(channels))
@@ -253,6 +257,10 @@ class Pruning:
     def _zeroed(self, site: Site) -> tuple[Tensor, ...]:
         """The tensors in which what is dead is zero."""
         return reading(site) if self.decide.regrow else site.cut
+
+
+def _selected(living: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: jnp.where(mask, leaves[path], 0) for path, mask in living.items()}
 
 
 def _placed(found: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
