@@ -319,7 +319,7 @@ def test_the_demo_stretches_its_recipe(steps):
 
 def test_the_demo_is_its_recipe():
     path = _demo.recipes() / "digits.toml"
-    assert read(path).recipe == read(path, _demo.overrides(120)).recipe
+    assert read(path).recipe == read(path, _demo.overrides(100)).recipe
 
 
 def test_choices_are_those_of_the_library():

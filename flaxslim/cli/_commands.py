@@ -237,7 +237,7 @@ def run(
 def demo(
     *,
     out: Annotated[Path | None, arg(help="keep the slimmed model in this folder")] = None,
-    steps: Annotated[int, arg(help="training steps, dense; as many again while pruning")] = 120,
+    steps: Annotated[int, arg(help="training steps, dense; as many again while pruning")] = 100,
 ) -> int:
     """Train a small stock ViT on scikit-learn's digits, prune half of its FFN, slim, and prove it.
 

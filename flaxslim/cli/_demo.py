@@ -38,7 +38,7 @@ def overrides(steps: int) -> list[str]:
     ]
 
 
-def run(folder: Path | None = None, *, steps: int = 120) -> int:
+def run(folder: Path | None = None, *, steps: int = 100) -> int:
     """Run the recipe `digits`; the model is kept if a folder is given. Returns the exit code."""
     from flaxslim.cli import _execute
 

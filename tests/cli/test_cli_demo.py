@@ -16,7 +16,7 @@ def test_demo_tells_the_whole_story(run, tmp_path):
     assert accuracy["pruned"] == accuracy["slimmed, reloaded"]
     assert "equal to rounding" in result.out
     assert f"saved in {tmp_path / 'vit'}" in result.out
-    assert ViTConfig.from_pretrained(tmp_path / "vit").intermediate_size == 512
+    assert ViTConfig.from_pretrained(tmp_path / "vit").intermediate_size == 768
 
 
 def test_demo_says_what_to_install(run, monkeypatch):
