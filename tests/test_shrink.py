@@ -555,9 +555,10 @@ def test_a_class_that_can_say_no_smaller_width_is_refused():
     net, _, params, state = _pruned()
     (pair,) = net.spec
     spec = Spec(name="FIXED", pairs=dataclasses.replace(pair, fixed=True))
-    for shrinking in (lambda *args: shrink(*args, spec), ShrinkEvery(1, spec)):
-        with pytest.raises(WidthError, match=r"per_layer"):
-            shrinking(params, state, CFG)
+    with pytest.raises(WidthError, match=r"per_layer"):
+        shrink(params, state, CFG, spec)
+    with pytest.raises(WidthError, match=r"per_layer"):
+        ShrinkEvery(1, spec)(params, state, CFG)
 
 
 def test_it_looks_at_the_parameters_if_no_state_tells_of_channels():

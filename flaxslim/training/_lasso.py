@@ -82,8 +82,8 @@ def proximal_group_lasso(
      [0.  0. ]]
     """
     found = chosen(spec, cfg)
-    known = not callable(strength) and not isinstance(strength, Tracer)
-    if known and not (np.isfinite(strength) and strength >= 0):
+    known = None if callable(strength) or isinstance(strength, Tracer) else float(strength)
+    if known is not None and not (np.isfinite(known) and known >= 0):
         raise TrainingError(
             "the strength of a penalty is 0 or more",
             seen=f"strength={strength}",
@@ -101,9 +101,8 @@ def proximal_group_lasso(
             raise TrainingError(
                 "a proximal step needs the parameters", mend="tx.update(grads, state, params)"
             )
-        rate, penalty = (
-            value(state.count) if callable(value) else value for value in (learning_rate, strength)
-        )
+        rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        penalty: Any = strength(state.count) if callable(strength) else strength
         old, steps = _tree.flatten(params), _tree.flatten(updates)
         new: dict[str, jax.Array] = {}
         for group in map(_Group, together(found.sites(params, cfg))):
