@@ -8,21 +8,18 @@ and after are timed in turn; a ratio is the median over rounds of the ratios wit
 the one that FLOPs say (XLA's cost analysis of the two programs). "shrink" is the time of that call.
 """
 
-import argparse
 import statistics
 import time
 from typing import Any
 
 import jax
-import numpy as np
 import optax
+from bert_training import size, stepping, training
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
-from transformers import BertConfig, FlaxBertForSequenceClassification
 
 import flaxslim
-from flaxslim._compat import shell
 from flaxslim.specs import chosen
 
 CASES = {
@@ -32,24 +29,9 @@ CASES = {
 }
 
 
-def stepping(cfg: Any, tx: Any, batch: Any, params: Any, state: Any) -> Any:
+def compiled(cfg: Any, tx: Any, batch: Any, params: Any, state: Any) -> Any:
     """A compiled step of a model of these sizes."""
-    model = shell(FlaxBertForSequenceClassification, cfg)
-    ids, labels = batch
-
-    def step(params: Any, state: Any) -> tuple[Any, Any]:
-        def loss(params: Any) -> Any:
-            logits = model(ids, params=params).logits
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(step).lower(params, state).compile()
-
-
-def size(tree: Any) -> int:
-    return sum(np.asarray(x).nbytes for x in jax.tree.leaves(tree))
+    return jax.jit(stepping(cfg, tx, batch)).lower(params, state).compile()
 
 
 def flops(step: Any) -> float:
@@ -64,18 +46,8 @@ def seconds(step: Any, *arguments: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-
-    dense = BertConfig(num_hidden_layers=arguments.layers, num_labels=2)
-    start: Any = FlaxBertForSequenceClassification(dense).params
-    rng = np.random.default_rng(0)
-    shape = (arguments.batch, arguments.length)
-    batch = rng.integers(5, dense.vocab_size, shape), rng.integers(0, 2, arguments.batch)
+    asked = training(__doc__, rounds=5)
+    dense, start, batch = asked.cfg, asked.params, asked.batch
     table = Table(
         "dead", "step ms", "after", "faster", "FLOPs say", "shrink ms", "params and state"
     )
@@ -83,16 +55,16 @@ def main() -> None:
         found = chosen(spec, dense)
         tx = flaxslim.pruning(optax.adamw(3e-5), found, sparsity, cfg=dense)
         state = tx.init(start)
-        before = stepping(dense, tx, batch, start, state)
+        before = compiled(dense, tx, batch, start, state)
         params, state = before(start, state)
         began = time.perf_counter()
         small, small_state, cfg = flaxslim.shrink(params, state, dense, found, width="per_layer")
         jax.block_until_ready((small, small_state))
         shrinking = time.perf_counter() - began
         tx = flaxslim.pruning(optax.adamw(3e-5), found, sparsity, cfg=cfg)
-        after = stepping(cfg, tx, batch, small, small_state)
+        after = compiled(cfg, tx, batch, small, small_state)
         pairs = []
-        for number in range(arguments.rounds + 1):
+        for number in range(asked.rounds + 1):
             pair = seconds(before, params, state), seconds(after, small, small_state)
             pairs += [pair] if number else []  # the first is warm-up
         table.add_row(
@@ -104,9 +76,7 @@ def main() -> None:
             " -> ".join(decimal(size(own)) for own in ((params, state), (small, small_state))),
         )
     console = Console(width=110)
-    console.print(
-        f"BERT, {arguments.layers} layers, {shape[0]} x {shape[1]}, float32, {jax.devices()[0]}"
-    )
+    console.print(str(asked))
     console.print(table)
 
 

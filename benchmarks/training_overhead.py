@@ -11,7 +11,6 @@ drowns. So "overhead" is what an update takes more than adamw's (median over rou
 adamw's whole step. The state of pruning is given as a share of adamw's.
 """
 
-import argparse
 import functools
 import statistics
 import time
@@ -20,12 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from bert_training import size, stepping, training
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
-from transformers import BertConfig, FlaxBertForSequenceClassification
 
 import flaxslim
 from flaxslim._tree import flatten, replace
@@ -63,24 +61,9 @@ def masked(inner: optax.GradientTransformation, every: int) -> optax.GradientTra
     return optax.GradientTransformation(init, update)
 
 
-def size(tree: Any) -> int:
-    return sum(np.asarray(x).nbytes for x in jax.tree.leaves(tree))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=4)
-    arguments = parser.parse_args()
-
-    cfg = BertConfig(num_hidden_layers=arguments.layers, num_labels=2)
-    model: Any = FlaxBertForSequenceClassification(cfg)
-    rng = np.random.default_rng(0)
-    ids = rng.integers(5, cfg.vocab_size, (arguments.batch, arguments.length))
-    labels = rng.integers(0, 2, arguments.batch)
-    inner = optax.adamw(3e-5)
+    asked = training(__doc__, rounds=4)
+    start, inner = asked.params, optax.adamw(3e-5)
 
     def pruned(score: str) -> Any:
         schedule = flaxslim.cubic(0.0, 0.5, begin=100, end=10_000, every=100)
@@ -96,35 +79,25 @@ def main() -> None:
 
         return jax.jit(update, donate_argnums=(1, 2))
 
-    def stepping(tx: Any) -> Callable[..., Any]:
-        def step(params: Any, state: Any) -> tuple[Any, Any]:
-            def loss(params: Any) -> Any:
-                logits = model(ids, params=params).logits
-                return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-            updates, state = tx.update(jax.grad(loss)(params), state, params)
-            return optax.apply_updates(params, updates), state
-
-        return jax.jit(step, donate_argnums=(0, 1))
-
     console = Console()
-    grads = jax.tree.map(lambda x: 1e-3 * x, model.params)
+    grads = jax.tree.map(lambda x: 1e-3 * x, start)
     parts: dict[str, dict[str, Any]] = {"update": {}, "step": {}}
     extra: dict[str, float] = {}
     held: dict[str, Any] = {}
-    base = size(inner.init(model.params))
+    base = size(inner.init(start))
     for name, tx in ways.items():
         with console.status(f"compiling {name}"):
-            params = jax.tree.map(jnp.array, model.params)
+            params = jax.tree.map(jnp.array, start)
             state = tx.init(params)
             extra[name] = (size(state) - base) / base
-            both = {"update": functools.partial(updating(tx), grads), "step": stepping(tx)}
+            step = jax.jit(stepping(asked.cfg, tx, asked.batch), donate_argnums=(0, 1))
+            both = {"update": functools.partial(updating(tx), grads), "step": step}
             for part, call in both.items():
                 params, state = jax.block_until_ready(call(params, state))
                 parts[part][name] = call
             held[name] = params, state
     times: dict[str, dict[str, list[float]]] = {p: {name: [] for name in ways} for p in parts}
-    for part, rounds in (("update", 5 * arguments.rounds), ("step", arguments.rounds)):
+    for part, rounds in (("update", 5 * asked.rounds), ("step", asked.rounds)):
         for number in range(rounds):
             with console.status(f"{part}, round {number + 1} of {rounds}"):
                 for name, call in parts[part].items():
@@ -143,8 +116,7 @@ def main() -> None:
             f"{1 + more / whole:.3f}",
             f"{decimal(round(extra[name] * base))}, {extra[name]:.3%}",
         )
-    shape = f"{arguments.batch} x {arguments.length}"
-    console.print(f"BERT, {arguments.layers} layers, {shape}, float32, {jax.devices()[0]}")
+    console.print(str(asked))
     console.print(table)
 
 

@@ -78,16 +78,24 @@ def slim(
         leaves = flatten(params)
         check_fits(plan, leaves)
         check_dead(plan, leaves)
+    return carried_out(plan, params, cfg)
+
+
+def carried_out(plan: Plan, tree: Any, cfg: Any, *, like: Any = None) -> tuple[Any, Any]:
+    """A tree and its config after a plan that fits them, as `slim` gives them back and warns.
+
+    `like` are the parameters, if the tree is more than they are.
+    """
     _log.info("%s", plan)
     if plan.why_nothing:
-        check_finite(plan, flatten(params))
+        check_finite(plan, flatten(tree if like is None else like))
         if plan.blocked:
             raise WidthError(plan.why_nothing, mend=mend_blocked(plan))
         warnings.warn(
-            f"nothing was removed: {plan.why_nothing}", NothingRemovedWarning, stacklevel=2
+            f"nothing was removed: {plan.why_nothing}", NothingRemovedWarning, stacklevel=3
         )
-        return params, cfg
-    small, new = apply(plan, params), resized(plan, cfg)
+        return tree, cfg
+    small, new = apply(plan, tree, like=like), resized(plan, cfg)
     if any(modules(small)):
         check_shapes(small, plan, new)
     if cfg is not None and (pairs := untold(plan.cuts, new)):
@@ -95,13 +103,13 @@ def slim(
             f"the config goes on to say the old width of {'; '.join(map(str, pairs))}: name its "
             "key, Pair(width=...), or discover(..., cfg=cfg)",
             ConfigKeptWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     if plan.blocked:
         warnings.warn(
             f"some of what is dead was kept: {'; '.join(plan.blocked)}",
             DeadKeptWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return small, new
 

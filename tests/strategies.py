@@ -278,3 +278,17 @@ GROUPED = Pair(
     sizes={"k": "size"},
     activation="identity",
 )
+
+# The same without groups, in blocks that share a table, so that all of them keep the same heads.
+TIED = Spec(
+    name="TIED",
+    pairs=dataclasses.replace(
+        GROUPED,
+        at="block/{i}",
+        first_axes="d (h k)",
+        also={},
+        group=None,
+        group_width=None,
+        tables={"bias/embedding": "b h"},
+    ),
+)

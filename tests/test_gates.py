@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from strategies import GROUPED, LAYOUTS, net
+from strategies import LAYOUTS, TIED, net
 from transformers import BertConfig
 from zoo import CASES, build
 
@@ -142,24 +142,15 @@ def test_scanned_layers_have_gates_of_their_own():
 
 
 def test_sites_that_are_tied_have_one_gate():
-    pair = dataclasses.replace(
-        GROUPED,
-        at="block/{i}",
-        first_axes="d (h k)",
-        also={},
-        group=None,
-        group_width=None,
-        tables={"bias/embedding": "b h"},
-    )
-    spec, cfg = Spec(name="TIED", pairs=pair), {"heads": 2, "size": 2}
+    cfg = {"heads": 2, "size": 2}
     blocks: Any = {
         i: {"v": {"kernel": np.ones((3, 4))}, "o": {"kernel": np.ones((4, 3))}} for i in "01"
     }
     blocks["0"]["bias"] = {"embedding": np.ones((5, 2))}
     params = {"block": blocks}
-    assert [*flatten(gates(params, spec, cfg))] == ["block/0/o/kernel"]
+    assert [*flatten(gates(params, TIED, cfg))] == ["block/0/o/kernel"]
     values = {"block": {"0": {"o": {"kernel": np.array([[0.25, 0.5]])}}}}
-    new = gated(params, values, spec, cfg)["block"]
+    new = gated(params, values, TIED, cfg)["block"]
     for i in "01":
         np.testing.assert_array_equal(new[i]["o"]["kernel"][:, 0], [0.25, 0.25, 0.5, 0.5])
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from strategies import GROUPED, LAYOUTS, net
+from strategies import GROUPED, LAYOUTS, TIED, net
 from transformers import BertConfig
 from zoo import CASES, build
 
@@ -120,22 +120,13 @@ def test_keys_and_values_of_a_group_belong_to_none_of_its_heads():
 
 
 def _tied() -> tuple[dict[str, Any], Spec, dict[str, int]]:
-    pair = dataclasses.replace(
-        GROUPED,
-        at="block/{i}",
-        first_axes="d (h k)",
-        also={},
-        group=None,
-        group_width=None,
-        tables={"bias/embedding": "b h"},
-    )
     rng = np.random.default_rng(0)
     blocks = {
         str(i): {"v": {"kernel": rng.normal(size=(3, 8))}, "o": {"kernel": rng.normal(size=(8, 3))}}
         for i in range(2)
     }
     blocks["0"]["bias"] = {"embedding": rng.normal(size=(5, 4))}
-    return {"block": blocks}, Spec(name="TIED", pairs=pair), {"heads": 4, "size": 2}
+    return {"block": blocks}, TIED, {"heads": 4, "size": 2}
 
 
 def test_sites_that_are_tied_are_one_group():

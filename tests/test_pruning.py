@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pruning_models import NETS, Net, batches, heads, mlp
+from strategies import TIED
 
 import flaxslim
 from flaxslim import Pair, Spec
@@ -442,45 +443,28 @@ def test_a_schedule_that_ends_where_it_begins_is_one_shot(ramp):
 
 
 def test_tied_sites_share_a_table_as_long_as_one_of_them_uses_it():
-    def kernel(*shape: int) -> Any:
-        return {"kernel": jnp.ones(shape)}
-
-    def block() -> Any:
-        return {"q": kernel(4, 6), "k": kernel(4, 6), "v": kernel(4, 6), "o": kernel(6, 4)}
-
-    blocks = {"0": block(), "1": block()}
-    blocks["0"]["table"] = {"embedding": jnp.ones((5, 3))}
+    blocks: Any = {
+        i: {"v": {"kernel": jnp.ones((4, 6))}, "o": {"kernel": jnp.ones((6, 4))}} for i in "01"
+    }
+    blocks["0"]["bias"] = {"embedding": jnp.ones((5, 3))}
     for name, head in (("0", 0), ("1", 2)):  # one head is dead in each, another one
         rows = slice(2 * head, 2 * head + 2)
         blocks[name]["o"]["kernel"] = blocks[name]["o"]["kernel"].at[rows].set(0.0)
-    spec = Spec(
-        name="TIED",
-        pairs=Pair(
-            at="{i}",
-            axis="h",
-            first="v",
-            second="o",
-            first_axes="d (h k)",
-            second_axes="(h k) d",
-            also={"q": "d (h k)", "k": "d (h k)"},
-            tables={"table/embedding": "b h"},
-            sizes={"k": "head_dim"},
-        ),
-    )
-    cfg = {"head_dim": 2}
-    assert len({site.tied for site in spec.sites(blocks, cfg)}) == 1
-    assert flaxslim.channel_mask(blocks, spec, cfg)["0"]["table"]["embedding"].all()
+    params, cfg = {"block": blocks}, {"heads": 3, "size": 2}
+    assert len({site.tied for site in TIED.sites(params, cfg)}) == 1
+    mask = flaxslim.channel_mask(params, TIED, cfg)
+    assert mask["block"]["0"]["bias"]["embedding"].all()
     tx: Any = flaxslim.pruning(
-        optax.sgd(0.0), spec, flaxslim.one_shot(1 / 3, at=1), cfg=cfg, lock=True
+        optax.sgd(0.0), TIED, flaxslim.one_shot(1 / 3, at=1), cfg=cfg, lock=True
     )
-    params, state = blocks, tx.init(blocks)
+    state, zero = tx.init(params), jax.tree.map(jnp.zeros_like, params)
     for _ in range(3):
-        updates, state = tx.update(jax.tree.map(jnp.zeros_like, blocks), state, params)
+        updates, state = tx.update(zero, state, params)
         params = applied(params, updates)
     # Head 2, of which the table is the most, goes in both; what was locked stays so, in its block.
     alive = [own["alive"][0].tolist() for own in by_site(state.channels).values()]
     assert alive == [[False, True, False], [True, True, False]]
-    table = np.asarray(params["0"]["table"]["embedding"])
+    table = np.asarray(params["block"]["0"]["bias"]["embedding"])
     assert (table == [1.0, 1.0, 0.0]).all()
 
 
@@ -551,6 +535,22 @@ def test_a_target_that_floors_forbid_is_told_at_once():
         tx.init(net.params)
     with pytest.warns(UserWarning, match="no more than 20% of the channels"):
         jax.eval_shape(tx.init, net.params)
+
+
+def test_floors_and_caps_may_be_by_axis():
+    params = {**heads().params, "layers": mlp(layers=1).params["layers"]}
+    cfg, spec = heads().cfg | {"hidden": 10}, heads().spec + mlp().spec
+    bounds: Any = {"min_width": {"f": 8}, "max_sparsity": {"h": 0.5}}
+    tx: Any = flaxslim.pruning(optax.sgd(0.1), spec, flaxslim.one_shot(1.0), cfg=cfg, **bounds)
+    with pytest.warns(UserWarning, match="no more than"):
+        state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    assert flaxslim.sparsity(state).widths == {"o/kernel": 3, "layers/0/down/kernel": 8}
+    tx = flaxslim.pruning(optax.sgd(0.1), spec, 1.0, cfg=cfg, min_width={"f": 8})
+    with pytest.warns(UserWarning, match="no more than"):
+        state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    assert flaxslim.sparsity(state).widths["o/kernel"] == 1  # what is not named keeps its floor
 
 
 def test_several_states_in_one_tree_are_not_mixed_up():

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import GROUPED, gap, nets, quick, run
+from strategies import GROUPED, TIED, gap, nets, quick, run
 
 from flaxslim import NothingRemovedWarning, Pair, Plan, Spec, apply, plan, slim
 from flaxslim._apply import resized
@@ -350,19 +350,6 @@ def test_without_a_config_groups_stay_even():
 
 
 # --- sites that are tied ----------------------------------------------------------------------
-
-TIED = Spec(
-    name="TIED",
-    pairs=dataclasses.replace(
-        HEADS,
-        at="block/{i}",
-        first_axes="d (h k)",
-        also={},
-        group=None,
-        group_width=None,
-        tables={"bias/embedding": "b h"},
-    ),
-)
 
 
 @quick

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from flaxslim.cli._build import model_class, optimizer
-from flaxslim.cli._program import check_finite, make_program, owned
+from flaxslim.cli._program import check_finite, make_program
 from flaxslim.cli._recipe import Recipe
 from flaxslim.cli._report import channels, sizes
 from flaxslim.cli._tasks import TASKS, Logits
@@ -48,7 +48,7 @@ def check(recipe: Recipe, *, batch_size: int = 2) -> Checked:
     if recipe.distils:
         shapes = jax.eval_shape(program.forward, params, kind.inputs(batch))
         teacher = tuple(rng.standard_normal(x.shape, np.float32) for x in shapes)
-    state = owned(program.tx.init(params))
+    state = program.tx.init(params)
     params, state, loss = program.train(params, state, batch, teacher, 1)
     compiling, began = program.compiling, time.perf_counter()
     _, _, loss = program.train(params, state, batch, teacher, 2)

@@ -82,11 +82,6 @@ def make_program(recipe: Recipe, kind: type[Task], cls: Any, cfg: Any, tx: Any) 
     )
 
 
-def owned(state: Any) -> Any:
-    """Each array in a buffer of its own, as giving them up asks; `init` may share its zeros."""
-    return jax.tree.map(jnp.copy, state)
-
-
 def check_finite(losses: np.ndarray, step: int) -> None:
     """Raises `DivergedError` if one of the losses up to this step is no number."""
     wrong = np.flatnonzero(~np.isfinite(losses))

@@ -15,7 +15,7 @@ import numpy as np
 from flaxslim._proof import Change, Proof
 from flaxslim._prove import flops
 from flaxslim.cli import _metrics
-from flaxslim.cli._program import Program, owned
+from flaxslim.cli._program import Program
 from flaxslim.cli._recipe import Recipe
 from flaxslim.cli._tasks import Batch, Logits
 from flaxslim.specs import chosen
@@ -137,7 +137,7 @@ class _Stepping:
     @classmethod
     def of(cls, program: Program, params: Any, batch: Batch) -> "_Stepping":
         params = jax.tree.map(jnp.copy, params)
-        state = owned(program.tx.init(params))
+        state = program.tx.init(params)
         return cls(
             program=program,
             params=params,

@@ -28,7 +28,6 @@ from flaxslim.cli._program import (
     make_program,
     make_teacher,
     no_teacher,
-    owned,
 )
 from flaxslim.cli._recipe import Recipe
 from flaxslim.cli._report import Report, Shrunk, change, channels, sizes, speed
@@ -153,7 +152,7 @@ class _Story:
 
     def _begin(self, params: Any, cfg: Any, steps: int, *, prunes: bool) -> _Point:
         program = self._compile(cfg, steps, prunes=prunes)
-        state = owned(program.tx.init(params))
+        state = program.tx.init(params)
         return _Point(params=params, state=state, cfg=cfg, program=program)
 
     def _compile(self, cfg: Any, steps: int, *, prunes: bool) -> Program:
@@ -253,7 +252,7 @@ class _Story:
             proof.raise_if_failed()
         self.shrunk.append(Shrunk(step=step, removed=removed, proof=proof))
         program = self._compile(cfg, recipe.train.steps, prunes=True)
-        return _Point(params=params, state=owned(state), cfg=cfg, program=program)
+        return _Point(params=params, state=state, cfg=cfg, program=program)
 
     # --- at the end ---------------------------------------------------------------------------
 

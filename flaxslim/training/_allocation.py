@@ -29,13 +29,9 @@ class Allocation:
     min_width: int | Mapping[str, int] = 1
     max_sparsity: float | Mapping[str, float] = 1.0
 
-    @staticmethod
-    def all_of(value: Any) -> list[Any]:
-        return [*value.values()] if isinstance(value, Mapping) else [value]
-
     def floor(self, axis: str, whole: Any) -> Any:
         """How many of so many channels live on: a number, traced if theirs is."""
-        least = _of_axis(self.min_width, axis, 0)
+        least = _of_axis(self.min_width, axis, 1)
         share = 1.0 - _of_axis(self.max_sparsity, axis, 1.0)
         return jnp.maximum(jnp.ceil(share * whole - 1e-4).astype(int), least)
 
@@ -94,9 +90,9 @@ def members(
 def choose(
     found: Sequence[Member], sparsity: Mapping[str, Any], how: Allocation
 ) -> dict[str, Rows]:
-    """Which channels are alive from now on, by second kernel. `sparsity` is by axis, or None.
+    """Which channels are alive from now on, by second kernel. `sparsity` is by axis.
 
-    A channel whose score is not finite does not die. An axis that is not due keeps what it has.
+    A channel whose score is not finite does not die.
     """
     alive: dict[str, Rows] = {}
     for axis, share in sparsity.items():
@@ -109,7 +105,7 @@ def choose(
 def _each(m: Member, share: Any, how: Allocation) -> Rows:
     dead = _rounded(share * m.whole) - m.gone
     dead = jnp.minimum(dead, m.alive.shape[-1] - m.floor(how))
-    return m.alive & ~((_rank(_key(m)) < dead) & jnp.isfinite(m.score))
+    return m.alive & ~((_rank(_key(m, m.alive)) < dead) & jnp.isfinite(m.score))
 
 
 def _among_all(found: Sequence[Member], share: Any, how: Allocation) -> list[Rows]:
@@ -117,7 +113,7 @@ def _among_all(found: Sequence[Member], share: Any, how: Allocation) -> list[Row
         return []
     keys, weights, total, gone = [], [], 0, 0
     for m in found:
-        key = _key(m)
+        key = _key(m, m.alive)
         safe = _rank(key) >= key.shape[-1] - m.floor(how)
         keys.append(jnp.where(safe & m.alive, jnp.inf, key).ravel())
         weights.append(np.full(key.size, len(m.paths)))
@@ -141,16 +137,15 @@ def regrown(m: Member, alive: Rows, growth: Rows, share: Any) -> Rows:
     """
     count = alive.sum(-1, keepdims=True)
     room = jnp.minimum(_rounded(share * count), alive.shape[-1] - count)
-    key = jnp.where(alive, jnp.where(jnp.isfinite(m.score), m.score, jnp.inf), -jnp.inf)
     size = alive.shape[-1]
-    kept = alive & (_rank(key) >= size - (count - room))
+    kept = alive & (_rank(_key(m, alive)) >= size - (count - room))
     growth = jnp.where(jnp.isfinite(growth), growth, -jnp.inf)
     return _rank(jnp.where(kept, jnp.inf, growth)) >= size - count
 
 
-def _key(m: Member) -> Rows:
+def _key(m: Member, alive: Rows) -> Rows:
     """What is dead comes first, what must not die last."""
-    return jnp.where(m.alive, jnp.where(jnp.isfinite(m.score), m.score, jnp.inf), -jnp.inf)
+    return jnp.where(alive, jnp.where(jnp.isfinite(m.score), m.score, jnp.inf), -jnp.inf)
 
 
 def _rank(key: Rows) -> Rows:

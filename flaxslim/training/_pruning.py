@@ -245,11 +245,11 @@ class Pruning:
             reach = float(np.dot(most, sizes)) / max(sum(sizes), 1)
             if not how.among_all:
                 reach = min(most)
-            if reach < target - 0.5 / min(site.size for site in own):
+            if reach < target - 0.5 / max(min(site.size for site in own), 1):
                 warnings.warn(
                     f"no more than {reach:.0%} of the channels of axis {axis!r} can die at some "
                     f"site, and the schedule ends at {target:.0%}: lower min_width "
-                    f"({how.min_width}) or raise max_sparsity ({how.max_sparsity:g}); both may be "
+                    f"({how.min_width}) or raise max_sparsity ({how.max_sparsity}); both may be "
                     'by axis: {"f": 128, "h": 2}',
                     stacklevel=5,
                 )
@@ -325,15 +325,17 @@ def _allocation(name: str, min_width: Any, max_sparsity: Any) -> Allocation:
         raise TrainingError(
             "there is no such allocation", seen=repr(name), expected='"site" or "global"'
         )
-    how = Allocation(among_all=name == "global", min_width=min_width, max_sparsity=max_sparsity)
-    widths, shares = how.all_of(min_width), how.all_of(max_sparsity)
-    if min(widths) < 0 or not all(0 <= share <= 1 for share in shares):
+    widths, shares = (
+        [*value.values()] if isinstance(value, Mapping) else [value]
+        for value in (min_width, max_sparsity)
+    )
+    if not all(width >= 0 for width in widths) or not all(0 <= share <= 1 for share in shares):
         raise TrainingError(
             "no site can have so many channels",
             seen=f"min_width={min_width}, max_sparsity={max_sparsity}",
             expected="min_width of 0 or more, max_sparsity from 0.0 to 1.0",
         )
-    return how
+    return Allocation(among_all=name == "global", min_width=min_width, max_sparsity=max_sparsity)
 
 
 def _check_gradients(sites: Sequence[Site], grads: Mapping[str, Any]) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 from flaxslim import _tree
 from flaxslim._apply import apply
 from flaxslim._draw import draw
-from flaxslim._errors import NothingRemovedWarning, TrainingError, WidthError
+from flaxslim._errors import NothingRemovedWarning, TrainingError
 from flaxslim._plan import Plan
-from flaxslim._slim import mend_blocked, slim
+from flaxslim._slim import carried_out
 from flaxslim._spec import SpecLike
 from flaxslim.training._sparsity import Sparsity, sparsity
 
@@ -65,20 +65,11 @@ def shrink(
     """
     whole = _parameters_of(params)
     plan = draw(whole, cfg, spec, width=width, multiple_of=multiple_of)
-    if plan.blocked and not plan.removed:
-        raise WidthError(plan.blocked[0], mend=mend_blocked(plan))
-    if not plan.removed:
-        warnings.warn(
-            f"nothing was removed: {plan.why_nothing}", NothingRemovedWarning, stacklevel=2
-        )
-        return params, opt_state, cfg
     _check_pruned(plan, (params, opt_state))
-    small, new = slim(whole, cfg, plan=plan)
-    if whole is not params:
-        small = apply(plan, params, like=whole)
-    if opt_state is not None:
+    small, new = carried_out(plan, params, cfg, like=None if whole is params else whole)
+    if opt_state is not None and plan.removed:
         opt_state = apply(plan, opt_state, like=whole)
-    if any(len({*cut.groups}) > 1 for cut in plan.cuts):
+    if plan.removed and any(len({*cut.groups}) > 1 for cut in plan.cuts):
         warnings.warn(
             "groups of heads are of unequal size now, as only the new config tells: call "
             "flaxslim.pruning again with it (the state stays)",

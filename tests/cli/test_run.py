@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from cli.tiny import Result
 
 import flaxslim
 from flaxslim import FlaxslimError
@@ -25,9 +24,7 @@ from flaxslim.cli import (
     _recipe_read,
     _report,
     _run,
-    main,
 )
-from flaxslim.cli._console import console, messages
 from flaxslim.cli._recipe import Recipe
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn")
@@ -68,24 +65,6 @@ def _quick(monkeypatch):
 def ran(tmp_path_factory) -> _report.Report:
     """The run that most tests look at."""
     return _run.run(_tiny(tmp_path_factory.mktemp("runs") / "digits"))
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    """`flaxslim ...` in this process."""
-    for console_ in (console, messages):
-        monkeypatch.setattr(console_, "width", 200)
-
-    def call(*arguments: object) -> Result:
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else -1
-        out, err = capsys.readouterr()
-        return Result(code=code, out=out, err=err)
-
-    return call
 
 
 # --- a run ------------------------------------------------------------------------------------
@@ -254,13 +233,13 @@ def test_overwrite(ran, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_ctrl_c(command, tmp_path, monkeypatch):
+def test_ctrl_c(run, tmp_path, monkeypatch):
     def interrupt(self: Any, *arguments: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(_program.Program, "train", interrupt)
     said = [part for text in TINY for part in ("--set", text)]
-    result = command("run", "digits", *said, "--out", tmp_path / "out")
+    result = run("run", "digits", *said, "--out", tmp_path / "out")
     assert result.code == INTERRUPTED
     assert "no model was written" in result.err
     assert str(tmp_path / "out.partial") in result.err.replace("\n", "")
@@ -302,9 +281,9 @@ def test_tensorboard(tmp_path):
 # --- the command ------------------------------------------------------------------------------
 
 
-def test_the_command_prints_what_came_of_it(command, tmp_path):
+def test_the_command_prints_what_came_of_it(run, tmp_path):
     said = [part for text in (*TINY, "output.plot=false") for part in ("--set", text)]
-    result = command("run", "digits", *said, "--out", tmp_path / "out")
+    result = run("run", "digits", *said, "--out", tmp_path / "out")
     assert result.code == 0, result.err
     for words in ("accuracy", "FLOPs, one training step", "equal to rounding", "FLOPs say"):
         assert words in result.out
@@ -312,34 +291,34 @@ def test_the_command_prints_what_came_of_it(command, tmp_path):
     assert "loss" in result.err
 
 
-def test_dry_run_prints_the_recipe_and_stops(command, tmp_path):
+def test_dry_run_prints_the_recipe_and_stops(run, tmp_path):
     out = tmp_path / "out"
-    result = command("run", "digits", "--set", "train.steps=200", "--dry-run", "--out", out)
+    result = run("run", "digits", "--set", "train.steps=200", "--dry-run", "--out", out)
     assert result.code == 0
     assert "steps = 200" in result.out
     assert 'allocation = "site"' in result.out
     assert not out.exists()
     bert = _demo.recipes() / "squad_bert_base.toml"
-    result = command("run", bert, "--set", "data.train=nowhere", "--dry-run")
+    result = run("run", bert, "--set", "data.train=nowhere", "--dry-run")
     assert result.code == 0
     assert "no such file" in result.err
 
 
-def test_mistakes_are_exit_code_1(command):
-    result = command("run", "digits", "--set", "train.stepz=200")
+def test_mistakes_are_exit_code_1(run):
+    result = run("run", "digits", "--set", "train.stepz=200")
     assert result.code == 1
     assert "no key 'stepz'" in result.err
-    assert command("run", "nowhere.toml").code == 1
+    assert run("run", "nowhere.toml").code == 1
 
 
-def test_help_teaches(command):
-    text = command("run", "--help").out
+def test_help_teaches(run):
+    text = run("run", "--help").out
     for words in ("--set", "--dry-run", "--check", "[pruning]", "metrics.jsonl", "Example: "):
         assert words in text
 
 
 @pytest.mark.parametrize("name", ["squad_bert_base", "stories260k", "digits"])
-def test_check_takes_the_first_step(command, name):
+def test_check_takes_the_first_step(run, name):
     small = {
         "squad_bert_base": (
             "vocab_size=99",
@@ -361,7 +340,7 @@ def test_check_takes_the_first_step(command, name):
     said = [part for text in small for part in ("--set", f"model.config.{text}")]
     if name == "stories260k":
         said += ["--set", "model.source=org/name"]  # not asked for
-    result = command("run", name, *said, "--check")
+    result = run("run", name, *said, "--check")
     assert result.code == 0, result.err
     assert "the recipe is ready to run" in result.out
 
