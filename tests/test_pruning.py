@@ -626,6 +626,8 @@ WRONG: Mapping[str, tuple[Any, str]] = {
     "score": ({"score": "snipp"}, "snip"),
     "schedule": ({"schedule": "cubic"}, "one_shot"),
     "axis": ({"schedule": {"h": 0.5}}, "'f'"),
+    "axis of a floor": ({"min_width": {"h": 3}}, "'f'"),
+    "axis of a cap": ({"max_sparsity": {"ff": 0.5}}, "'f'"),
     "allocation": ({"allocation": "everywhere"}, '"global"'),
     "floor": ({"min_width": -1}, "min_width=-1"),
     "cap": ({"max_sparsity": 1.5}, "max_sparsity=1.5"),

@@ -105,7 +105,7 @@ def pruning(
         decide=Decide(
             score=as_score(score),
             schedules=_by_axis(schedule, found),
-            how=_allocation(allocation, min_width, max_sparsity),
+            how=_allocation(allocation, min_width, max_sparsity, found),
             fade=fade,
             regrow=regrow,
         ),
@@ -309,22 +309,31 @@ def _by_axis(schedule: ScheduleLike, spec: Spec) -> dict[str, Schedule]:
         return {}
     if not isinstance(schedule, Mapping):
         return dict.fromkeys(axes, as_schedule(schedule))
-    if unknown := [axis for axis in schedule if axis not in axes]:
+    _check_axes("the schedule", schedule, spec)
+    return {axis: as_schedule(own) for axis, own in schedule.items()}
+
+
+def _check_axes(what: str, by_axis: Any, spec: Spec) -> None:
+    """Raise `TrainingError` for a mapping with an axis that the spec does not prune."""
+    axes = dict.fromkeys(pair.axis for pair in spec)
+    unknown = [axis for axis in by_axis if axis not in axes] if isinstance(by_axis, Mapping) else ()
+    if unknown:
         raise TrainingError(
-            f"the schedule is for an axis that {spec.name} does not prune",
+            f"{what} is for an axis that {spec.name} does not prune",
             seen=", ".join(map(repr, unknown)),
             expected=" or ".join(map(repr, axes)),
             near=nearest(str(unknown[0]), axes),
             mend="pass a spec with heads, such as BERT_FFN + BERT_HEADS, for an axis 'h'",
         )
-    return {axis: as_schedule(own) for axis, own in schedule.items()}
 
 
-def _allocation(name: str, min_width: Any, max_sparsity: Any) -> Allocation:
+def _allocation(name: str, min_width: Any, max_sparsity: Any, spec: Spec) -> Allocation:
     if name not in ("site", "global"):
         raise TrainingError(
             "there is no such allocation", seen=repr(name), expected='"site" or "global"'
         )
+    _check_axes("min_width", min_width, spec)
+    _check_axes("max_sparsity", max_sparsity, spec)
     widths, shares = (
         [*value.values()] if isinstance(value, Mapping) else [value]
         for value in (min_width, max_sparsity)
