@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from flaxslim.checkpoint import from_pretrained as from_pretrained
     from flaxslim.checkpoint import load as load
     from flaxslim.checkpoint import save as save
+    from flaxslim.posttraining._allocate import Budget as Budget
+    from flaxslim.posttraining._method import Method as Method
+    from flaxslim.posttraining._prune import prune as prune
+    from flaxslim.posttraining._report import Report as Report
+    from flaxslim.posttraining._tune import Tune as Tune
     from flaxslim.specs import spec_for as spec_for
     from flaxslim.specs._ffn import ALBERT_FFN as ALBERT_FFN
     from flaxslim.specs._ffn import BART_FFN as BART_FFN
@@ -257,6 +262,11 @@ _PUBLIC = {
         "TUNIX_FFN",
         "TUNIX_HEADS",
     ),
+    "posttraining._allocate": ("Budget",),
+    "posttraining._method": ("Method",),
+    "posttraining._prune": ("prune",),
+    "posttraining._report": ("Report",),
+    "posttraining._tune": ("Tune",),
     "training._pruning": ("pruning",),
     "training._schedule": (
         "cubic",

@@ -148,6 +148,21 @@ class TrainingError(FlaxslimError, ValueError):
     """A schedule, score or optimizer state that cannot prune."""
 
 
+# --- prune without training -------------------------------------------------------------------
+
+
+class CalibrationError(FlaxslimError, ValueError):
+    """Calibration data, a function or statistics from which nothing can be learnt."""
+
+
+class BudgetError(FlaxslimError, ValueError):
+    """A size or a speed that cannot be reached, or that makes no sense."""
+
+
+class CalibrationWarning(UserWarning):
+    """Calibration data that serves, but is less than what was asked for."""
+
+
 # --- checkpoint -------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Shared settings: the real data where it is at hand, and the table of families."""
 
+import gc
 import os
 import pathlib
 
@@ -10,7 +11,19 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import pytest
 
+# Traces are full of objects that live on; to look through them all the time takes a tenth of it.
+gc.set_threshold(50_000, 20, 50)
+
 DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_runtest_teardown(item, nextitem) -> None:
+    """What was compiled for one file is of no use to the next, and fills gigabytes."""
+    if nextitem is not None and nextitem.path != item.path:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

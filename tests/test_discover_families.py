@@ -100,27 +100,13 @@ def _traced(cls: type, cfg: Any, params: Any, length: int | None) -> Traced:
     return traced(_call(cls, cfg), params, inputs_for(cls, cfg, length=length))
 
 
-# Families whose layers compute what those of another do (BERT, BART, T5): found in long runs only.
-TWINS = (
-    "electra",
-    "roberta",
-    "xlm_roberta",
-    "mbart",
-    "pegasus",
-    "blenderbot",
-    "blenderbot_small",
-    "marian",
-    "mt5",
-)
-
-
 @pytest.fixture(
     scope="module",
     params=[
         pytest.param(
             case,
             id=str(case),
-            marks=[] if case.short and case.family not in TWINS else pytest.mark.long,
+            marks=[] if case.short and not case.twin else pytest.mark.long,
         )
         for case in CASES
     ],

@@ -167,6 +167,7 @@ def _perplexity(logits: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> float:
     return float(np.exp(-picked[mask[:, 1:] == 1].mean()))
 
 
+@pytest.mark.long
 def test_discovery_example(monkeypatch, capsys):
     """Five kinds of models, each without a spec: found, cut, and the same function."""
     example = _loaded("discover_anything", monkeypatch)

@@ -25,10 +25,14 @@ def _marked(cases: Sequence[Case], short: Sequence[str] | None = None) -> list[A
         pytest.param(
             case,
             id=str(case),
-            marks=[] if (case.short if short is None else str(case) in short) else pytest.mark.long,
+            marks=[] if _ordinary(case, short) else pytest.mark.long,
         )
         for case in cases
     ]
+
+
+def _ordinary(case: Case, short: Sequence[str] | None) -> bool:
+    return str(case) in short if short is not None else case.short and not case.twin
 
 
 def _folds(site: Site, cfg: Any) -> bool:

@@ -17,7 +17,9 @@ FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 def params_of(cases):
     return [
-        pytest.param(case, id=str(case), marks=[] if case.short else pytest.mark.long)
+        pytest.param(
+            case, id=str(case), marks=[] if case.short and not case.twin else pytest.mark.long
+        )
         for case in cases
     ]
 

@@ -115,6 +115,7 @@ _SENTENCES = """
 """
 
 
+@pytest.mark.long
 def test_sentences_have_the_same_embeddings(data, tmp_path):
     """A PyTorch-named checkpoint, cut in place and loaded by the Flax class."""
     zeroed, slim = tmp_path / "zeroed", tmp_path / "slim"

@@ -140,10 +140,10 @@ def test_numbers_of_layers_may_be_padded_with_zeros():
     "name",
     [
         "FlaxBertForMaskedLM",
-        "FlaxMistralForCausalLM",
+        pytest.param("FlaxMistralForCausalLM", marks=pytest.mark.long),
         "FlaxT5ForConditionalGeneration-gated",
-        "FlaxBloomForCausalLM",
-        "FlaxEncoderDecoderModel-bert+gpt2",
+        pytest.param("FlaxBloomForCausalLM", marks=pytest.mark.long),
+        pytest.param("FlaxEncoderDecoderModel-bert+gpt2", marks=pytest.mark.long),
     ],
 )
 def test_a_slimmed_model_can_be_slimmed_again(name):

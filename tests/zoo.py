@@ -23,6 +23,23 @@ from flaxslim._tree import flatten
 
 Sizes = dict[str, Any]
 
+# Families whose layers compute what those of another do (BERT, BART, T5, a composite).
+TWINS = frozenset(
+    {
+        "blenderbot",
+        "blenderbot_small",
+        "electra",
+        "marian",
+        "mbart",
+        "mt5",
+        "pegasus",
+        "roberta",
+        "speech_encoder_decoder",
+        "vision_encoder_decoder",
+        "xlm_roberta",
+    }
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -34,6 +51,11 @@ class Case:
     config: Callable[[], Any]
     short: bool
     length: int  # of token sequences, or frames of audio
+
+    @property
+    def twin(self) -> bool:
+        """Whether it is looked at in long runs only, but for the plainest of tests."""
+        return self.family in TWINS
 
     @property
     def cls(self) -> type:

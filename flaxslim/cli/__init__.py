@@ -1,4 +1,4 @@
-"""The command line: `flaxslim inspect | slim | verify | families | run | demo`.
+"""The command line: `flaxslim inspect | slim | verify | families | prune | sweep | run | demo`.
 
 Nothing heavy is imported until a command needs it, so that `--help` answers at once.
 """
@@ -32,6 +32,8 @@ def _by_name() -> dict[str, Callable[..., Any]]:
         "slim": _commands.slim,
         "verify": _commands.verify,
         "families": _commands.families,
+        "prune": _commands.prune,
+        "sweep": _commands.sweep,
         "run": _commands.run,
         "demo": _commands.demo,
     }

@@ -36,6 +36,36 @@ Heads = Annotated[
     bool,
     arg(help="cut dead attention heads too; most families need --width per_layer for it"),
 ]
+Calibration = Annotated[
+    Path,
+    arg(
+        help="some hundred samples of what the model will see: text (.txt, one a line), JSON lines "
+        "or a table (with --fields), an .npz of arrays, or a folder of images"
+    ),
+]
+Fields = Annotated[
+    tuple[str, ...],
+    arg(help="names of the texts in JSON lines; names or numbers of columns; arrays of an .npz"),
+]
+Samples = Annotated[int, arg(help="how many of them to use")]
+Length = Annotated[int, arg(help="tokens of a sample at most; of each window for causal models")]
+BatchSize = Annotated[int, arg(help="samples of a batch; latency is measured at one")]
+Preset = Literal["fast", "balanced", "best", "fisher"]
+AnyHeads = Annotated[
+    bool, arg(help="prune attention heads too; most families need --width per_layer for it")
+]
+LowMemory = Annotated[
+    bool, arg(help="the statistics of one layer at a time; as many passes over the data as layers")
+]
+Evaluate = Annotated[
+    str | None,
+    arg(
+        help="measure before and after: perplexity or stsb (on --evaluation), or module:function, "
+        "called with (params, config)"
+    ),
+]
+Evaluation = Annotated[Path | None, arg(help="the data that --evaluate reads")]
+Seed = Annotated[int, arg(help="of all that is random; the same seed gives the same bytes")]
 
 
 def inspect(
@@ -178,6 +208,150 @@ def families() -> int:
 
     console.print(_table.families())
     return 0
+
+
+def prune(
+    source: Source,
+    out: Annotated[Positional[Path], arg(metavar="OUT", help="the folder to write")],
+    *,
+    calibration: Calibration,
+    keep: Annotated[
+        float | None, arg(help="the share of the channels that stays in each layer, such as 0.7")
+    ] = None,
+    target: Annotated[str | None, arg(help="how many times as fast as it is here: 1.5x")] = None,
+    max_params: Annotated[str | None, arg(help="parameters in all, such as 15M")] = None,
+    max_bytes: Annotated[str | None, arg(help="bytes in all, such as 60MB")] = None,
+    max_flops: Annotated[float | None, arg(help="share of the dense model's FLOPs: 0.6")] = None,
+    max_latency: Annotated[str | None, arg(help="time of a batch on this machine: 4ms")] = None,
+    preset: Annotated[
+        Preset,
+        arg(
+            help="fast: by activations, refitted; balanced: greedy by exact error, refitted; best: "
+            "the same, then tuned against the dense model; fisher: Kwon et al. 2022"
+        ),
+    ] = "balanced",
+    width: Width = "uniform",
+    heads: AnyHeads = False,
+    multiple_of: MultipleOf = 1,
+    heads_multiple_of: HeadsMultipleOf = 1,
+    samples: Samples = 128,
+    length: Length = 128,
+    batch_size: BatchSize = 16,
+    fields: Fields = (),
+    evaluate: Evaluate = None,
+    evaluation: Evaluation = None,
+    low_memory: LowMemory = False,
+    seed: Seed = 0,
+    overwrite: Annotated[bool, arg(help="replace OUT if it exists, once the new one is whole")] = (
+        False
+    ),
+    revision: Revision = None,
+) -> int:
+    """Prune a checkpoint without training it, by what it does on some data, and write it to OUT.
+
+    Give one wish: --keep, --target, --max-params, --max-bytes, --max-flops or --max-latency. What
+    is left makes up for what goes, so the function is nearly the same, not exactly; both models are
+    run and compared. OUT loads in the stock class, with --width per_layer by
+    flaxslim.from_pretrained.
+    Example: flaxslim prune path/to/folder smaller --calibration texts.txt --keep 0.7
+    """
+    from flaxslim.cli import _prune
+
+    budget = {
+        "speedup": target,
+        "params": max_params,
+        "bytes": max_bytes,
+        "flops": max_flops,
+        "latency": max_latency,
+    }
+    return _prune.run(
+        source,
+        out,
+        _prune.Data(
+            calibration=calibration,
+            samples=samples,
+            length=length,
+            batch_size=batch_size,
+            fields=fields,
+            seed=seed,
+        ),
+        _prune.How(
+            preset=preset,
+            width=width,
+            heads=heads,
+            multiple_of=multiple_of,
+            heads_multiple_of=heads_multiple_of,
+            low_memory=low_memory,
+            seed=seed,
+        ),
+        keep=keep,
+        budget=budget,
+        evaluate=evaluate,
+        evaluation=evaluation,
+        overwrite=overwrite,
+        revision=revision,
+    )
+
+
+def sweep(
+    source: Source,
+    *,
+    calibration: Calibration,
+    keep: Annotated[str, arg(help="shares of the channels that stay, with commas between")] = (
+        "0.9,0.7,0.5,0.3"
+    ),
+    presets: Annotated[str, arg(help="presets to compare, with commas between")] = "fast,balanced",
+    width: Width = "uniform",
+    heads: AnyHeads = False,
+    multiple_of: MultipleOf = 1,
+    heads_multiple_of: HeadsMultipleOf = 1,
+    samples: Samples = 128,
+    length: Length = 128,
+    batch_size: BatchSize = 16,
+    fields: Fields = (),
+    evaluate: Evaluate = None,
+    evaluation: Evaluation = None,
+    low_memory: LowMemory = False,
+    seed: Seed = 0,
+    csv: Annotated[Path | None, arg(help="write the table to this file")] = None,
+    plot: Annotated[Path | None, arg(help="draw it to this file (.png, .svg)")] = None,
+    revision: Revision = None,
+) -> int:
+    """Prune at several sizes by several presets, and show what each keeps of the model.
+
+    Writes no model. The error is the distance of the outputs from those of the dense model, on
+    calibration data that were held out.
+    Example: flaxslim sweep path/to/folder --calibration texts.txt --keep 0.9,0.7,0.5
+    """
+    from flaxslim.cli import _prune
+
+    return _prune.sweep(
+        source,
+        _prune.Data(
+            calibration=calibration,
+            samples=samples,
+            length=length,
+            batch_size=batch_size,
+            fields=fields,
+            seed=seed,
+        ),
+        _prune.How(
+            preset="",
+            width=width,
+            heads=heads,
+            multiple_of=multiple_of,
+            heads_multiple_of=heads_multiple_of,
+            low_memory=low_memory,
+            seed=seed,
+        ),
+        keep=keep,
+        presets=presets,
+        evaluate=evaluate,
+        evaluation=evaluation,
+        csv_file=csv,
+        plot=plot,
+        revision=revision,
+    )
 
 
 def run(

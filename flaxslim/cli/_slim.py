@@ -73,7 +73,7 @@ def run(source: str, out: Path, options: Options) -> int:
         if options.format.startswith("flax") and before.naming == "torch":
             # First, so that the recorded plan has the names of what is written.
             refuse_loss(unused(before.params, before.config), options.format)
-            before = _as_flax(before)
+            before = as_flax(before)
         status.update("looking for dead channels")
         chosen = options.choice.plan(before)
     for note in before.notes:
@@ -120,7 +120,7 @@ def run(source: str, out: Path, options: Options) -> int:
     return 0
 
 
-def _as_flax(checkpoint: Checkpoint) -> Checkpoint:
+def as_flax(checkpoint: Checkpoint) -> Checkpoint:
     """The same in Flax names; what `to_flax` warns of becomes a note."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -211,3 +211,13 @@ def step_time(report: Any) -> str | None:
         f"a training step takes {report.measured:.2f} of its time, and FLOPs say "
         f"{report.predicted:.2f}: {beyond:.2f} times as long as predicted"
     )
+
+
+def swept(rows: list[dict[str, Any]]) -> Table:
+    """What each preset keeps of a model at each size."""
+    names = [name for name in rows[0] if name not in ("preset", "keep", "parameters")]
+    table = _table("preset", "keep", "parameters", *names)
+    for row in rows:
+        numbers = (f"{row[name]:.4g}" for name in names)
+        table.add_row(row["preset"], f"{row['keep']:.0%}", f"{row['parameters']:,}", *numbers)
+    return table

@@ -1,7 +1,6 @@
 """`flaxslim run`: a few steps of the digits, end to end, with a shrink in the middle."""
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -235,7 +234,7 @@ def test_overwrite(ran, tmp_path):
 
 def test_ctrl_c(run, tmp_path, monkeypatch):
     def interrupt(self: Any, *arguments: Any) -> None:
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(_program.Program, "train", interrupt)
     said = [part for text in TINY for part in ("--set", text)]

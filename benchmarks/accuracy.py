@@ -1,0 +1,123 @@
+"""Methods without training on two real models: the reference methods, and the presets below them.
+
+    python benchmarks/accuracy.py                                # all of it, about an hour
+    python benchmarks/accuracy.py --task stories260K --more      # with all calibration stories
+    python benchmarks/accuracy.py --methods OBS best --ratios 0.5
+
+FFN channels are removed in each layer at the given ratios. The reference methods are those of
+the data's README (magnitude: product of the norms of a channel's first columns and second row;
+Wanda: norm of the second row times RMS; "+ls": second layer refitted by ridge least squares; OBS:
+greedy by exact error, refitted; ridge 1e-2). The presets choose what they choose, ridges and when
+to stop, on calibration data that they hold out; the evaluation data are read for the table alone.
+
+With `--heads` a quarter and half of the attention heads go, and FFN channels together with heads
+at as many parameters as FFN channels alone.
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from accuracy_tasks import TASKS
+from rich.console import Console
+from rich.table import Table
+
+from flaxslim import Method
+from flaxslim.posttraining._method import PRESETS
+from flaxslim.posttraining._prune import zero
+
+REFERENCES: Mapping[str, Method] = {
+    "random": Method(score="random", compensation="none"),
+    "magnitude": Method(score="magnitude_product", compensation="none"),
+    "Wanda": Method(score="wanda", compensation="none"),
+    "magnitude + ls": Method(score="magnitude_product", ridge=1e-2),
+    "Wanda + ls": Method(score="wanda", ridge=1e-2),
+    "OBS": Method(ridge=1e-2),
+}
+METHODS: Mapping[str, Method] = {**REFERENCES, **PRESETS}
+
+
+def measured(
+    task: Any, method: Method, keep: Any, *, spec: Any, seed: int, more: bool
+) -> tuple[tuple[float, ...], float]:
+    """The figures of a task for one method at one size, and the seconds that pruning took."""
+    began = time.perf_counter()
+    params, _ = zero(
+        task.params,
+        task.cfg,
+        spec,
+        fn=task.fn,
+        batches=task.calibration(seed, more=more),
+        keep=keep,
+        budget=None,
+        method=method,
+        width="per_layer",
+        multiple_of=1,
+        mask=None,
+        loss=None,
+        objective=None,
+        low_memory=False,
+        seed=seed,
+        told=lambda what, done, total: None,
+    )
+    seconds = time.perf_counter() - began
+    return task.evaluate(params), seconds
+
+
+def show(figures: Any) -> str:
+    return " / ".join(f"{x:.1f}" if x >= 20 else f"{x:.2f}" for x in figures)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--task", choices=TASKS, action="append")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.5, 0.7])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--more", action="store_true", help="with more calibration data")
+    parser.add_argument("--heads", action="store_true", help="heads instead of FFN channels")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    console = Console(width=140)
+    wishes: dict[str, tuple[Any, Any]] = {
+        f"{ratio:.0%}": ("ffn", {"f": 1 - ratio}) for ratio in args.ratios
+    }
+    if args.heads:
+        wishes = {f"{ratio:.0%} of heads": ("heads", {"h": 1 - ratio}) for ratio in (0.25, 0.5)}
+        wishes["25% of both"] = ("all", {"f": 0.75, "h": 0.75})
+        wishes["FFN, as many"] = ("ffn", None)
+    for name in args.task or TASKS:
+        task = TASKS[name]()
+        task.params = jax.tree.map(jnp.asarray, task.params)
+        table = Table(title=f"{name}: {' / '.join(task.figures)}", title_justify="left")
+        for column in ("method", *wishes, "s"):
+            table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_row("dense", show(task.evaluate(task.params)))
+        for method in args.methods:
+            cells, seconds = [], []
+            for spec, keep in wishes.values():
+                found = [
+                    measured(
+                        task,
+                        METHODS[method],
+                        keep or task.as_many_as(0.75),
+                        spec=spec,
+                        seed=seed,
+                        more=args.more,
+                    )
+                    for seed in range(args.seeds)
+                ]
+                cells.append(show(np.mean([figures for figures, _ in found], axis=0)))
+                seconds += [taken for _, taken in found]
+                console.print(f"{method} {cells[-1]}", style="dim")
+            table.add_row(method, *cells, f"{np.median(seconds):.0f}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""`flaxslim prune` and `flaxslim sweep`: read, calibrate, prune, cut, measure, write."""
+
+import contextlib
+import csv
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import flaxslim
+from flaxslim._errors import BudgetError, CalibrationWarning
+from flaxslim._inputs import model_class_for
+from flaxslim._prove import verify as prove
+from flaxslim.checkpoint import Checkpoint, read, save
+from flaxslim.checkpoint._atomic import check_target
+from flaxslim.checkpoint._names import unused
+from flaxslim.checkpoint._write import refuse_loss
+from flaxslim.cli import _evaluate, _sweep_plot, _table
+from flaxslim.cli._console import console, messages
+from flaxslim.cli._slim import as_flax
+from flaxslim.posttraining._allocate import Budget
+from flaxslim.posttraining._data import CalibrationData, read_calibration
+from flaxslim.posttraining._prune import method_of
+from flaxslim.posttraining._report import Report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """The flags that say what to calibrate on."""
+
+    calibration: Path
+    samples: int
+    length: int
+    batch_size: int
+    fields: tuple[str, ...]
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class How:
+    """The flags that say how to prune."""
+
+    preset: str
+    width: str
+    heads: bool
+    multiple_of: int
+    heads_multiple_of: int
+    low_memory: bool
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is pruned: Flax parameters, the class that runs them, and the calibration data."""
+
+    checkpoint: Checkpoint
+    cls: Any
+    data: CalibrationData
+
+    @property
+    def dense(self) -> tuple[Any, Any]:
+        return self.checkpoint.params, self.checkpoint.config
+
+
+def opened(source: str, data: Data, revision: str | None) -> Model:
+    """Read the checkpoint and the calibration data of a command."""
+    with messages.status(f"reading {source}"):
+        before = read(source, revision=revision)
+        if before.naming == "torch":
+            refuse_loss(unused(before.params, before.config), "flax")
+            before = as_flax(before)
+        cls = model_class_for(before.config, before.params)
+    for note in before.notes:
+        messages.print(f"note: {note}", markup=False, soft_wrap=True)
+    with messages.status(f"reading {data.calibration}"), _notes():
+        found = read_calibration(
+            data.calibration,
+            folder=before.folder,
+            cfg=before.config,
+            samples=data.samples,
+            length=data.length,
+            batch_size=data.batch_size,
+            fields=data.fields,
+            seed=data.seed,
+        )
+    tokens = "" if found.tokens is None else f", {found.tokens:,} tokens"
+    messages.print(f"calibration: {found.samples:,} samples{tokens} of {found.source}")
+    return Model(checkpoint=before, cls=cls, data=found)
+
+
+def pruned(model: Model, how: How, **wish: Any) -> tuple[Any, Any, Report]:
+    """The smaller parameters, their config, and what was done."""
+    reports: list[Report] = []
+    with _progress() as told, _notes():
+        params, cfg = flaxslim.prune(
+            *model.dense,
+            "all" if how.heads else "ffn",
+            fn=model.cls,
+            batches=model.data.batches,
+            preset=how.preset,
+            width=how.width,
+            multiple_of={"f": how.multiple_of, "h": how.heads_multiple_of},
+            low_memory=how.low_memory,
+            seed=how.seed,
+            told=told,
+            report=reports.append,
+            **wish,
+        )
+    return params, cfg, reports[0]
+
+
+def run(
+    source: str,
+    out: Path,
+    data: Data,
+    how: How,
+    *,
+    keep: float | None,
+    budget: Mapping[str, Any],
+    evaluate: str | None,
+    evaluation: Path | None,
+    overwrite: bool,
+    revision: str | None,
+) -> int:
+    """Prune a checkpoint and write it; returns the exit code. Until all is done, nothing is
+    written."""
+    began = time.perf_counter()
+    given = {name: value for name, value in budget.items() if value is not None}
+    if (keep is None) == (not given) or len(given) > 1:
+        raise BudgetError(
+            "how small is it to be?",
+            seen=", ".join([*(["--keep"] if keep is not None else []), *given]) or "no wish",
+            expected="one of --keep, --target, --max-params, --max-bytes, --max-flops, "
+            "--max-latency",
+            mend="--keep 0.7 keeps 70% of the channels of each layer; --target 1.5x makes it 1.5 "
+            "times as fast on this machine",
+        )
+    wish: dict[str, Any] = {"keep": keep} if keep is not None else {"budget": Budget(**given)}
+    measure = _evaluate.metric(evaluate, evaluation, folder=source)
+    local = Path(source) if Path(source).is_dir() else None
+    target = out.expanduser().resolve()
+    check_target(target, overwrite=overwrite, source=local)
+    model = opened(source, data, revision)
+    params, cfg, report = pruned(model, how, **wish)
+    console.print(str(report), markup=False, soft_wrap=True)
+    with messages.status("measuring both models"):
+        proof = prove(
+            model.dense,
+            (params, cfg),
+            model.cls,
+            inputs=model.data.batches[0],
+            approximate=True,
+            repeats=15,
+        )
+        scores = {}
+        if measure is not None:
+            scores = {
+                "dense": measure(model.cls, *model.dense),
+                "pruned": measure(model.cls, params, cfg),
+            }
+    console.print(_table.before_after(proof))
+    if report.cost and proof.milliseconds.after:
+        console.print(_said_of_cost(report, given, proof), markup=False, soft_wrap=True)
+    for name, found in scores.items():
+        console.print(f"{name}: " + ", ".join(f"{key} {x:.4g}" for key, x in found.items()))
+    with messages.status(f"writing {out}"):
+        save(
+            out,
+            params,
+            cfg,
+            like=model.checkpoint,
+            overwrite=overwrite,
+            record=_record(source, how, wish, report, scores, model.data),
+        )
+    messages.print(f"written to {out} in {time.perf_counter() - began:.0f} s", markup=False)
+    return 0
+
+
+def _said_of_cost(report: Report, given: Mapping[str, Any], proof: Any) -> str:
+    """What was asked, predicted and measured."""
+    cost, ms = report.cost, proof.milliseconds
+    if not {"latency", "speedup"} & given.keys():
+        return ""
+    return (
+        f"asked {cost['dense'] / cost['asked']:.2f}x, predicted "
+        f"{cost['dense'] / cost['predicted']:.2f}x, measured {ms.before / ms.after:.2f}x "
+        f"({ms.before:.1f} to {ms.after:.1f} ms a batch)"
+    )
+
+
+def _record(
+    source: str,
+    how: How,
+    wish: Mapping[str, Any],
+    report: Report,
+    scores: Mapping[str, Any],
+    data: CalibrationData,
+) -> dict[str, Any]:
+    """What `flaxslim.json` keeps, and what the model card says."""
+    name = Path(source).name if Path(source).is_dir() else source
+    after = sum(row.after for row in report.rows)
+    before = sum(row.before for row in report.rows)
+    said = {k: str(v) for k, v in wish.items()}
+    return {
+        "flaxslim": flaxslim.__version__,
+        "exact": False,
+        "prune": {
+            "how": dataclasses.asdict(how),
+            "wish": said,
+            "report": report.to_dict(),
+            "scores": dict(scores),
+            "calibration": data.source,
+        },
+        "card": f"{before - after:,} of {before:,} channels and heads were cut from `{name}` by "
+        f"flaxslim {flaxslim.__version__} without training (preset {how.preset}, "
+        f"{data.samples:,} calibration samples). What it computes is near what that model does, "
+        "not the same.",
+    }
+
+
+# --- sweep --------------------------------------------------------------------------------------
+
+
+def sweep(
+    source: str,
+    data: Data,
+    how: How,
+    *,
+    keep: str,
+    presets: str,
+    evaluate: str | None,
+    evaluation: Path | None,
+    csv_file: Path | None,
+    plot: Path | None,
+    revision: str | None,
+) -> int:
+    """Prune at several shares by several presets, and print what each costs and gives."""
+    measure = _evaluate.metric(evaluate, evaluation, folder=source)
+    shares, names = _shares(keep), [name.strip() for name in presets.split(",")]
+    for name in names:
+        method_of(name)  # which says what there is, before anything is read
+    model = opened(source, data, revision)
+    dense = dict(measure(model.cls, *model.dense)) if measure else {}
+    rows: list[dict[str, Any]] = [
+        {"preset": "dense", "keep": 1.0, "parameters": _size(model.dense[0]), "error": 0.0, **dense}
+    ]
+    for preset in names:
+        for share in shares:
+            params, cfg, report = pruned(model, dataclasses.replace(how, preset=preset), keep=share)
+            found = dict(measure(model.cls, params, cfg)) if measure else {}
+            rows.append(
+                {
+                    "preset": preset,
+                    "keep": share,
+                    "parameters": _size(params),
+                    "error": report.output_error,
+                    **found,
+                }
+            )
+    console.print(_table.swept(rows))
+    if csv_file is not None:
+        with csv_file.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        messages.print(f"written to {csv_file}", markup=False)
+    if plot is not None:
+        _sweep_plot.plot(rows, plot, title=Path(source).name or source)
+        messages.print(f"written to {plot}", markup=False)
+    return 0
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < share <= 1 for share in found):
+        raise BudgetError(
+            "--keep is a list of shares",
+            seen=text,
+            expected="numbers above 0, up to 1",
+            mend="--keep 0.9,0.7,0.5",
+        )
+    return found
+
+
+def _size(params: Any) -> int:
+    from flaxslim._tree import flatten
+
+    return sum(int(np.prod(np.shape(x))) for x in flatten(params).values())
+
+
+# --- what is seen while it runs -----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage, with the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=messages) as progress:
+        bars: dict[str, Any] = {}
+
+        def told(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = progress.add_task(what, total=total)
+            progress.update(bars[what], completed=done, total=total)
+
+        yield told
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """Warnings of the library as notes, each once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    said = dict.fromkeys(
+        str(w.message)
+        for w in caught
+        if issubclass(w.category, CalibrationWarning)
+        or w.category.__module__.startswith("flaxslim")
+    )
+    for text in said:
+        messages.print(f"note: {text}", markup=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Channels die without training: calibration, scores, compensation, budgets."""

@@ -1,0 +1,119 @@
+"""Calibration data that is arrays already: an .npz file."""
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxslim._errors import CalibrationError, nearest
+
+# What numpy and zipfile raise for files that are truncated, encrypted or something else.
+_BROKEN = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def read_arrays(path: Path, fields: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, integers and truth values as int32, floats as float32.
+
+    All of them by their names, or those that one or two `fields` name: as `input_ids`, and as
+    `attention_mask`. The first axis of each counts the samples. Nothing is unpickled.
+    Raises `CalibrationError` for a file that is none, has no such arrays, or other dtypes, and for
+    arrays whose first axes differ.
+    """
+    if len(fields) > 2:
+        raise CalibrationError(
+            "an .npz file has two fields at most",
+            path=str(path),
+            seen=", ".join(fields),
+            expected="the array of token ids, and that of the mask",
+            mend="name these two, or none to take all arrays by their names",
+        )
+    stored = _stored(path, fields)
+    names = ("input_ids", "attention_mask") if fields else tuple(stored)
+    arrays = {
+        name: _narrow(path, told, x) for name, (told, x) in zip(names, stored.items(), strict=False)
+    }
+    lengths = {told: len(x) for told, x in zip(stored, arrays.values(), strict=True)}
+    if len(set(lengths.values())) > 1:
+        raise CalibrationError(
+            "the arrays do not have equally many samples",
+            path=str(path),
+            seen=", ".join(f"{told}: {count}" for told, count in lengths.items()),
+            expected="first axes of one size",
+            mend="name those of token ids and of their mask in fields",
+        )
+    if not all(lengths.values()):
+        raise CalibrationError(
+            "the arrays hold no sample", path=str(path), seen="a first axis of 0"
+        )
+    for told, (name, x) in zip(stored, arrays.items(), strict=True):
+        if name in ("input_ids", "attention_mask") and not (x.ndim >= 2 and x.dtype == np.int32):
+            raise CalibrationError(
+                f"{told} cannot be taken as {name}",
+                path=str(path),
+                seen=f"{x.dtype} of shape {x.shape}",
+                expected="integers, (samples, length)",
+                mend="name the arrays of token ids and of their mask in fields",
+            )
+    return arrays
+
+
+def _stored(path: Path, fields: Sequence[str]) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            there = list(file.files)
+            absent = [name for name in fields if name not in there]
+            stored = {name: file[name] for name in fields or there} if not absent else {}
+    # A lone array, of a file in .npy format, is no context.
+    except (*_BROKEN, AttributeError, TypeError) as error:
+        raise CalibrationError(
+            "this is no .npz file of plain arrays",
+            path=str(path),
+            seen=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            expected="what numpy.savez(path, input_ids=..., attention_mask=...) writes",
+            mend="write it anew, without objects",
+        ) from error
+    if absent:
+        raise CalibrationError(
+            f"the file has no array {absent[0]}",
+            path=str(path),
+            seen=", ".join(there[:8]) or "nothing",
+            near=nearest(absent[0], there),
+            mend="name another one in fields",
+        )
+    if not stored:
+        raise CalibrationError(
+            "there is no array in the file",
+            path=str(path),
+            expected="what numpy.savez(path, input_ids=..., attention_mask=...) writes",
+            mend="pass another file",
+        )
+    return stored
+
+
+def _narrow(path: Path, name: str, x: Any) -> np.ndarray:
+    """As int32 or float32, the widest that JAX has unless it is told otherwise."""
+    kind = x.dtype.kind if isinstance(x, np.ndarray) and x.ndim else None
+    big = np.iinfo(np.int32)
+    if kind == "f":
+        return x.astype(np.float32)
+    if kind in ("i", "u", "b") and (not x.size or (x.min() >= big.min and x.max() <= big.max)):
+        return x.astype(np.int32)
+    raise CalibrationError(
+        f"the array {name} is none of samples",
+        path=str(path),
+        seen=f"{x.dtype} of shape {x.shape}" if isinstance(x, np.ndarray) else "bytes",
+        expected="integers that fit int32, or floats, with a first axis that counts the samples",
+        mend="write the file without it, or name the arrays to take in fields",
+    )

@@ -1,0 +1,226 @@
+"""What the second layers read on calibration data: moments of it, summed up batch by batch."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxslim._errors import CalibrationError
+from flaxslim._spec import Site
+from flaxslim.posttraining._capture import Traced, hidden
+from flaxslim.posttraining._function import Fn
+from flaxslim.posttraining._refit import Moments
+
+# The batch -> which of its positions count, (b, t), or none for all.
+Mask = Callable[[Any], Any]
+# By the path of the second kernel, the moments of each row of a site, `(s,)` of them.
+BySite = Mapping[str, Sequence[Moments]]
+
+_FOLDS = 4  # one of so many batches is held out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seen:
+    """The moments of some sites: of most of the batches, of those held out, and of all."""
+
+    fit: BySite
+    held: BySite
+    all: BySite
+
+
+class Calibration:
+    """Calibration data, and a function to run on it.
+
+    Args:
+      fn: `fn(params, batch) -> outputs`, pure. It is traced once for each shape of batch, and
+        always called with parameters of the dense shapes.
+      batches: pytrees of arrays, such as dicts of `input_ids` and `attention_mask`. All are held;
+        the first axis of their arrays counts the samples.
+      mask: which positions of a batch count; by default its `attention_mask`, if it has one (the
+        `decoder_attention_mask` where the lengths are those of the decoder).
+
+    What is read is summed up in float32, float64 where JAX has it enabled, at the highest
+    precision of products; the sums of batches are added in float64 on the host.
+
+    Raises `CalibrationError` if there is no batch, or if what is read is not finite.
+    """
+
+    def __init__(self, fn: Fn, batches: Iterable[Any], *, params: Any, mask: Mask | None = None):
+        self.fn, self.mask = fn, mask
+        self.batches = list(batches)
+        if not self.batches:
+            raise CalibrationError(
+                "there is no calibration batch",
+                seen="an empty iterable",
+                expected="some hundred samples: [{'input_ids': ..., 'attention_mask': ...}, ...]",
+                mend="pass a list; a generator that was run through once is empty",
+            )
+        self._shapes: Any = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), params
+        )
+        self._traced: dict[Any, Traced] = {}
+        self._sums: dict[Any, Any] = {}
+
+    @property
+    def samples(self) -> int:
+        """How many there are in all batches."""
+        return sum(len(jax.tree.leaves(batch)[0]) for batch in self.batches)
+
+    @property
+    def running(self) -> list[str]:
+        """The paths of the kernels in the order in which the function first reads them."""
+        return self.traced(self.batches[0]).running
+
+    @property
+    def held_out(self) -> list[bool]:
+        """Which batches are held out where something is chosen; none of a single one."""
+        count = len(self.batches)
+        step = min(_FOLDS, count)
+        return [count > 1 and i % step == step - 1 for i in range(count)]
+
+    def traced(self, batch: Any) -> Traced:
+        """The function, traced for the shapes of a batch."""
+        key = _shapes(batch)
+        if key not in self._traced:
+            self._traced[key] = Traced(self.fn, self._shapes, batch)
+        return self._traced[key]
+
+    def counted(self, batch: Any, lead: Sequence[int], path: str) -> Any:
+        """Which of the samples at a site count: an array of its leading axes, or none for all."""
+        if self.mask is not None:
+            masks = [self.mask(batch)]
+        elif isinstance(batch, Mapping):
+            names = ["attention_mask", "decoder_attention_mask"]
+            names = names[::-1] if "decoder" in path else names
+            masks = [batch[name] for name in names if name in batch]
+        else:
+            masks = []
+        for mask in masks:
+            if mask is not None and tuple(mask.shape) == tuple(lead[: mask.ndim]):
+                return jnp.broadcast_to(
+                    mask.reshape(*mask.shape, *(1,) * (len(lead) - mask.ndim)), lead
+                )
+        return None
+
+    def moments(
+        self,
+        sites: Sequence[Site],
+        params: Any,
+        dense: Any = None,
+        *,
+        told: Callable[[int], None] = lambda done: None,
+    ) -> Seen:
+        """What the second layers of some sites read with `params`.
+
+        And where `dense` is given, how that goes along with what they read with those.
+        `told` is called after each batch with their number.
+        """
+        sums: dict[bool, dict[str, Any]] = {}
+        for number, (batch, held) in enumerate(zip(self.batches, self.held_out, strict=True)):
+            found = jax.device_get(self._sum(sites, params, dense, batch))
+            own = sums.setdefault(held, {})
+            for path, parts in found.items():
+                wide = [np.asarray(x, np.float64) for x in parts]
+                before = own.get(path)
+                own[path] = (
+                    wide if before is None else [a + b for a, b in zip(before, wide, strict=True)]
+                )
+            told(number + 1)
+        fit = sums[False]
+        held = sums.get(True, fit)
+        both = (
+            fit
+            if held is fit
+            else {p: [a + b for a, b in zip(fit[p], held[p], strict=True)] for p in fit}
+        )
+        for path, parts in both.items():
+            _check(path, parts)
+        return Seen(fit=_by_row(fit), held=_by_row(held), all=_by_row(both))
+
+    def _sum(self, sites: Sequence[Site], params: Any, dense: Any, batch: Any) -> Any:
+        key = (_shapes(batch), tuple(site.second.path for site in sites), dense is None)
+        if key not in self._sums:
+            self._sums[key] = jax.jit(self._summing(sites, batch))
+        return self._sums[key](params, dense, batch)
+
+    def _summing(self, sites: Sequence[Site], batch: Any) -> Any:
+        traced = self.traced(batch)
+        wanted = {site.second.path for site in sites}
+
+        def sums(params: Any, dense: Any, batch: Any) -> dict[str, list[Any]]:
+            reads = traced(params, batch, wanted)[1]
+            others = None if dense is None else traced(dense, batch, wanted)[1]
+            return {site.second.path: self._of_site(site, reads, others, batch) for site in sites}
+
+        return sums
+
+    def _of_site(self, site: Site, reads: Any, others: Any, batch: Any) -> list[Any]:
+        """Sums over samples: x x^T, x, how many; and x y^T, y, y y^T."""
+        xs = hidden(site, reads)
+        ys = xs if others is None else hidden(site, others)
+        total: list[Any] = []
+        for x, y in zip(xs, ys, strict=True):
+            s, m = x.shape[0], x.shape[-1]
+            counted = self.counted(batch, x.shape[1:-1], site.second.path)
+            if counted is None:
+                weights = jnp.ones((s, x[0, ..., 0].size), _WIDE())
+            else:
+                weights = jnp.broadcast_to(counted.reshape(1, -1), (s, counted.size)).astype(
+                    _WIDE()
+                )
+            on = weights[..., None] > 0  # padding may be infinite, or no number
+            x = jnp.where(on, x.reshape(s, -1, m).astype(_WIDE()), 0)
+            parts = [_product(x, x), x.sum(1), weights.sum(1)]
+            if others is not None:
+                y = jnp.where(on, y.reshape(s, -1, m).astype(_WIDE()), 0)
+                parts += [_product(x, y), y.sum(1), _product(y, y)]
+            total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
+        return total
+
+
+def _WIDE() -> Any:
+    return jnp.result_type(float)
+
+
+def _product(x: Any, y: Any) -> Any:
+    return jnp.einsum("snm,snk->smk", x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _shapes(batch: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(batch)
+    return treedef, tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in leaves)
+
+
+def _by_row(sums: Mapping[str, list[np.ndarray]]) -> dict[str, list[Moments]]:
+    found: dict[str, list[Moments]] = {}
+    for path, parts in sums.items():
+        rows = []
+        for i in range(len(parts[0])):
+            count = max(float(parts[2][i]), 1.0)
+            means = [part[i] / count for part in parts]
+            cross = {"xy": means[3], "y": means[4], "yy": means[5]} if len(parts) > 3 else {}
+            rows.append(Moments(xx=means[0], x=means[1], count=int(parts[2][i]), **cross))
+        found[path] = rows
+    return found
+
+
+def _check(path: str, parts: Sequence[np.ndarray]) -> None:
+    if not all(np.isfinite(part).all() for part in parts):
+        channels = np.flatnonzero(~np.isfinite(parts[1]).all(0))
+        raise CalibrationError(
+            "what this layer reads on the calibration data is not finite",
+            path=path,
+            seen=f"NaN or infinity in {len(channels)} channels, the first {channels[:5].tolist()}",
+            mend="look for what makes the model overflow: wrong inputs, or float16 where float32 "
+            "is needed (fn decides in what it computes)",
+        )
+    if not parts[2].max(initial=0):
+        raise CalibrationError(
+            "no position of the calibration data counts",
+            path=path,
+            seen="a mask of zeros",
+            mend="pass an attention_mask with ones where there is text",
+        )

@@ -1,0 +1,209 @@
+"""What a model costs at any widths: parameters, bytes, FLOPs and milliseconds, of each site."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxslim import _tree
+from flaxslim._errors import CalibrationError
+from flaxslim._prove import flops
+from flaxslim._slim import slim
+from flaxslim._spec import Site, Spec
+from flaxslim.posttraining import _allocate, _latency
+from flaxslim.posttraining._allocate import Budget
+from flaxslim.posttraining._function import function_of
+from flaxslim.posttraining._rank import Ranking, alive_of, count_of
+from flaxslim.training._channels import masks
+
+_GRID = 6  # widths of each group that are timed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A whole model, and a batch to run it on. `fn` as in `prune`."""
+
+    fn: Any
+    params: Any
+    cfg: Any
+    spec: Spec
+    batch: Any
+
+    def at(self, counts: Mapping[str, int], sites: Sequence[Site]) -> tuple[Any, Any]:
+        """The function, and parameters, with the first units only of each site, by path."""
+        alive = {
+            site.second.path: alive_of(site, [np.arange(counts[site.second.path])] * site.rows)
+            for site in sites
+        }
+        leaves = _tree.flatten(self.params)
+        living = masks(sites, alive, lambda site: site.reading)
+        zeroed = {p: jnp.where(mask, leaves[p], 0) for p, mask in living.items()}
+        params, cfg = _tree.replace(self.params, zeroed), self.cfg
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            small, new = slim(params, cfg, self.spec, width="per_layer")
+        return function_of(self.fn, small, new), small
+
+
+def within(
+    budget: Budget,
+    rankings: Mapping[str, Ranking],
+    whole: Whole,
+    *,
+    width: str,
+    multiple_of: int | Mapping[str, int],
+    told: Callable[[str, int, int], None],
+    cache: Path | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> tuple[dict[str, int], dict[str, float]]:
+    """How many units each site keeps so that the whole meets a budget at the least error.
+
+    Returns the counts by path and what was asked, predicted, and is the cost of the dense model.
+    Raises `BudgetError` if it cannot be met.
+    """
+    sites = [ranking.site for ranking in rankings.values()]
+    leaves = _tree.flatten(whole.params)
+    if budget.params is not None or budget.bytes is not None:
+        sizes = {path: int(np.prod(np.shape(leaf))) for path, leaf in leaves.items()}
+        widths = {path: leaf.dtype.itemsize for path, leaf in leaves.items()}
+        of_bytes = budget.bytes is not None
+        each = {
+            site.second.path: _allocate.parameters_of(site, widths if of_bytes else None)
+            for site in sites
+        }
+        dense = float(sum(n * widths[p] if of_bytes else n for p, n in sizes.items()))
+        limit, unit = (
+            float(budget.bytes or budget.params or 0),
+            "bytes" if of_bytes else "parameters",
+        )
+    elif budget.flops is not None:
+        each, dense = _flops(whole, sites)
+        limit, unit = budget.flops * dense, "FLOPs"
+    else:
+        return _in_time(budget, rankings, whole, width, multiple_of, told, cache, weights)
+    gone = sum(each[site.second.path] * count_of(site) for site in sites)
+    counts, cost = _allocate.by_budget(
+        rankings,
+        limit=limit,
+        fixed=dense - gone,
+        cost=lambda site, numbers: each[site.second.path] * numbers,
+        unit=unit,
+        width=width,
+        multiple_of=multiple_of,
+        weights=weights,
+    )
+    return counts, {"asked": limit, "predicted": cost, "dense": dense}
+
+
+def _grouped(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    """Sites of one kind, which take the same time: by axis and by the shapes of their tensors."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        shapes = "/".join("x".join(map(str, t.shape)) for t in (*site.first, site.second))
+        groups.setdefault(f"{site.pair.axis} {shapes}", []).append(site)
+    return groups
+
+
+def _counts(groups: Mapping[str, Sequence[Site]], widths: Mapping[str, int]) -> dict[str, int]:
+    return {site.second.path: widths[name] for name, own in groups.items() for site in own}
+
+
+def _flops(whole: Whole, sites: Sequence[Site]) -> tuple[dict[str, float], float]:
+    """FLOPs of one unit of each site, and of the whole: they grow in proportion."""
+    groups = _grouped(sites)
+    full = {name: count_of(own[0]) for name, own in groups.items()}
+
+    def at(widths: Mapping[str, int]) -> float:
+        fn, params = whole.at(_counts(groups, widths), sites)
+        found = flops(fn, params, whole.batch)
+        if found is None:
+            raise CalibrationError(
+                "this backend does not count FLOPs",
+                seen=jax.default_backend(),
+                mend="give a budget of parameters, or of time",
+            )
+        return found
+
+    dense, each = at(full), {}
+    for name, own in groups.items():
+        less = max(1, full[name] // 2)
+        unit = (dense - at({**full, name: less})) / max(full[name] - less, 1) / len(own)
+        each |= {site.second.path: unit for site in own}
+    return each, dense
+
+
+def _in_time(
+    budget: Budget,
+    rankings: Mapping[str, Ranking],
+    whole: Whole,
+    width: str,
+    multiple_of: int | Mapping[str, int],
+    told: Callable[[str, int, int], None],
+    cache: Path | None,
+    weights: Mapping[str, float] | None,
+) -> tuple[dict[str, int], dict[str, float]]:
+    sites = [ranking.site for ranking in rankings.values()]
+    groups = _grouped(sites)
+    table = timetable(whole, groups, multiple_of=multiple_of, told=told, cache=cache)
+    limit = budget.latency if budget.speedup is None else table.base / float(budget.speedup)
+    names = {site.second.path: name for name, own in groups.items() for site in own}
+
+    def cost(site: Site, numbers: np.ndarray) -> np.ndarray:
+        name = names[site.second.path]
+        return np.asarray(table.costs(name, numbers, len(groups[name])))
+
+    full = {name: [count_of(site) for site in own] for name, own in groups.items()}
+    fixed = table.predict(full) - sum(
+        float(cost(site, np.array([count_of(site)]))[0]) for site in sites
+    )
+    counts, predicted = _allocate.by_budget(
+        rankings,
+        limit=float(limit or 0),
+        fixed=fixed,
+        cost=cost,
+        unit="ms",
+        width=width,
+        multiple_of=multiple_of,
+        weights=weights,
+    )
+    return counts, {"asked": float(limit or 0), "predicted": predicted, "dense": table.base}
+
+
+def timetable(
+    whole: Whole,
+    groups: Mapping[str, Sequence[Site]],
+    *,
+    multiple_of: int | Mapping[str, int] = 1,
+    told: Callable[[str, int, int], None] = lambda what, done, total: None,
+    cache: Path | None = None,
+) -> _latency.Table:
+    """How long the whole takes at some widths of each kind of site, on this device."""
+    sites = [site for own in groups.values() for site in own]
+    dense = {name: count_of(own[0]) for name, own in groups.items()}
+    grid = {}
+    for name, own in groups.items():
+        allowed = _allocate.allowed(own[0], multiple_of)
+        at = np.linspace(0, len(allowed) - 1, min(_GRID, len(allowed))).round().astype(int)
+        grid[name] = [int(allowed[i]) for i in np.unique(at)]
+
+    def run(widths: Mapping[str, int]) -> Callable[[], Any]:
+        fn, params = whole.at(_counts(groups, widths), sites)
+        params, batch = jax.device_put(params), jax.device_put(whole.batch)
+        call = jax.jit(fn)
+        return lambda: jax.block_until_ready(call(params, batch))
+
+    leaves = jax.tree.leaves(whole.batch)
+    shapes = ", ".join(f"{np.result_type(x)}{tuple(np.shape(x))}" for x in leaves)
+    return _latency.measure(
+        run,
+        dense,
+        grid,
+        cache=cache,
+        key=f"{shapes} {whole.spec.name} {whole.cfg}",
+        told=lambda done, total: told("timing", done, total),
+    )

@@ -1,0 +1,81 @@
+"""How far a pruned model is from the dense one on a batch, in what it puts out and in between."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxslim import _config
+from flaxslim._spec import Site
+from flaxslim.posttraining._calibration import Calibration
+
+# (outputs of the dense model, outputs, batch) -> scalar.
+Loss = Callable[[Any, Any, Any], Any]
+
+
+class Distance:
+    """Of the outputs, by `loss`, or by the divergence of logits and the relative squared error of
+    others; and of what the linear layers read, in relative squared errors.
+
+    Where the hidden channels of a site are pruned, what its second layer reads has no counterpart.
+    """
+
+    def __init__(
+        self, calibration: Calibration, sites: Sequence[Site], cfg: Any, loss: Loss | None
+    ):
+        self.calibration, self.loss = calibration, loss
+        self.changed = {tensor.path for site in sites for tensor in site.reading}
+        size = _config.read(cfg, "vocab_size") if _config.has(cfg, "vocab_size") else None
+        self.vocabulary = size
+
+    def __call__(self, params: Any, dense: Any, batch: Any, *, hidden: float = 0.0) -> Any:
+        """The distance of the outputs, and `hidden` times the mean of the others; a scalar."""
+        traced = self.calibration.traced(batch)
+        wanted = traced.kernels - self.changed if hidden else set()
+        out, reads = traced(params, batch, wanted)
+        dense_out, dense_reads = traced(dense, batch, wanted)
+        pairs = {a.source: (a, b) for a, b in zip(reads, dense_reads, strict=True)}
+        errors = [self._relative(a.x, b.x, batch, a.path) for a, b in pairs.values()]
+        between = hidden * sum(errors, jnp.zeros(())) / max(len(errors), 1)
+        own = self._of_outputs if self.loss is None else self.loss
+        return between + own(dense_out, out, batch)
+
+    def held_out(self, params: Any, dense: Any) -> float:
+        """The mean distance of the outputs on the batches that are held out, or on the only one."""
+        measured = jax.jit(self)
+        batches = self.calibration.batches
+        held = [b for b, out in zip(batches, self.calibration.held_out, strict=True) if out]
+        return float(np.mean([measured(params, dense, batch) for batch in held or batches]))
+
+    def _of_outputs(self, dense: Any, out: Any, batch: Any) -> Any:
+        ours, theirs = jax.tree_util.tree_leaves_with_path(out), jax.tree.leaves(dense)
+        found = []
+        for (keys, x), y in zip(ours, theirs, strict=True):
+            if not jnp.issubdtype(x.dtype, jnp.floating) or not x.ndim:
+                continue
+            logits = "logits" in jax.tree_util.keystr(keys) or x.shape[-1] == self.vocabulary
+            how = self._divergence if logits and x.shape[-1] > 1 else self._relative
+            found.append(how(x, y, batch, "decoder"))
+        return sum(found, jnp.zeros(())) / max(len(found), 1)
+
+    def _weights(self, x: Any, batch: Any, path: str) -> Any:
+        counted = self.calibration.counted(batch, x.shape[:-1], path)
+        return jnp.ones(x.shape[:-1]) if counted is None else counted.astype(jnp.float32)
+
+    def _relative(self, x: Any, y: Any, batch: Any, path: str) -> Any:
+        """|x - y|^2 over the variance of y, over what counts."""
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        weights = self._weights(x, batch, path)[..., None]
+        x, y = (jnp.where(weights > 0, z, 0) for z in (x, y))  # padding may be anything
+        axes = tuple(range(x.ndim - 1))
+        mean = (y * weights).sum(axes) / weights.sum()
+        return (weights * (x - y) ** 2).sum() / ((weights * (y - mean) ** 2).sum() + 1e-9)
+
+    def _divergence(self, x: Any, y: Any, batch: Any, path: str) -> Any:
+        """Kullback-Leibler of the probabilities, nats for each position that counts."""
+        weights = self._weights(x, batch, path)
+        x, y = (jnp.where(weights[..., None] > 0, z.astype(jnp.float32), 0) for z in (x, y))
+        ours, theirs = (jax.nn.log_softmax(z) for z in (x, y))
+        return (weights * (jnp.exp(theirs) * (theirs - ours)).sum(-1)).sum() / weights.sum()

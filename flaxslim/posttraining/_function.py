@@ -1,0 +1,54 @@
+"""A model of any kind as `fn(params, batch) -> outputs`, at the sizes of any config."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import linen, nnx
+
+from flaxslim._errors import CalibrationError
+from flaxslim._model import as_inputs, resolve
+
+Fn = Callable[[Any, Any], Any]
+
+
+def function_of(fn: Any, params: Any, cfg: Any) -> Fn:
+    """`fn` itself if it is a function; of a class or a module, a function that calls it.
+
+    A Hugging Face Flax class or instance, a Linen module or an nnx module (which is `params`
+    itself) gets a mapping by keyword, a tuple by position, and anything else as its only argument;
+    built for `cfg`, so that it runs parameters of its sizes. Raises `CalibrationError` for
+    something else.
+    """
+    if isinstance(params, nnx.Module) and fn is None:
+        from flaxslim._model import Model
+
+        model: Model = resolve((params, cfg), None)[0]
+        return _calling(model)
+    if is_module(fn):
+        return _calling(resolve((params, cfg), fn)[0])
+    if not callable(fn):
+        raise CalibrationError(
+            "nothing says how to run the model",
+            seen=f"fn={fn!r}"[:80],
+            expected="fn(params, batch) -> outputs; a Flax class of transformers, or an instance; "
+            "a Linen module; or params that are an nnx module",
+            mend="fn=lambda params, batch: model(**batch, params=params)[0]",
+        )
+    return fn
+
+
+def is_module(fn: Any) -> bool:
+    """Whether it is a class or a module that `function_of` can build at other sizes."""
+    cls = fn if isinstance(fn, type) else type(fn)
+    hugging_face = any(base.__name__ == "FlaxPreTrainedModel" for base in cls.__mro__)
+    return hugging_face or issubclass(cls, linen.Module)
+
+
+def _calling(model: Any) -> Fn:
+    def call(params: Any, batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            return model.call(params, **batch)
+        inputs = as_inputs(batch)
+        return model.call(params, *inputs.args, **inputs.kwargs)
+
+    return call

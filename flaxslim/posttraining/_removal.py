@@ -1,0 +1,143 @@
+"""Greedy structured removal: which unit costs the least, given that all others make up for it.
+
+A linear layer reads hidden values h (m of them) through a matrix W (m, o). With the Gram matrix
+G = mean of h h^T and a ridge r, let H = G + r I. If the rows R of W must be zero and the others are
+chosen best, the error tr((W' - W)^T H (W' - W)) becomes tr(W_R^T ((H^-1)_RR)^-1 W_R); and once they
+are gone, the next one is found by the same formula with H^-1 and W brought up to date. That is
+optimal brain surgeon, Hassibi and Stork 1993, for whole rows as in ZipLM, Kurtic et al. 2023
+(arXiv 2302.04089), formula (2).
+
+Only P = H^-1 and S = W W^T are needed to find the order, m x m each; W itself follows from the kept
+rows in one solve (`flaxslim.posttraining._refit`). Removing row j changes them by products of
+columns, which are gathered and applied a block at a time: the work is in matrix products.
+"""
+
+import dataclasses
+
+import numpy as np
+from scipy import linalg
+
+from flaxslim._errors import CalibrationError
+
+_BLOCK = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Order:
+    """Units in the order in which they go, and what has been lost once each is gone.
+
+    Attributes:
+      units: all units, the first to go first, `(u,)`.
+      errors: the squared error of the output after it has gone, `(u,)`, rising.
+    """
+
+    units: np.ndarray
+    errors: np.ndarray
+
+
+def ridged(gram: np.ndarray, ridge: float) -> np.ndarray:
+    """The Gram matrix with a ridge, relative to the mean of its diagonal."""
+    mean = float(np.trace(gram)) / max(len(gram), 1)
+    # Of values that are all zero any ridge will do, or there is no inverse.
+    return gram + np.eye(len(gram)) * (ridge * mean if mean else 1.0)
+
+
+def inverse(matrix: np.ndarray, path: str | None = None) -> np.ndarray:
+    """Of a symmetric positive matrix, by Cholesky."""
+    try:
+        if not np.isfinite(matrix).all():
+            raise linalg.LinAlgError("not finite")
+        factor = linalg.cholesky(matrix, lower=True, check_finite=False)
+        half = linalg.solve_triangular(
+            factor, np.eye(len(matrix)), lower=True, overwrite_b=True, check_finite=False
+        )
+        return half.T @ half
+    except linalg.LinAlgError as error:
+        singular = error
+    raise CalibrationError(
+        "the Gram matrix of the hidden values cannot be inverted",
+        path=path,
+        seen=f"size {len(matrix)}, smallest diagonal {np.diag(matrix).min(initial=0):.3g}",
+        expected="finite values, and a ridge above rounding",
+        mend="give more calibration data, or a larger ridge=",
+    ) from singular
+
+
+def removal_order(
+    gram: np.ndarray, w: np.ndarray, units: np.ndarray, *, ridge: float = 1e-2
+) -> Order:
+    """The greedy order of all units.
+
+    Args:
+      gram: `(m, m)`, the mean of h h^T (centred where a bias takes up the mean), float64.
+      w: `(m, o)`.
+      units: `(m,)`, the unit of each hidden value, ascending: `arange(m)`, or head by head.
+      ridge: relative to the mean of the diagonal.
+
+    Takes about 2 m^3 operations for single channels and memory of five `(m, m)` matrices.
+
+    >>> gram = np.array([[1.0, 0.99, 0.0], [0.99, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    >>> removal_order(gram, np.ones((3, 1)), np.arange(3), ridge=1e-6).units
+    array([0, 2, 1])
+    """
+    p = inverse(ridged(np.asarray(gram, np.float64), ridge))
+    w = np.asarray(w, np.float64)
+    if len(units) == len(np.unique(units)):
+        return _singles(p, w @ w.T)
+    return _blocks(p, w, units)
+
+
+def _singles(p: np.ndarray, s: np.ndarray) -> Order:
+    alive = np.arange(len(p))
+    order, errors = np.empty(len(p), int), np.empty(len(p))
+    total, done = 0.0, 0
+    while done < len(order):
+        n, size = len(alive), min(_BLOCK, len(alive))
+        d, q = np.diag(p).copy(), np.diag(s).copy()
+        us, rs, gone = np.empty((size, n)), np.empty((size, n)), np.zeros(n, bool)
+        for b in range(size):
+            costs = np.where(gone, np.inf, np.maximum(q, 0) / np.maximum(d, np.finfo(float).tiny))
+            j = int(costs.argmin())
+            root = np.sqrt(d[j])
+            u = (p[j] - us[:b, j] @ us[:b]) / root
+            r = (s[j] - us[:b, j] @ rs[:b] - rs[:b, j] @ us[:b]) / root
+            r -= u * (costs[j] / 2)
+            us[b], rs[b] = u, r
+            d -= u * u
+            q -= 2 * u * r
+            gone[j] = True
+            total += float(costs[j])
+            order[done], errors[done] = alive[j], total
+            done += 1
+        left = ~gone
+        us, rs = us[:, left], rs[:, left]
+        p, s = p[np.ix_(left, left)], s[np.ix_(left, left)]
+        p -= us.T @ us
+        change = us.T @ rs
+        s -= change
+        s -= change.T
+        alive = alive[left]
+    return Order(units=order, errors=errors)
+
+
+def _blocks(p: np.ndarray, w: np.ndarray, units: np.ndarray) -> Order:
+    """The same for units of several rows each, such as heads."""
+    left = list(dict.fromkeys(units.tolist()))
+    order, errors, total = [], [], 0.0
+    w = w.copy()
+    while left:
+        costs = []
+        for unit in left:
+            own = np.flatnonzero(units == unit)
+            costs.append(float((w[own] * np.linalg.solve(p[np.ix_(own, own)], w[own])).sum()))
+        best = int(np.argmin(costs))
+        own = np.flatnonzero(units == left[best])
+        back = p[:, own] @ np.linalg.inv(p[np.ix_(own, own)])
+        w -= back @ w[own]
+        p = p - back @ p[own]
+        rest = units != left[best]
+        p, w, units = p[np.ix_(rest, rest)], w[rest], units[rest]
+        total += costs[best]
+        order.append(left.pop(best))
+        errors.append(total)
+    return Order(units=np.asarray(order), errors=np.asarray(errors))

@@ -1,0 +1,161 @@
+"""Token ids of calibration texts, as the inputs of a model."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxslim import _config
+from flaxslim._errors import CalibrationError, UnknownFamilyError
+
+_CAUSAL = ("gpt2", "llama", "opt", "gptj", "gpt_neo", "bloom", "mistral", "gemma", "xglm")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises whatever the missing file leads to
+        raise CalibrationError(
+            "the model's folder has no tokenizer that can be loaded",
+            path=str(folder),
+            seen=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            expected="tokenizer.json and tokenizer_config.json, or those of its class",
+            mend="pass an .npz of token ids, or save the tokenizer into the folder: "
+            "tokenizer.save_pretrained(folder)",
+        ) from error
+
+
+def joined(texts: Iterable[Sequence[int]], between: int | None) -> np.ndarray:
+    """One stream, (n,) int32, of the tokens of all texts, with a token between them.
+
+    >>> joined([[5, 6], [], [7]], 2)
+    array([5, 6, 2, 7], dtype=int32)
+    """
+    stream: list[int] = []
+    for ids in texts:
+        if stream and ids and between is not None:
+            stream.append(between)
+        stream += ids
+    return np.asarray(stream, np.int32)
+
+
+def windows(stream: np.ndarray, length: int) -> np.ndarray:
+    """The stream cut into windows, (n, length), without the remainder that fills none.
+
+    >>> windows(np.arange(7), 3)
+    array([[0, 1, 2],
+           [3, 4, 5]])
+    """
+    count = len(stream) // length
+    return stream[: count * length].reshape(count, length)
+
+
+def padded(rows: Sequence[Sequence[int]], width: int, value: int) -> np.ndarray:
+    """At the right, where positions that start from 0 stay what they are."""
+    out = np.full((len(rows), width), value, np.int32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def encode(
+    tokenizer: Any, texts: Sequence[tuple[str, ...]], *, pair: bool, length: int
+) -> tuple[Any, list[bool]]:
+    """What the tokenizer says of each text, or pair of them, and which of them were cut."""
+    special = tokenizer.num_special_tokens_to_add(pair)
+    if length <= special:
+        raise CalibrationError(
+            "the length leaves no room for text",
+            seen=f"a length of {length}, of which {special} tokens are special",
+            mend="ask for a greater length",
+        )
+    lines = ["\n".join(sample) for sample in texts]
+    columns = [[sample[i] for sample in texts] for i in range(2)] if pair else [lines]
+    full = tokenizer(*columns, verbose=False)
+    told = tokenizer(*columns, truncation=True, max_length=length, verbose=False)
+    return told, [len(ids) > length for ids in full["input_ids"]]
+
+
+def inputs_of(cfg: Any, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Ids and mask, for an encoder and a decoder where there are two."""
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if get(cfg, "is_encoder_decoder") and not names_causal(cfg):
+        start = get(cfg, "decoder_start_token_id")
+        if start is None:
+            raise CalibrationError(
+                "the config does not say what a decoder starts with",
+                seen="decoder_start_token_id is None",
+                mend="set it in the config, or pass an .npz of all inputs",
+            )
+        first = np.full((len(ids), 1), start, np.int32)
+        inputs["decoder_input_ids"] = np.concatenate([first, ids[:, :-1]], axis=1)
+        # Not shifted: it is as many tokens that are predicted as there are in the text.
+        inputs["decoder_attention_mask"] = mask
+    return inputs
+
+
+def takes(cfg: Any, name: str) -> bool:
+    """Whether the stock class takes an input; True where there is none."""
+    import inspect
+
+    from flaxslim._inputs import model_class_for
+
+    try:
+        call: Any = model_class_for(cfg).__call__
+    except UnknownFamilyError:
+        return True
+    return name in inspect.signature(call).parameters
+
+
+def check(batches: Sequence[dict[str, np.ndarray]], cfg: Any, source: str) -> None:
+    """Raise `CalibrationError` if the model has no such tokens or no such positions.
+
+    JAX does not notice an index beyond a table: it reads another row, or NaN.
+    """
+    vocabulary, positions = get(cfg, "vocab_size"), _positions(cfg)
+    for batch in batches:
+        if (ids := batch.get("input_ids")) is None:
+            return
+        if vocabulary is not None and not (ids.min() >= 0 and ids.max() < vocabulary):
+            raise CalibrationError(
+                "a token is not in the model's vocabulary",
+                path=source,
+                seen=f"ids from {ids.min()} to {ids.max()}",
+                expected=f"from 0 to {vocabulary - 1}, the config's vocab_size",
+                mend="use the tokenizer that the model was trained with",
+            )
+        if positions is not None and ids.shape[-1] > positions:
+            raise CalibrationError(
+                "samples are longer than the model has positions",
+                path=source,
+                seen=f"{ids.shape[-1]} tokens",
+                expected=f"at most {positions}",
+                mend=f"ask for a length of {positions}",
+            )
+
+
+def _positions(cfg: Any) -> int | None:
+    value = get(cfg, "max_position_embeddings")
+    if not isinstance(value, int) or value <= 0:
+        return None
+    # RoBERTa counts positions from the one after the padding token's id.
+    roberta = "roberta" in (_config.model_type(cfg) or "")
+    return value - ((get(cfg, "pad_token_id") or 0) + 1 if roberta else 0)
+
+
+def is_causal(cfg: Any) -> bool:
+    """Whether the model writes on, one token after the other, and has no encoder."""
+    return names_causal(cfg) or _config.model_type(cfg) in _CAUSAL
+
+
+def names_causal(cfg: Any) -> bool:
+    return any(str(name).endswith("ForCausalLM") for name in get(cfg, "architectures") or ())
+
+
+def get(cfg: Any, key: str) -> Any:
+    return _config.read(cfg, key) if _config.has(cfg, key) else None

@@ -1,0 +1,172 @@
+"""A short distillation of what is left against the dense model, on calibration data with no labels.
+
+The model learns to make every linear layer read what it reads in the dense model, and to give the
+same outputs. What is read is captured (`_capture`), so that no class need be known. Some of the
+batches are held out; the parameters that are best on them are kept, those of the start if need be.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flaxslim import _tree
+from flaxslim._errors import CalibrationError
+from flaxslim._spec import Site
+from flaxslim.posttraining._calibration import Calibration
+from flaxslim.posttraining._distance import Distance
+from flaxslim.training._channels import masks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tune:
+    """How long and how hard.
+
+    Attributes:
+      steps: of Adam, at most.
+      learning_rate: at its top; it rises in the first tenth of the steps and falls by a cosine.
+      noise: the share of tokens that is replaced by others of the calibration data, anew in each
+        step. The dense model says what is right for any text, so that this makes more of them.
+      hidden: the weight of what the layers read, against that of the outputs.
+      batch_size: samples in a step.
+      every: steps between two looks at what is held out.
+      patience: looks without progress until it stops.
+    """
+
+    steps: int = 400
+    learning_rate: float = 1e-3
+    noise: float = 0.2
+    hidden: float = 1.0
+    batch_size: int = 32
+    every: int = 50
+    patience: int = 4
+
+
+def tune(
+    calibration: Calibration,
+    params: Any,
+    dense: Any,
+    sites: Sequence[Site],
+    alive: Mapping[str, np.ndarray],
+    *,
+    how: Tune,
+    distance: Distance,
+    seed: int = 0,
+    told: Callable[[int], None] = lambda done: None,
+) -> tuple[Any, dict[str, float]]:
+    """The tuned parameters, and the loss on what is held out: `before`, `after`, at which `step`.
+
+    `alive` are the living channels `(s, f)` of the sites, by the paths of their second kernels; the
+    rows of the others stay zero.
+    """
+    held = [b for b, out in zip(calibration.batches, calibration.held_out, strict=True) if out]
+    fit = [b for b, out in zip(calibration.batches, calibration.held_out, strict=True) if not out]
+    if not held:
+        raise CalibrationError(
+            "tuning needs a batch that is held out, and there is one batch in all",
+            mend="pass the calibration data in two batches or more, or a preset that does not tune",
+        )
+    leaves = _tree.flatten(params)
+    free = _free(calibration, leaves, fit[0])
+    living = masks(sites, alive, lambda site: site.reading)
+
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, how.learning_rate, max(how.steps // 10, 1), how.steps
+    )
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+    own = {path: jnp.asarray(leaves[path]) for path in free}
+
+    def value(own: Any, fixed: Any, dense: Any, batch: Any) -> Any:
+        return distance(_tree.replace(fixed, own), dense, batch, hidden=how.hidden)
+
+    @jax.jit
+    def step(own: Any, state: Any, fixed: Any, dense: Any, batch: Any) -> Any:
+        grads = jax.grad(value)(own, fixed, dense, batch)
+        grads = {p: jnp.where(living[p], g, 0) if p in living else g for p, g in grads.items()}
+        updates, state = tx.update(grads, state, own)
+        return optax.apply_updates(own, updates), state
+
+    measured = jax.jit(value)
+
+    def held_out(own: Any) -> float:
+        return float(np.mean([float(measured(own, params, dense, batch)) for batch in held]))
+
+    state = tx.init(own)
+    best, best_own, best_step = (start := held_out(own)), own, 0
+    rng = np.random.default_rng(seed)
+    batches = _batches(fit, how, rng)
+    for number in range(1, how.steps + 1):
+        own, state = step(own, state, params, dense, next(batches))
+        if number % how.every == 0 or number == how.steps:
+            now = held_out(own)
+            if now < best:
+                best, best_own, best_step = now, own, number
+            elif number - best_step >= how.every * how.patience or not math.isfinite(now):
+                break
+        told(number)
+    return _tree.replace(params, best_own), {"before": start, "after": best, "step": best_step}
+
+
+def _free(calibration: Calibration, leaves: Mapping[str, Any], batch: Any) -> list[str]:
+    """What is tuned: all that is floating but tables that are looked up, which overfit at once."""
+    traced = calibration.traced(batch)
+    tables = traced.tables - traced.kernels
+    return [
+        path
+        for path, leaf in leaves.items()
+        if path not in tables and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    ]
+
+
+def _batches(fit: Sequence[Any], how: Tune, rng: np.random.Generator) -> Iterator[Any]:
+    """Batches without end: rows of all batches of one shape, mixed anew, tokens replaced."""
+    groups: dict[Any, list[Any]] = {}
+    for batch in fit:
+        shapes = tuple(np.shape(x)[1:] for x in jax.tree.leaves(batch))
+        groups.setdefault((jax.tree.structure(batch), shapes), []).append(batch)
+    pools = [
+        jax.tree.map(lambda *xs: np.concatenate([np.asarray(x) for x in xs]), *own)
+        for own in groups.values()
+    ]
+    sizes = np.array([len(jax.tree.leaves(pool)[0]) for pool in pools])
+    replace = _replacing(pools, how.noise)
+    while True:
+        pool = pools[rng.choice(len(pools), p=sizes / sizes.sum())]
+        count = len(jax.tree.leaves(pool)[0])
+        rows = rng.permutation(count)[: min(how.batch_size, count)]
+        yield replace(jax.tree.map(lambda x, rows=rows: x[rows], pool), rng)
+
+
+def _replacing(pools: Sequence[Any], share: float) -> Callable[[Any, Any], Any]:
+    """A function that replaces a share of the tokens of a batch, if it has any.
+
+    What stands in every sample (a first token, a separator) is left alone.
+    """
+    texts = [p for p in pools if isinstance(p, Mapping) and "input_ids" in p]
+    if not share or len(texts) < len(pools):
+        return lambda batch, rng: batch
+    samples = [set(row.tolist()) for pool in texts for row in pool["input_ids"]]
+    everywhere = np.array(sorted(set.intersection(*samples)), int)
+    tokens = np.concatenate([_real(pool) for pool in texts])
+    tokens = tokens[~np.isin(tokens, everywhere)]
+    if not len(tokens):
+        return lambda batch, rng: batch
+
+    def replace(batch: Any, rng: np.random.Generator) -> Any:
+        ids = batch["input_ids"].copy()
+        mask = batch.get("attention_mask", np.ones_like(ids))
+        hit = (rng.random(ids.shape) < share) & (mask > 0) & ~np.isin(ids, everywhere)
+        ids[hit] = rng.choice(tokens, int(hit.sum()))
+        return {**batch, "input_ids": ids}
+
+    return replace
+
+
+def _real(pool: Any) -> np.ndarray:
+    ids = pool["input_ids"]
+    return ids[pool.get("attention_mask", np.ones_like(ids)) > 0]
