@@ -21,7 +21,7 @@ SLIMMABLE = [case for case in CASES if case.family != "bloom"]
 
 def _marked(cases):
     return [
-        pytest.param(case, id=str(case), marks=[] if case.short else pytest.mark.long)
+        pytest.param(case, id=str(case), marks=[] if case.ordinary else pytest.mark.long)
         for case in cases
     ]
 

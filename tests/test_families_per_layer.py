@@ -179,11 +179,7 @@ _GENERATIVE = [
     and str(case) not in _NOT_GENERATIVE
     and not str(case).endswith("-cross")
 ]
-_SHORT = (
-    "FlaxGPT2LMHeadModel-inner",
-    "FlaxLlamaForCausalLM-grouped",
-    "FlaxT5ForConditionalGeneration-gated",
-)
+_SHORT = ("FlaxLlamaForCausalLM-grouped",)
 _TOKENS = 12
 
 

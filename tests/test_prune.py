@@ -19,6 +19,7 @@ from flaxslim import Budget, Method, Pair, Spec, Tune, prune
 from flaxslim._compat import shell
 from flaxslim._errors import BudgetError, CalibrationError, CalibrationWarning
 from flaxslim._inputs import inputs_for
+from flaxslim._prove import flops
 from flaxslim._tree import flatten
 from flaxslim.posttraining import _rank
 from flaxslim.posttraining._allocate import parameters_of
@@ -350,9 +351,50 @@ def test_a_budget_of_flops():
     net = mlp(layers=3)
     params, _, _ = pruned(net, keep=None, budget=Budget(flops=0.6))
     x = batches(net)[0]
-    costs = [jax.jit(net.fn).lower(p, x).cost_analysis()["flops"] for p in (net.params, params)]
+    costs = [flops(net.fn, p, x) or 0.0 for p in (net.params, params)]
     assert costs[1] <= 0.6 * costs[0] * 1.001
     assert costs[1] > 0.5 * costs[0]
+
+
+def test_a_budget_of_time_is_met_by_what_was_measured(monkeypatch, tmp_path):
+    """With a clock by which a call takes as many seconds as the model has hidden channels."""
+    from flaxslim.posttraining import _cost, _latency
+
+    net, widths, now = mlp(layers=2), [0], [0.0]
+
+    def at(self: Any, counts: Any, sites: Any) -> Any:
+        def fn(params: Any, batch: Any) -> Any:
+            return batch
+
+        widths[0] = sum(counts.values())
+        return fn, sum(counts.values())
+
+    def call(fn: Any) -> Any:
+        def run(params: Any, batch: Any) -> Any:
+            now[0] += params
+            return np.zeros(())
+
+        return run
+
+    measure = _latency.measure
+    monkeypatch.setattr(_cost.Whole, "at", at)
+    monkeypatch.setattr(_cost.jax, "jit", call)
+    monkeypatch.setattr(_cost.jax, "device_put", lambda x: x)
+    monkeypatch.setattr(
+        _cost._latency,
+        "measure",
+        lambda *a, **k: measure(*a, **{**k, "cache": None, "clock": lambda: now[0]}),
+    )
+    sites = net.spec.sites(net.params, net.cfg)
+    table = _cost.timetable(
+        _cost.Whole(
+            fn=net.fn, params=net.params, cfg=net.cfg, spec=net.spec, batch=batches(net)[0]
+        ),
+        {"f": sites},
+    )
+    assert table.base == 20_000  # seconds as milliseconds
+    np.testing.assert_allclose(table.predict({"f": [5, 5]}), 10_000)
+    np.testing.assert_allclose(table.predict({"f": [10, 4]}), 14_000)
 
 
 def test_bytes_count_as_they_are_stored():

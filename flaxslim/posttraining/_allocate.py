@@ -100,12 +100,11 @@ def items_of(
     *,
     width: str,
     multiple_of: int | Mapping[str, int],
-    weights: Mapping[str, float] | None = None,
 ) -> list[tuple[tuple[Site, ...], np.ndarray, np.ndarray]]:
     """What gets one number of units: (sites, numbers that are possible, error at each).
 
     Sites that share a width get one number under `width="uniform"`, else only those that are tied.
-    Errors are relative to the energy of a site's output, or times `weights` where they are given.
+    Errors are relative to the energy of a site's output.
     """
     groups: dict[Any, list[Site]] = {}
     for own in together([ranking.site for ranking in rankings.values()]):
@@ -122,8 +121,7 @@ def items_of(
         errors = np.zeros(len(grid))
         for site in own:
             ranking = rankings[site.second.path]
-            scale = (weights or {}).get(site.second.path, 1 / max(ranking.energy, 1e-30))
-            errors += ranking.errors[count_of(site) - grid] * scale
+            errors += ranking.errors[count_of(site) - grid] / max(ranking.energy, 1e-30)
         found.append((tuple(own), grid, errors))
     return found
 
@@ -144,14 +142,13 @@ def by_budget(
     unit: Unit,
     width: str,
     multiple_of: int | Mapping[str, int],
-    weights: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, int], float]:
     """How many units stay at each site, and what the model then costs.
 
     `cost(site, numbers)` is what a site costs at each number of units, `fixed` all else. Raises
     `BudgetError` if the limit cannot be met.
     """
-    made = items_of(rankings, width=width, multiple_of=multiple_of, weights=weights)
+    made = items_of(rankings, width=width, multiple_of=multiple_of)
     items = [
         Item(
             name=own[0].second.path,

@@ -166,22 +166,22 @@ class Calibration:
             s, m = x.shape[0], x.shape[-1]
             counted = self.counted(batch, x.shape[1:-1], site.second.path)
             if counted is None:
-                weights = jnp.ones((s, x[0, ..., 0].size), _WIDE())
+                weights = jnp.ones((s, x[0, ..., 0].size), _wide())
             else:
                 weights = jnp.broadcast_to(counted.reshape(1, -1), (s, counted.size)).astype(
-                    _WIDE()
+                    _wide()
                 )
             on = weights[..., None] > 0  # padding may be infinite, or no number
-            x = jnp.where(on, x.reshape(s, -1, m).astype(_WIDE()), 0)
+            x = jnp.where(on, x.reshape(s, -1, m).astype(_wide()), 0)
             parts = [_product(x, x), x.sum(1), weights.sum(1)]
             if others is not None:
-                y = jnp.where(on, y.reshape(s, -1, m).astype(_WIDE()), 0)
+                y = jnp.where(on, y.reshape(s, -1, m).astype(_wide()), 0)
                 parts += [_product(x, y), y.sum(1), _product(y, y)]
             total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
         return total
 
 
-def _WIDE() -> Any:
+def _wide() -> Any:
     return jnp.result_type(float)
 
 

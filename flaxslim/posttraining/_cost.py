@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from flaxslim import _tree
 from flaxslim._errors import CalibrationError
@@ -47,7 +48,8 @@ class Whole:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             small, new = slim(params, cfg, self.spec, width="per_layer")
-        return function_of(self.fn, small, new), small
+        fn = function_of(self.fn, small, new)
+        return fn, nnx.state(small) if isinstance(small, nnx.Module) else small
 
 
 def within(
@@ -59,7 +61,6 @@ def within(
     multiple_of: int | Mapping[str, int],
     told: Callable[[str, int, int], None],
     cache: Path | None = None,
-    weights: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, int], dict[str, float]]:
     """How many units each site keeps so that the whole meets a budget at the least error.
 
@@ -85,7 +86,7 @@ def within(
         each, dense = _flops(whole, sites)
         limit, unit = budget.flops * dense, "FLOPs"
     else:
-        return _in_time(budget, rankings, whole, width, multiple_of, told, cache, weights)
+        return _in_time(budget, rankings, whole, width, multiple_of, told, cache)
     gone = sum(each[site.second.path] * count_of(site) for site in sites)
     counts, cost = _allocate.by_budget(
         rankings,
@@ -95,7 +96,6 @@ def within(
         unit=unit,
         width=width,
         multiple_of=multiple_of,
-        weights=weights,
     )
     return counts, {"asked": limit, "predicted": cost, "dense": dense}
 
@@ -145,7 +145,6 @@ def _in_time(
     multiple_of: int | Mapping[str, int],
     told: Callable[[str, int, int], None],
     cache: Path | None,
-    weights: Mapping[str, float] | None,
 ) -> tuple[dict[str, int], dict[str, float]]:
     sites = [ranking.site for ranking in rankings.values()]
     groups = _grouped(sites)
@@ -169,7 +168,6 @@ def _in_time(
         unit="ms",
         width=width,
         multiple_of=multiple_of,
-        weights=weights,
     )
     return counts, {"asked": float(limit or 0), "predicted": predicted, "dense": table.base}
 
@@ -199,11 +197,15 @@ def timetable(
 
     leaves = jax.tree.leaves(whole.batch)
     shapes = ", ".join(f"{np.result_type(x)}{tuple(np.shape(x))}" for x in leaves)
+    params = {p: np.shape(x) for p, x in _tree.flatten(whole.params).items()}
+    name = getattr(whole.fn, "__qualname__", type(whole.fn).__name__)
     return _latency.measure(
         run,
         dense,
         grid,
         cache=cache,
-        key=f"{shapes} {whole.spec.name} {whole.cfg}",
+        shapes=shapes,
+        dtype=str(jnp.result_type(*_tree.flatten(whole.params).values())),
+        key=f"{name} {params} {whole.cfg}",
         told=lambda done, total: told("timing", done, total),
     )

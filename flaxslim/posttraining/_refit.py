@@ -11,7 +11,6 @@ from flaxslim._spec import Site, Tensor
 from flaxslim.posttraining._capture import inner_axes
 from flaxslim.posttraining._removal import ridged
 
-
 _ROUNDING = 1e-5
 
 

@@ -1,0 +1,302 @@
+"""The passes over the sites: what would be lost at each, and then what is done about it."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxslim import _tree
+from flaxslim._errors import CalibrationWarning
+from flaxslim._spec import Site
+from flaxslim.posttraining import _allocate, _fisher
+from flaxslim.posttraining._calibration import Calibration
+from flaxslim.posttraining._gradient import Objective, gradient_rows
+from flaxslim.posttraining._method import Method
+from flaxslim.posttraining._rank import (
+    GRADIENTS,
+    Ranking,
+    alive_of,
+    count_of,
+    rank,
+    takes_mean,
+    units_of,
+)
+from flaxslim.posttraining._refit import Moments, energy, error, kernel, matrix, refit
+from flaxslim.posttraining._report import Row
+from flaxslim.training._channels import together
+
+# (what is done, how much of it, of how much)
+Told = Callable[[str, int, int], None]
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+_RIDGE = 1e-2
+
+
+@dataclasses.dataclass(kw_only=True)
+class Engine:
+    """The two passes over the sites: what would be lost, and then what is done."""
+
+    calibration: Calibration
+    method: Method
+    dense: Any
+    leaves: Mapping[str, Any]
+    objective: Objective | None
+    seed: int
+    told: Told
+    low_memory: bool
+    positions: int = 0
+    kept_moments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    alive: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    gradients: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def rankings(self, sites: Sequence[Site]) -> dict[str, Ranking]:
+        """Of each site, by what it reads in the dense model."""
+        found: dict[str, Ranking] = {}
+        if self.method.score == "fisher_mask":
+            return self._by_masks(sites)
+        rows = self._gradient_rows(sites)
+        for part in [[site] for site in sites] if self.low_memory else [list(sites)]:
+            seen = self._moments(part, self.dense, None)
+            for site in part:
+                path = site.second.path
+                self.told("ranking", len(found), len(sites))
+                self._warn_of_few(site, seen.all[path])
+                found[path] = rank(
+                    site,
+                    seen.all[path],
+                    self.leaves,
+                    score=self.method.score,
+                    ridge=self.method.ridge or _RIDGE,
+                    rows=rows.get(path),
+                    seed=self.seed,
+                )
+            if not self.low_memory and not self.method.sequential:
+                self.kept_moments = {site.second.path: _of(seen, site) for site in part}
+        for own in together(sites):
+            _share_order([found[site.second.path] for site in own], found)
+        self.told("ranking", len(sites), len(sites))
+        return found
+
+    def shared(
+        self,
+        rankings: Mapping[str, Ranking],
+        shares: Mapping[str, float],
+        *,
+        width: str,
+        multiple_of: int | Mapping[str, int],
+    ) -> dict[str, int]:
+        """How many units each site keeps, by a share of all."""
+        sites = [ranking.site for ranking in rankings.values()]
+        if self.method.allocation == "site":
+            return _allocate.by_share(sites, shares, multiple_of=multiple_of)
+        each = {site.second.path: _allocate.parameters_of(site) for site in sites}
+        counts, _ = _allocate.by_budget(
+            rankings,
+            limit=sum(shares[s.pair.axis] * each[s.second.path] * count_of(s) for s in sites),
+            fixed=0.0,
+            cost=lambda site, numbers: each[site.second.path] * numbers,
+            unit="parameters",
+            width=width,
+            multiple_of=multiple_of,
+        )
+        return counts
+
+    def pruned(
+        self, sites: Sequence[Site], rankings: Mapping[str, Ranking], counts: Mapping[str, int]
+    ) -> tuple[Any, dict[str, Row]]:
+        """The dense shapes with zeros, and what that does at each site, by path."""
+        tree, rows = self.dense, {}
+        for number, site in enumerate(sites):
+            path = site.second.path
+            self.told("refitting", number, len(sites))
+            ranking, count = rankings[path], counts[path]
+            seen = self._seen(site, tree)
+            if self.method.sequential and self.method.score == "obs" and site.tied is None:
+                ranking = self._anew(site, seen, ranking)
+            if path in self.gradients and site.tied is None:
+                ranking = _fisher.rearranged(ranking, self.gradients[path], count)
+            kept = ranking.kept(count)
+            new, measured, ridge = self._compensated(site, seen, kept)
+            tree = _tree.replace(tree, new)
+            self.alive[path] = alive_of(site, kept)
+            gone = count_of(site) - count
+            rows[path] = Row(
+                path=path,
+                unit=site.pair.unit,
+                before=site.size * site.rows,
+                after=int(self.alive[path].sum()),
+                predicted=float(ranking.errors[gone] / max(ranking.energy, 1e-30)),
+                measured=measured,
+                ridge=ridge,
+            )
+        self.told("refitting", len(sites), len(sites))
+        return tree, rows
+
+    def _by_masks(self, sites: Sequence[Site]) -> dict[str, Ranking]:
+        count = len(self.calibration.batches)
+        self.gradients = _fisher.mask_gradients(
+            self.calibration,
+            self.dense,
+            sites,
+            self.objective,
+            seed=self.seed,
+            told=lambda done: self.told("gradients by masks", done, count),
+        )
+        found = _fisher.rankings(sites, self.gradients)
+        for own in together(sites):
+            _share_order([found[site.second.path] for site in own], found)
+        return found
+
+    def _gradient_rows(self, sites: Sequence[Site]) -> Mapping[str, np.ndarray]:
+        """What the channels score, if the score takes gradients."""
+        score, count = self.method.score, len(self.calibration.batches)
+        if not callable(score) and score not in GRADIENTS:
+            return {}
+        return gradient_rows(
+            self.calibration,
+            self.dense,
+            sites,
+            score,
+            self.objective,
+            seed=self.seed,
+            told=lambda done: self.told("gradients", done, count),
+        )
+
+    def _moments(self, sites: Sequence[Site], params: Any, dense: Any) -> Any:
+        count = len(self.calibration.batches)
+        return self.calibration.moments(
+            sites, params, dense, told=lambda done: self.told("calibration", done, count)
+        )
+
+    def _seen(self, site: Site, tree: Any) -> tuple[Any, Any, Any]:
+        """The moments of a site: (of most, of those held out, of all)."""
+        if (own := self.kept_moments.get(site.second.path)) is not None:
+            return own
+        sequential = self.method.sequential and tree is not self.dense
+        return _of(
+            self._moments([site], tree, self.dense)
+            if sequential
+            else self._moments([site], self.dense, None),
+            site,
+        )
+
+    def _anew(self, site: Site, seen: Any, before: Ranking) -> Ranking:
+        """The ranking by what the site reads now, from the second layer that fits that best."""
+        whole = np.arange(matrix(site, self.leaves[site.second.path]).shape[1])
+        start = [
+            refit(_centred(site, m), w, whole, ridge=self.method.ridge or _RIDGE)
+            for m, w in zip(seen[2], matrix(site, self.leaves[site.second.path]), strict=True)
+        ]
+        found = rank(site, seen[2], self.leaves, ridge=self.method.ridge or _RIDGE, refitted=start)
+        return dataclasses.replace(found, errors=before.errors, energy=before.energy)
+
+    def _compensated(
+        self, site: Site, seen: Any, kept: Sequence[np.ndarray]
+    ) -> tuple[dict[str, Any], float, float | None]:
+        """The new second layer of a site by path, its relative error, and the ridge."""
+        fit, held, every = seen
+        old = matrix(site, self.leaves[site.second.path])
+        units, mean = units_of(site), takes_mean(site)
+        new, ridges, shifts = np.zeros_like(old), [], []
+        wrong = total = 0.0
+        for i, w in enumerate(old):
+            inner = np.flatnonzero(np.isin(units, kept[i]))
+            if self.method.compensation == "refit":
+                ridge = self.method.ridge or self._ridge(site, fit[i], held[i], w, inner)
+                new[i] = refit(_centred(site, every[i]), w, inner, ridge=ridge)
+                ridges.append(ridge)
+            elif self.method.compensation == "scale":
+                ridge = self.method.ridge or _RIDGE
+                new[i] = _fisher.scaled(_centred(site, every[i]), w, site, kept[i], ridge=ridge)
+            else:
+                new[i][inner] = w[inner]
+            m = every[i]
+            folds = mean and self.method.compensation != "none"
+            y = m.x if m.y is None else m.y
+            shifts.append(y @ w - m.x @ new[i] if folds else np.zeros(w.shape[1]))
+            wrong += error(m.centred() if folds else m, w, new[i])
+            total += energy(_centred(site, m), w)
+        changed = {site.second.path: _like(kernel(site, new), self.leaves[site.second.path])}
+        for reader in site.readers:
+            leaf = self.leaves[reader.path]
+            rows = matrix(site, leaf, reader)
+            own = np.zeros_like(rows)
+            for i, w in enumerate(rows):
+                inner = np.flatnonzero(np.isin(units, kept[i]))
+                if ridges:
+                    own[i] = refit(every[i], w, inner, ridge=max(ridges))
+                else:
+                    own[i][inner] = w[inner]
+            changed[reader.path] = _like(kernel(site, own, reader), leaf)
+        if mean and self.method.compensation != "none":
+            bias = site.second_bias
+            assert bias is not None
+            shift = _bias(site, np.stack(shifts))
+            leaf = self.leaves[bias.path]
+            changed[bias.path] = _like(np.asarray(leaf).astype(np.float64) + shift, leaf)
+        return changed, wrong / max(total, 1e-30), max(ridges, default=None)
+
+    def _ridge(
+        self, site: Site, fit: Moments, held: Moments, w: np.ndarray, inner: np.ndarray
+    ) -> float:
+        """The ridge that is best on what is held out."""
+        if held is fit:
+            return _RIDGE
+        own, other = _centred(site, fit), _centred(site, held)
+        errors = [error(other, w, refit(own, w, inner, ridge=ridge)) for ridge in _RIDGES]
+        return _RIDGES[int(np.argmin(errors))]
+
+    def _warn_of_few(self, site: Site, moments: Sequence[Moments]) -> None:
+        count, m = min(m.count for m in moments), len(moments[0].x)
+        self.positions = max(self.positions, *(m.count for m in moments))
+        if count < m:
+            warnings.warn(
+                f"{count:,} calibration positions for {m:,} hidden channels at "
+                f"{site.second.path}: what they read is known along so many directions only, and "
+                "the ridge decides about the others. Give more data (samples=, longer texts), or a "
+                "larger ridge=",
+                CalibrationWarning,
+                stacklevel=4,
+            )
+
+
+def _share_order(own: Sequence[Ranking], found: dict[str, Ranking]) -> None:
+    """Sites that must keep the same channels get one order: by what they lose in the sum."""
+    if len(own) < 2:
+        return
+    lost = np.zeros_like(own[0].errors[1:], shape=own[0].orders.shape)
+    for ranking in own:
+        steps = np.diff(ranking.errors) / max(ranking.energy, 1e-30)
+        for row, order in zip(lost, ranking.orders, strict=True):
+            row[order] += steps
+    orders = np.argsort(lost, axis=1, kind="stable")
+    for ranking in own:
+        found[ranking.site.second.path] = dataclasses.replace(ranking, orders=orders)
+
+
+def _of(seen: Any, site: Site) -> tuple[Any, Any, Any]:
+    path = site.second.path
+    return seen.fit[path], seen.held[path], seen.all[path]
+
+
+def _centred(site: Site, moments: Moments) -> Moments:
+    return moments.centred() if takes_mean(site) else moments
+
+
+def _like(x: np.ndarray, leaf: Any) -> Any:
+    new = jnp.asarray(x.reshape(np.shape(leaf)), leaf.dtype)
+    return jax.device_put(new, leaf.sharding) if leaf.committed else new
+
+
+def _bias(site: Site, shift: np.ndarray) -> np.ndarray:
+    """Shifts `(s, o)` in the shape of the second bias."""
+    bias = site.second_bias
+    assert bias is not None
+    axes, sizes = bias.axes, bias.axes.sizes(bias.shape)
+    order = [axes.position(name) for name in axes.stack]
+    order += [i for i in range(len(axes.factors)) if i not in order]
+    shape = [f if isinstance(f, int) else sizes[f] for f in axes.factors]
+    return shift.reshape([shape[i] for i in order]).transpose(np.argsort(order)).reshape(bias.shape)

@@ -1,0 +1,158 @@
+"""`flaxslim prune` and `flaxslim sweep` on a tiny BERT with a tokenizer."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flaxslim
+from cli.tiny import tiny
+from flaxslim._tree import flatten
+from flaxslim.checkpoint import read
+from flaxslim.cli import INTERRUPTED
+from flaxslim.posttraining import _prune
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "dog",
+    "ran",
+    "far",
+    "away",
+    "from",
+    "home",
+    "in",
+    "rain",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    transformers = pytest.importorskip("transformers")
+    top = tmp_path_factory.mktemp("prune")
+    params, cfg = tiny("FlaxBertForMaskedLM")
+    source = flaxslim.save(top / "bert", params, cfg)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (source / "vocab.txt").write_text("\n".join(vocabulary))
+    transformers.BertTokenizer(str(source / "vocab.txt")).save_pretrained(source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(WORDS, 9)) for _ in range(40)]
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def _common(folder: Path, texts: Path) -> list[Any]:
+    return [folder, "--calibration", texts, "--samples", 32, "--batch-size", 8, "--length", 16]
+
+
+def _prune_command(folder: Path, out: Path, texts: Path, *more: Any) -> list[Any]:
+    source, *rest = _common(folder, texts)
+    return ["prune", source, out, *rest, *more]
+
+
+def test_a_folder_comes_out_that_the_stock_class_loads(run, folder, texts, tmp_path):
+    from transformers import FlaxBertForMaskedLM
+
+    result = run(*_prune_command(folder, tmp_path / "out", texts, "--keep", 0.5))
+    assert result.code == 0, result.err
+    assert "of     72 channels" in result.out
+    assert "parameters" in result.out
+    model: Any = FlaxBertForMaskedLM.from_pretrained(tmp_path / "out")
+    assert model.config.intermediate_size == 36
+    record = json.loads((tmp_path / "out" / "flaxslim.json").read_text())
+    assert record["exact"] is False
+    assert len(record["prune"]["report"]["rows"]) == 2
+    assert (tmp_path / "out" / "vocab.txt").is_file()
+    assert "without training" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_budget_of_parameters_with_heads(run, folder, texts, tmp_path):
+    dense = read(folder).params
+    count = sum(x.size for x in flatten(dense).values())
+    more = ["--max-params", int(0.8 * count), "--width", "per_layer", "--heads"]
+    result = run(*_prune_command(folder, tmp_path / "out", texts, *more))
+    assert result.code == 0, result.err
+    after = read(tmp_path / "out").params
+    assert sum(x.size for x in flatten(after).values()) <= 0.8 * count
+
+
+def test_a_metric_of_ones_own(run, folder, texts, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def width(params, cfg):\n    return cfg.intermediate_size\n")
+    monkeypatch.chdir(tmp_path)
+    more = ["--keep", 0.5, "--evaluate", "mine:width"]
+    result = run(*_prune_command(folder, tmp_path / "out", texts, *more))
+    assert result.code == 0, result.err
+    assert "dense: width 72" in result.out
+    assert "pruned: width 36" in result.out
+
+
+def test_sweep(run, folder, texts, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = run(
+        "sweep", *_common(folder, texts), "--keep", "0.75,0.5", "--presets", "fast,balanced",
+        "--csv", tmp_path / "s.csv", "--plot", tmp_path / "s.png",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    with (tmp_path / "s.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["preset"] for row in rows] == ["dense", "fast", "fast", "balanced", "balanced"]
+    errors = [float(row["error"]) for row in rows]
+    assert errors[0] == 0 < errors[1] < errors[2]
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_leaves_nothing(run, folder, texts, tmp_path, monkeypatch):
+    def interrupt(*arguments: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_prune.Engine, "pruned", interrupt)
+    result = run(*_prune_command(folder, tmp_path / "out", texts, "--keep", 0.5))
+    assert result.code == INTERRUPTED
+    assert list(tmp_path.iterdir()) == []
+
+
+WRONG: dict[str, tuple[list[Any], str]] = {
+    "no wish": ([], "--keep 0.7 keeps 70%"),
+    "two wishes": (["--keep", 0.5, "--target", "1.5x"], "one of --keep"),
+    "a percentage": (["--keep", 70], "divide it by 100"),
+    "a speed of nonsense": (["--target", "fast"], "1.5x"),
+    "too small": (["--max-params", "1k"], "cheapest"),
+    "metric": (["--keep", 0.5, "--evaluate", "perplexty"], "perplexity"),
+    "metric without data": (["--keep", 0.5, "--evaluate", "stsb"], "--evaluation FILE"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said_and_nothing_written(name, run, folder, texts, tmp_path):
+    more, words = WRONG[name]
+    result = run(*_prune_command(folder, tmp_path / "out", texts, *more))
+    assert result.code == 1
+    assert words in result.err.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_tokenizer(run, folder, texts, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    for path in bare.iterdir():
+        if path.name not in ("config.json", "flax_model.msgpack"):
+            path.unlink()
+    result = run(*_prune_command(bare, tmp_path / "out", texts, "--keep", 0.5))
+    assert result.code == 1
+    assert "tokenizer" in result.err
+    assert not (tmp_path / "out").exists()
