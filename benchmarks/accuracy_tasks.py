@@ -140,7 +140,8 @@ class Sentences(Task):
         """128 sentences of the training part, or 1,024."""
         rng = np.random.default_rng(seed)
         rows = rng.choice(len(self._train), 1024 if more else 128, replace=False)
-        return [batch for batch, _ in self._batches([self._train[i] for i in rows], 32)]
+        batches = [batch for batch, _ in self._batches([self._train[i] for i in rows], 16)]
+        return [batches[i] for i in rng.permutation(len(batches))]  # every fourth is held out
 
     def _batches(self, texts: Sequence[str], size: int) -> Iterator[tuple[dict[str, Any], Any]]:
         """Of like lengths, so that little is padding; few shapes, since each is compiled."""

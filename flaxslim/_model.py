@@ -182,6 +182,8 @@ def _hugging_face(model: Any, params: Any, cfg: Any, dtype: Any) -> Model:
         params = params["params"]
 
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(params, Mapping) and set(params) == {"params"}:
+            params = params["params"]
         return instance(*args, params=params, train=False, **kwargs)
 
     return Model(call=call, params=params, weights=params, cls=cls)

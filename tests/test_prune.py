@@ -17,7 +17,7 @@ from zoo import CASES, build
 
 from flaxslim import Budget, Method, Pair, Spec, Tune, prune
 from flaxslim._compat import shell
-from flaxslim._errors import BudgetError, CalibrationError, CalibrationWarning
+from flaxslim._errors import BudgetError, CalibrationError, CalibrationWarning, WidthError
 from flaxslim._inputs import inputs_for
 from flaxslim._prove import flops
 from flaxslim._tree import flatten
@@ -45,7 +45,7 @@ def pruned(net: Any, *, keep: Any = 0.5, method: Any = "balanced", **more: Any) 
         net.cfg,
         net.spec,
         fn=net.fn,
-        batches=more.pop("batches", None) or batches(net),
+        batches=more.pop("batches") if "batches" in more else batches(net),
         keep=keep,
         preset=method,
         report=reports.append,
@@ -225,12 +225,92 @@ def test_tuning_keeps_the_dead_dead_and_is_never_worse_on_what_is_held_out():
     _, cfg, report = pruned(net, method=Method(tune=QUICK))
     assert report.tuned["after"] <= report.tuned["before"]
     assert cfg == {"hidden": 5}
-    wild = Method(tune=dataclasses.replace(QUICK, learning_rate=1e3))
+    wild = Method(ridge=1e-2, tune=dataclasses.replace(QUICK, learning_rate=1e3))
     worse, _, said = pruned(net, method=wild)
     assert said.tuned["step"] == 0
-    plain = flatten(pruned(net)[0])
+    # What is held out is not refitted to, either.
+    plain = flatten(pruned(net, method=Method(ridge=1e-2), batches=batches(net)[:3])[0])
     for path, x in flatten(worse).items():
         np.testing.assert_array_equal(x, plain[path])
+
+
+def test_tuning_in_sixteen_bits_is_not_lost_in_rounding():
+    net = mlp()
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.float16), net.params)
+    net = dataclasses.replace(net, params=half)
+    params, _, report = pruned(net, method=Method(tune=QUICK))
+    assert report.tuned["after"] < report.tuned["before"]
+    assert all(x.dtype == jnp.float16 for x in flatten(params).values())
+
+
+def test_running_statistics_are_not_tuned():
+    net = mlp()
+    plain = net.fn
+
+    def fn(variables: Any, x: Any) -> Any:
+        return plain(variables["params"], x) * variables["batch_stats"]["scale"]
+
+    both = {"params": net.params, "batch_stats": {"scale": jnp.ones(3)}}
+    net = dataclasses.replace(net, params=both, fn=fn)
+    params, _, report = pruned(net, method=Method(tune=QUICK))
+    assert report.tuned["step"] > 0
+    np.testing.assert_array_equal(params["batch_stats"]["scale"], np.ones(3))
+
+
+def test_float64_stays_what_it_is():
+    net = mlp()
+    net = dataclasses.replace(net, params=jax.tree.map(lambda x: np.asarray(x, float), net.params))
+    params, _, _ = pruned(net)
+    assert all(x.dtype == np.float64 for x in flatten(params).values())
+
+
+def test_what_else_reads_the_channels_has_a_say():
+    """Channels that the second layer hardly reads, and a layer beside it does: they stay."""
+    rng = np.random.default_rng(0)
+    params = {
+        "up": jnp.asarray(rng.normal(size=(6, 8)), jnp.float32),
+        "down": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32).at[:4].set(0),
+        "side": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32).at[:4].multiply(10),
+    }
+
+    def fn(p: Any, x: Any) -> Any:
+        h = jax.nn.relu(x @ p["up"])
+        return h @ p["down"], h @ p["side"]
+
+    pair = Pair(first="up", second="down", readers={"side": "f o"})
+    small, _ = prune(
+        params, None, Spec(name="R", pairs=pair), fn=fn, batches=batches(mlp()), keep=0.5
+    )
+    kept = {tuple(column) for column in np.asarray(small["up"]).T.tolist()}
+    first = {tuple(column) for column in np.asarray(params["up"]).T[:4].tolist()}
+    assert kept == first
+
+
+def test_steps_of_a_scan_are_masked_as_their_samples_are():
+    """One layer that runs three times in a scan: padding counts in none of them."""
+    rng = np.random.default_rng(0)
+    params = {"up": rng.normal(size=(6, 8)), "down": rng.normal(size=(8, 6)) / 8}
+
+    def fn(p: Any, batch: Any) -> Any:
+        def step(x: Any, _: Any) -> Any:
+            return x + jax.nn.relu(x @ p["up"]) @ p["down"], None
+
+        return jax.lax.scan(step, batch["x"], None, length=3)[0]
+
+    spec = Spec(name="S", pairs=Pair(first="up", second="down"))
+    data = []
+    for x in batches(mlp()):
+        mask = np.ones(x.shape[:2], np.int32)
+        mask[:, 3:] = 0
+        data.append({"x": x, "attention_mask": mask})
+    reports: list[Any] = []
+    prune(params, None, spec, fn=fn, batches=data, keep=0.5, report=reports.append)
+    assert reports[0].positions == 4 * 16 * 3 * 3
+
+
+def test_of_a_single_batch_no_ridge_is_chosen():
+    _, _, report = pruned(mlp(), batches=batches(mlp(), count=1, size=64))
+    assert {row.ridge for row in report.rows} == {1e-2}
 
 
 def test_what_goes_in_is_not_changed_and_comes_out_as_it_was():
@@ -437,6 +517,17 @@ WRONG: dict[str, tuple[dict[str, Any], type, str]] = {
         CalibrationError,
         "held out",
     ),
+    "one batch alone": (
+        {"batches": np.ones((4, 5, 6), np.float32)},
+        CalibrationError,
+        r"pass \[batch\]",
+    ),
+    "an objective that nothing takes": (
+        {"objective": lambda out, batch: 0.0},
+        CalibrationError,
+        "takes? its gradient",
+    ),
+    "a width policy that is none": ({"width": "unifrom"}, WidthError, "per_layer"),
     "NaN": (
         {"batches": [np.full((4, 5, 6), np.nan, np.float32)] * 2},
         CalibrationError,
@@ -453,11 +544,40 @@ def test_what_is_wrong_is_said(name):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Method(score="obz"), lambda: Method(compensation="all"), lambda: Budget()]
+    "make",
+    [
+        lambda: Method(score="obz"),
+        lambda: Method(compensation="all"),
+        lambda: Method(ridge=0.0),
+        lambda: Budget(),
+        lambda: Budget(flops="60%"),  # pyright: ignore[reportArgumentType]
+        lambda: Tune(steps=1),
+        lambda: Tune(noise=2.0),
+    ],
 )
 def test_a_method_or_budget_that_makes_no_sense(make):
     with pytest.raises((CalibrationError, BudgetError)):
         make()
+
+
+def test_heads_that_no_config_can_say_are_refused_before_anything_runs():
+    _, cfg, params = build(next(c for c in CASES if str(c) == "FlaxBertForMaskedLM"))
+
+    def never(*arguments: Any) -> Any:
+        raise AssertionError
+
+    with pytest.raises(WidthError, match="per_layer"):
+        prune(params, cfg, "all", fn=never, batches=[np.zeros(1)], keep=0.5)
+
+
+def test_a_function_of_one_size_is_told_apart():
+    net = mlp()
+    plain = net.fn
+    net = dataclasses.replace(
+        net, fn=lambda p, x: plain(p, x) + 0 * p["layers"]["0"]["up"]["bias"].reshape(10)[0]
+    )
+    with pytest.raises(CalibrationError, match="cannot run smaller"):
+        pruned(net, keep=None, budget=Budget(flops=0.6))
 
 
 def test_few_positions_are_told():

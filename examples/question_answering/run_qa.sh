@@ -6,7 +6,7 @@
 #     examples/question_answering/run_qa.sh [FOLDER] [KEY=VALUE ...]
 #
 # FOLDER (out/question_answering) takes the four models, which a second call does not train again.
-# Keys of the recipe are set anew in all runs: train.steps=8 evaluation.questions=50 is a short try.
+# Keys of the recipe are set anew in all runs, such as seed=1.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)

@@ -1,22 +1,22 @@
 """What `--evaluate` measures: perplexity, Spearman on STS-B, or a function of the user's."""
 
 import importlib
-import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flaxslim._errors import CalibrationError, nearest
+from flaxslim._errors import CalibrationError, CalibrationWarning, nearest
 
-# (class, params, cfg) -> numbers by name.
-Metric = Callable[[Any, Any, Any], Mapping[str, float]]
+# (class, params, cfg, folder of the tokenizer) -> numbers by name.
+Metric = Callable[[Any, Any, Any, Path], Mapping[str, float]]
 NAMES = ("perplexity", "stsb")
 
 
-def metric(name: str | None, data: Path | None, *, folder: str) -> Metric | None:
+def metric(name: str | None, data: Path | None) -> Metric | None:
     """The metric by its name; None for none.
 
     "perplexity" and "stsb" read `data` (a text file, an .npz with `eval_ids` and `eval_mask`; the
@@ -41,7 +41,7 @@ def metric(name: str | None, data: Path | None, *, folder: str) -> Metric | None
     if not data.is_file():
         raise CalibrationError("there is no such file", path=str(data))
     of = _perplexity if name == "perplexity" else _stsb
-    return lambda cls, params, cfg: of(cls, params, cfg, data, folder)
+    return lambda cls, params, cfg, folder: of(cls, params, cfg, data, folder)
 
 
 def _of_user(name: str) -> Metric:
@@ -58,9 +58,10 @@ def _of_user(name: str) -> Metric:
     finally:
         sys.path.pop(0)
 
-    def measured(cls: Any, params: Any, cfg: Any) -> Mapping[str, float]:
+    def measured(cls: Any, params: Any, cfg: Any, folder: Path) -> Mapping[str, float]:
         value = found(params, cfg)
-        return value if isinstance(value, Mapping) else {function: float(value)}
+        named = value if isinstance(value, Mapping) else {function: value}
+        return {str(key): float(x) for key, x in named.items()}
 
     return measured
 
@@ -76,8 +77,8 @@ def _model(cls: Any, params: Any, cfg: Any) -> Callable[..., Any]:
     return lambda batch: run(on_device, batch)
 
 
-def _perplexity(cls: Any, params: Any, cfg: Any, data: Path, folder: str) -> dict[str, float]:
-    """exp of the mean loss of the next token, over all tokens that count."""
+def _perplexity(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[str, float]:
+    """exp of the mean loss of the next token, over the tokens of all whole batches of two."""
     import jax
     import optax
 
@@ -85,9 +86,11 @@ def _perplexity(cls: Any, params: Any, cfg: Any, data: Path, folder: str) -> dic
 
     length = min(512, int(getattr(cfg, "max_position_embeddings", 512) or 512))
     fields = ("eval_ids", "eval_mask") if data.suffix == ".npz" else ()
-    found = read_calibration(
-        data, folder=folder, cfg=cfg, samples=10**9, length=length, batch_size=10, fields=fields
-    )
+    with warnings.catch_warnings():  # of fewer samples than so many
+        warnings.simplefilter("ignore", CalibrationWarning)
+        found = read_calibration(
+            data, folder=folder, cfg=cfg, samples=10**9, length=length, batch_size=2, fields=fields
+        )
     run = _model(cls, params, cfg)
     losses = jax.jit(optax.softmax_cross_entropy_with_integer_labels)
     total = tokens = 0.0
@@ -97,10 +100,12 @@ def _perplexity(cls: Any, params: Any, cfg: Any, data: Path, folder: str) -> dic
         logits = run(batch).logits
         total += float((np.asarray(losses(logits[:, :-1], ids[:, 1:])) * counted).sum())
         tokens += float(counted.sum())
-    return {"perplexity": math.exp(total / tokens)}
+    if not tokens:
+        raise CalibrationError("there is no token to measure", path=str(data))
+    return {"perplexity": float(np.exp(total / tokens))}
 
 
-def _stsb(cls: Any, params: Any, cfg: Any, data: Path, folder: str) -> dict[str, float]:
+def _stsb(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[str, float]:
     """Spearman x 100 of the cosine of mean-pooled embeddings with the score, column 5."""
     import csv
 
@@ -109,7 +114,13 @@ def _stsb(cls: Any, params: Any, cfg: Any, data: Path, folder: str) -> dict[str,
 
     with data.open(encoding="utf-8") as file:
         table = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        rows = [row for row in table if len(row) >= 7]
+        rows = [row for row in table if len(row) >= 7 and _is_number(row[4])]
+    if not rows:
+        raise CalibrationError(
+            "this is no table of the STS benchmark",
+            path=str(data),
+            expected="a score in column 5 and sentences in columns 6 and 7, separated by tabs",
+        )
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     texts = [row[5] for row in rows] + [row[6] for row in rows]
     tokens = [tokenizer(text, truncation=True, max_length=128).input_ids for text in texts]
@@ -130,3 +141,10 @@ def _stsb(cls: Any, params: Any, cfg: Any, data: Path, folder: str) -> dict[str,
     cosine = (vectors[:half] * vectors[half:]).sum(1)
     found: Any = spearmanr(cosine, [float(row[4]) for row in rows])
     return {"spearman": 100 * float(found.statistic)}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(np.isfinite(float(text)))
+    except ValueError:
+        return False

@@ -13,7 +13,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import flaxslim
-from flaxslim._errors import BudgetError, CalibrationWarning
+from flaxslim._errors import BudgetError, CalibrationWarning, TargetError
 from flaxslim._inputs import model_class_for
 from flaxslim._prove import verify as prove
 from flaxslim.checkpoint import Checkpoint, read, save
@@ -24,6 +24,7 @@ from flaxslim.cli import _evaluate, _sweep_plot, _table
 from flaxslim.cli._console import console, messages
 from flaxslim.cli._slim import as_flax
 from flaxslim.posttraining._allocate import Budget
+from flaxslim.posttraining._budget import shown
 from flaxslim.posttraining._data import CalibrationData, read_calibration
 from flaxslim.posttraining._prune import method_of
 from flaxslim.posttraining._report import Report
@@ -141,11 +142,15 @@ def run(
             "times as fast on this machine",
         )
     wish: dict[str, Any] = {"keep": keep} if keep is not None else {"budget": Budget(**given)}
-    measure = _evaluate.metric(evaluate, evaluation, folder=source)
+    measure = _evaluate.metric(evaluate, evaluation)
     local = Path(source) if Path(source).is_dir() else None
     target = out.expanduser().resolve()
     check_target(target, overwrite=overwrite, source=local)
     model = opened(source, data, revision)
+    scores = {}
+    if measure is not None:  # first, since it may fail
+        with messages.status("measuring the dense model"):
+            scores["dense"] = measure(model.cls, *model.dense, model.checkpoint.folder)
     params, cfg, report = pruned(model, how, **wish)
     console.print(str(report), markup=False, soft_wrap=True)
     with messages.status("measuring both models"):
@@ -157,14 +162,10 @@ def run(
             approximate=True,
             repeats=15,
         )
-        scores = {}
         if measure is not None:
-            scores = {
-                "dense": measure(model.cls, *model.dense),
-                "pruned": measure(model.cls, params, cfg),
-            }
+            scores["pruned"] = measure(model.cls, params, cfg, model.checkpoint.folder)
     console.print(_table.before_after(proof))
-    if report.cost and proof.milliseconds.after:
+    if report.cost:
         console.print(_said_of_cost(report, given, proof), markup=False, soft_wrap=True)
     for name, found in scores.items():
         console.print(f"{name}: " + ", ".join(f"{key} {x:.4g}" for key, x in found.items()))
@@ -185,7 +186,9 @@ def _said_of_cost(report: Report, given: Mapping[str, Any], proof: Any) -> str:
     """What was asked, predicted and measured."""
     cost, ms = report.cost, proof.milliseconds
     if not {"latency", "speedup"} & given.keys():
-        return ""
+        unit: Any = {"params": "parameters", "bytes": "bytes", "flops": "FLOPs"}[next(iter(given))]
+        parts = ("dense", "asked", "predicted")
+        return ", ".join(f"{name} {shown(cost[name], unit)}" for name in parts)
     return (
         f"asked {cost['dense'] / cost['asked']:.2f}x, predicted "
         f"{cost['dense'] / cost['predicted']:.2f}x, measured {ms.before / ms.after:.2f}x "
@@ -240,19 +243,25 @@ def sweep(
     revision: str | None,
 ) -> int:
     """Prune at several shares by several presets, and print what each costs and gives."""
-    measure = _evaluate.metric(evaluate, evaluation, folder=source)
+    measure = _evaluate.metric(evaluate, evaluation)
+    if plot is not None:
+        _sweep_plot.check(plot)
+    for path in (csv_file, plot):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise TargetError("there is no such folder", path=str(path.resolve().parent))
     shares, names = _shares(keep), [name.strip() for name in presets.split(",")]
     for name in names:
         method_of(name)  # which says what there is, before anything is read
     model = opened(source, data, revision)
-    dense = dict(measure(model.cls, *model.dense)) if measure else {}
+    folder = model.checkpoint.folder
+    dense = dict(measure(model.cls, *model.dense, folder)) if measure else {}
     rows: list[dict[str, Any]] = [
         {"preset": "dense", "keep": 1.0, "parameters": _size(model.dense[0]), "error": 0.0, **dense}
     ]
     for preset in names:
         for share in shares:
             params, cfg, report = pruned(model, dataclasses.replace(how, preset=preset), keep=share)
-            found = dict(measure(model.cls, params, cfg)) if measure else {}
+            found = dict(measure(model.cls, params, cfg, folder)) if measure else {}
             rows.append(
                 {
                     "preset": preset,
@@ -265,7 +274,8 @@ def sweep(
     console.print(_table.swept(rows))
     if csv_file is not None:
         with csv_file.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            names = dict.fromkeys(name for row in rows for name in row)
+            writer = csv.DictWriter(file, fieldnames=list(names))
             writer.writeheader()
             writer.writerows(rows)
         messages.print(f"written to {csv_file}", markup=False)

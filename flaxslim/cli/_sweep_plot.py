@@ -10,19 +10,21 @@ _FIXED = ("preset", "keep", "parameters")
 _COLOURS = ("#1f6fb4", "#b4531f", "#3b8f4a", "#7a4fb0", "#444444")
 
 
+def check(path: Path) -> None:
+    """Raise `FlaxslimError` if no picture can be written there, before hours are spent."""
+    _matplotlib()
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise FlaxslimError(
+            "a picture is .png, .svg or .pdf", path=str(path), mend="name such a file"
+        )
+
+
 def plot(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
     """Write a panel for each number that was measured; a line for each preset.
 
     Raises `FlaxslimError` if matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FlaxslimError(
-            "the plot needs matplotlib, which is not installed",
-            mend="pip install 'flaxslim[plots]'; or leave out --plot",
-        ) from error
+    FigureCanvasAgg, Figure = _matplotlib()
     names = [name for name in rows[0] if name not in _FIXED]
     figure = Figure(figsize=(7, 3.2 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -47,3 +49,16 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
     panels[-1].set_xlabel("parameters, millions")
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=120)
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    try:
+        # Not pyplot: figures made there stay in its memory, and it asks for a screen.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FlaxslimError(
+            "the plot needs matplotlib, which is not installed",
+            mend="pip install 'flaxslim[plots]'; or leave out --plot",
+        ) from error
+    return FigureCanvasAgg, Figure

@@ -65,7 +65,7 @@ class Budget:
         ((name, value),) = given.items()
         if name in parsers:
             object.__setattr__(self, name, parsers[name](value))
-        elif not 0 < float(value) <= 1:
+        elif not isinstance(value, int | float) or not 0 < value <= 1:
             raise BudgetError(
                 "FLOPs are a share of the dense model's", seen=value, expected="above 0, up to 1"
             )
@@ -82,7 +82,7 @@ def by_share(
     for site in sites:
         wish = shares[site.pair.axis] * count_of(site)
         numbers = allowed(site, multiple_of)
-        least = min(max(1, round(wish)), numbers[-1])
+        least = min(max(1, math.ceil(wish - 1e-9)), numbers[-1])
         counts[site.second.path] = int(numbers[numbers >= least][0])
     return counts
 

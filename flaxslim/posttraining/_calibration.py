@@ -50,7 +50,15 @@ class Calibration:
 
     def __init__(self, fn: Fn, batches: Iterable[Any], *, params: Any, mask: Mask | None = None):
         self.fn, self.mask = fn, mask
-        self.batches = list(batches)
+        if isinstance(batches, Mapping) or hasattr(batches, "shape"):
+            raise CalibrationError(
+                "batches= is one batch, and not some of them",
+                seen=f"a {type(batches).__name__}",
+                expected="a list of batches",
+                mend="pass [batch]; better four or more, of which some are held out",
+            )
+        # A tokenizer's BatchEncoding is no pytree, but a mapping.
+        self.batches = [dict(b) if isinstance(b, Mapping) else b for b in batches]
         if not self.batches:
             raise CalibrationError(
                 "there is no calibration batch",
@@ -88,20 +96,34 @@ class Calibration:
             self._traced[key] = Traced(self.fn, self._shapes, batch)
         return self._traced[key]
 
-    def counted(self, batch: Any, lead: Sequence[int], path: str) -> Any:
-        """Which of the samples at a site count: an array of its leading axes, or none for all."""
+    def counted(self, batch: Any, lead: Sequence[int], path: str, *, steps: bool = False) -> Any:
+        """Which of the samples at a site count: an array of its leading axes, or none for all.
+
+        `steps`: those of a scan stand in front. Tokens of all samples may lie in one axis.
+        """
+        masks = []
         if self.mask is not None:
             masks = [self.mask(batch)]
         elif isinstance(batch, Mapping):
-            names = ["attention_mask", "decoder_attention_mask"]
-            names = names[::-1] if "decoder" in path else names
+            decodes = "decoder" in path and "decoder_input_ids" in batch
+            names = ["decoder_attention_mask"] if decodes else ["attention_mask"]
+            if "decoder" not in path:
+                names.append("decoder_attention_mask")
             masks = [batch[name] for name in names if name in batch]
-        else:
-            masks = []
+        front = 1 if steps else 0
+        own = tuple(lead[front:])
         for mask in masks:
-            if mask is not None and tuple(mask.shape) == tuple(lead[: mask.ndim]):
-                return jnp.broadcast_to(
-                    mask.reshape(*mask.shape, *(1,) * (len(lead) - mask.ndim)), lead
+            if mask is not None and own[:1] == (mask.size,) and mask.ndim > 1:
+                mask = mask.reshape(-1)
+            if mask is not None and tuple(mask.shape) == own[: mask.ndim]:
+                ones = (1,) * (len(own) - mask.ndim)
+                return jnp.broadcast_to(mask.reshape(*(1,) * front, *mask.shape, *ones), lead)
+            if mask is not None and self.mask is not None:
+                raise CalibrationError(
+                    "the mask does not fit what is read here",
+                    path=path,
+                    seen=f"a mask of shape {tuple(mask.shape)} for samples of shape {own}",
+                    mend="mask(batch) -> which positions count, (b, t)",
                 )
         return None
 
@@ -138,7 +160,12 @@ class Calibration:
         )
         for path, parts in both.items():
             _check(path, parts)
-        return Seen(fit=_by_row(fit), held=_by_row(held), all=_by_row(both))
+        if len(sites) == 1:
+            self._sums.clear()  # what was compiled for one site serves no other
+        rows = _by_row(fit)
+        if both is fit:
+            return Seen(fit=rows, held=rows, all=rows)
+        return Seen(fit=rows, held=_by_row(held), all=_by_row(both))
 
     def _sum(self, sites: Sequence[Site], params: Any, dense: Any, batch: Any) -> Any:
         key = (_shapes(batch), tuple(site.second.path for site in sites), dense is None)
@@ -162,9 +189,12 @@ class Calibration:
         xs = hidden(site, reads)
         ys = xs if others is None else hidden(site, others)
         total: list[Any] = []
-        for x, y in zip(xs, ys, strict=True):
+        path = site.second.path
+        own = [read for read in reads if read.path == path]
+        for x, y, read in zip(xs, ys, own, strict=True):
             s, m = x.shape[0], x.shape[-1]
-            counted = self.counted(batch, x.shape[1:-1], site.second.path)
+            steps = read.scanned and not read.scanned_kernel
+            counted = self.counted(batch, x.shape[1:-1], path, steps=steps)
             if counted is None:
                 weights = jnp.ones((s, x[0, ..., 0].size), _wide())
             else:

@@ -74,7 +74,7 @@ class Read:
       kernel: flat indices into the kernel, (batch..., contracted...); behind a scan likewise.
       batch, contracted: how many such axes there are.
       scanned: whether there is an axis of steps. The kernel has one too if it differs by step.
-      source: which value of the traced function `x` is; two layers that read the same one share it.
+      source: the value itself, which layers that read the same one have in common.
     """
 
     path: str
@@ -84,7 +84,7 @@ class Read:
     contracted: int
     scanned: bool = False
     scanned_kernel: bool = False
-    source: int = 0
+    source: Any = None
 
 
 class Traced:
@@ -243,7 +243,7 @@ def _contract(eqn: Any, given: Sequence[Any], own: Sequence[View | None], into: 
             batch=len(ours[1]),
             contracted=len(ours[0]),
             scanned_kernel=view.scanned,
-            source=id(eqn.invars[1 - at]),
+            source=given[1 - at],
         )
     )
 

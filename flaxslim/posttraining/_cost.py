@@ -35,21 +35,47 @@ class Whole:
     spec: Spec
     batch: Any
 
+    def check_runs_smaller(self, sites: Sequence[Site]) -> None:
+        """Raise `CalibrationError` if the function cannot be counted or timed at other sizes."""
+        fn, params = self.at(_halves(sites), sites)
+        try:
+            jax.eval_shape(fn, params, self.batch)
+        except Exception as error:
+            raise CalibrationError(
+                "fn cannot run smaller parameters, by which FLOPs and time are measured",
+                seen=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}",
+                expected="fn=FlaxBertModel, a Linen module, or a function of any sizes",
+                mend="pass the class or the module itself; or give a budget of parameters",
+            ) from error
+
     def at(self, counts: Mapping[str, int], sites: Sequence[Site]) -> tuple[Any, Any]:
         """The function, and parameters, with the first units only of each site, by path."""
-        alive = {
-            site.second.path: alive_of(site, [np.arange(counts[site.second.path])] * site.rows)
-            for site in sites
-        }
-        leaves = _tree.flatten(self.params)
-        living = masks(sites, alive, lambda site: site.reading)
-        zeroed = {p: jnp.where(mask, leaves[p], 0) for p, mask in living.items()}
-        params, cfg = _tree.replace(self.params, zeroed), self.cfg
+        zeroed = first_units(self.params, sites, counts)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            small, new = slim(params, cfg, self.spec, width="per_layer")
+            small, new = slim(zeroed, self.cfg, self.spec, width="per_layer")
         fn = function_of(self.fn, small, new)
         return fn, nnx.state(small) if isinstance(small, nnx.Module) else small
+
+
+def _halves(sites: Sequence[Site]) -> dict[str, int]:
+    return {site.second.path: max(1, count_of(site) // 2) for site in sites}
+
+
+def first_units(params: Any, sites: Sequence[Site], counts: Mapping[str, int]) -> Any:
+    """The parameters with only the first units of each site alive, by path; no matter which."""
+    alive = {
+        site.second.path: alive_of(site, [np.arange(counts[site.second.path])] * site.rows)
+        for site in sites
+    }
+    leaves = _tree.flatten(params)
+    living = masks(sites, alive, lambda site: site.reading)
+    # Ones and zeros, since what is cut already may be zero, too.
+    zeroed = {
+        path: jnp.broadcast_to(mask, np.shape(leaves[path])).astype(leaves[path].dtype)
+        for path, mask in living.items()
+    }
+    return _tree.replace(params, zeroed)
 
 
 def within(
@@ -69,6 +95,8 @@ def within(
     """
     sites = [ranking.site for ranking in rankings.values()]
     leaves = _tree.flatten(whole.params)
+    if budget.params is None and budget.bytes is None:
+        whole.check_runs_smaller(sites)
     if budget.params is not None or budget.bytes is not None:
         sizes = {path: int(np.prod(np.shape(leaf))) for path, leaf in leaves.items()}
         widths = {path: leaf.dtype.itemsize for path, leaf in leaves.items()}

@@ -36,8 +36,10 @@ class Distance:
         wanted = traced.kernels - self.changed if hidden else set()
         out, reads = traced(params, batch, wanted)
         dense_out, dense_reads = traced(dense, batch, wanted)
-        pairs = {a.source: (a, b) for a, b in zip(reads, dense_reads, strict=True)}
-        errors = [self._relative(a.x, b.x, batch, a.path) for a, b in pairs.values()]
+        pairs = {id(a.source): (a, b) for a, b in zip(reads, dense_reads, strict=True)}
+        errors = [
+            self._relative(a.x, b.x, batch, a.path, steps=a.scanned) for a, b in pairs.values()
+        ]
         between = hidden * sum(errors, jnp.zeros(())) / max(len(errors), 1)
         own = self._of_outputs if self.loss is None else self.loss
         return between + own(dense_out, out, batch)
@@ -60,17 +62,17 @@ class Distance:
             found.append(how(x, y, batch, "decoder"))
         return sum(found, jnp.zeros(())) / max(len(found), 1)
 
-    def _weights(self, x: Any, batch: Any, path: str) -> Any:
-        counted = self.calibration.counted(batch, x.shape[:-1], path)
+    def _weights(self, x: Any, batch: Any, path: str, *, steps: bool = False) -> Any:
+        counted = self.calibration.counted(batch, x.shape[:-1], path, steps=steps)
         return jnp.ones(x.shape[:-1]) if counted is None else counted.astype(jnp.float32)
 
-    def _relative(self, x: Any, y: Any, batch: Any, path: str) -> Any:
+    def _relative(self, x: Any, y: Any, batch: Any, path: str, *, steps: bool = False) -> Any:
         """|x - y|^2 over the variance of y, over what counts."""
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-        weights = self._weights(x, batch, path)[..., None]
+        weights = self._weights(x, batch, path, steps=steps)[..., None]
         x, y = (jnp.where(weights > 0, z, 0) for z in (x, y))  # padding may be anything
         axes = tuple(range(x.ndim - 1))
-        mean = (y * weights).sum(axes) / weights.sum()
+        mean = (y * weights).sum(axes) / jnp.maximum(weights.sum(), 1)
         return (weights * (x - y) ** 2).sum() / ((weights * (y - mean) ** 2).sum() + 1e-9)
 
     def _divergence(self, x: Any, y: Any, batch: Any, path: str) -> Any:
@@ -78,4 +80,6 @@ class Distance:
         weights = self._weights(x, batch, path)
         x, y = (jnp.where(weights[..., None] > 0, z.astype(jnp.float32), 0) for z in (x, y))
         ours, theirs = (jax.nn.log_softmax(z) for z in (x, y))
-        return (weights * (jnp.exp(theirs) * (theirs - ours)).sum(-1)).sum() / weights.sum()
+        return (weights * (jnp.exp(theirs) * (theirs - ours)).sum(-1)).sum() / jnp.maximum(
+            weights.sum(), 1
+        )

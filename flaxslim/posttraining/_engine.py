@@ -25,7 +25,7 @@ from flaxslim.posttraining._rank import (
     takes_mean,
     units_of,
 )
-from flaxslim.posttraining._refit import Moments, energy, error, kernel, matrix, refit
+from flaxslim.posttraining._refit import Moments, energy, error, kernels, read_matrix, refit
 from flaxslim.posttraining._report import Row
 from flaxslim.training._channels import together
 
@@ -52,6 +52,11 @@ class Engine:
     alive: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     gradients: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
+    @property
+    def ridge(self) -> float:
+        """Of the order, and of the refit where none is chosen."""
+        return _RIDGE if self.method.ridge is None else self.method.ridge
+
     def rankings(self, sites: Sequence[Site]) -> dict[str, Ranking]:
         """Of each site, by what it reads in the dense model."""
         found: dict[str, Ranking] = {}
@@ -63,18 +68,19 @@ class Engine:
             for site in part:
                 path = site.second.path
                 self.told("ranking", len(found), len(sites))
-                self._warn_of_few(site, seen.all[path])
+                moments = self._of(seen, site)[2]
+                self._warn_of_few(site, moments)
                 found[path] = rank(
                     site,
-                    seen.all[path],
+                    moments,
                     self.leaves,
                     score=self.method.score,
-                    ridge=self.method.ridge or _RIDGE,
+                    ridge=self.ridge,
                     rows=rows.get(path),
                     seed=self.seed,
                 )
             if not self.low_memory and not self.method.sequential:
-                self.kept_moments = {site.second.path: _of(seen, site) for site in part}
+                self.kept_moments = {site.second.path: self._of(seen, site) for site in part}
         for own in together(sites):
             _share_order([found[site.second.path] for site in own], found)
         self.told("ranking", len(sites), len(sites))
@@ -119,6 +125,7 @@ class Engine:
             if path in self.gradients and site.tied is None:
                 ranking = _fisher.rearranged(ranking, self.gradients[path], count)
             kept = ranking.kept(count)
+            self.positions = max(self.positions, *(m.count for m in seen[2]))
             new, measured, ridge = self._compensated(site, seen, kept)
             tree = _tree.replace(tree, new)
             self.alive[path] = alive_of(site, kept)
@@ -128,7 +135,9 @@ class Engine:
                 unit=site.pair.unit,
                 before=site.size * site.rows,
                 after=int(self.alive[path].sum()),
-                predicted=float(ranking.errors[gone] / max(ranking.energy, 1e-30)),
+                predicted=None
+                if path in self.gradients
+                else float(ranking.errors[gone] / max(ranking.energy, 1e-30)),
                 measured=measured,
                 ridge=ridge,
             )
@@ -173,24 +182,34 @@ class Engine:
 
     def _seen(self, site: Site, tree: Any) -> tuple[Any, Any, Any]:
         """The moments of a site: (of most, of those held out, of all)."""
-        if (own := self.kept_moments.get(site.second.path)) is not None:
+        if (own := self.kept_moments.pop(site.second.path, None)) is not None:
             return own
         sequential = self.method.sequential and tree is not self.dense
-        return _of(
+        return self._of(
             self._moments([site], tree, self.dense)
             if sequential
             else self._moments([site], self.dense, None),
             site,
         )
 
+    def _of(self, seen: Any, site: Site) -> tuple[Any, Any, Any]:
+        """The moments of a site: of most batches, of those held out, and those to refit by.
+
+        What is tuned afterwards must not know what is held out, or it seems to become worse.
+        """
+        path = site.second.path
+        every = seen.fit if self.method.tune is not None else seen.all
+        return seen.fit[path], seen.held[path], every[path]
+
     def _anew(self, site: Site, seen: Any, before: Ranking) -> Ranking:
         """The ranking by what the site reads now, from the second layer that fits that best."""
-        whole = np.arange(matrix(site, self.leaves[site.second.path]).shape[1])
+        old = read_matrix(site, self.leaves)
+        whole = np.arange(old.shape[1])
         start = [
-            refit(_centred(site, m), w, whole, ridge=self.method.ridge or _RIDGE)
-            for m, w in zip(seen[2], matrix(site, self.leaves[site.second.path]), strict=True)
+            refit(_centred(site, m), w, whole, ridge=self.ridge)
+            for m, w in zip(seen[2], old, strict=True)
         ]
-        found = rank(site, seen[2], self.leaves, ridge=self.method.ridge or _RIDGE, refitted=start)
+        found = rank(site, seen[2], self.leaves, ridge=self.ridge, refitted=start)
         return dataclasses.replace(found, errors=before.errors, energy=before.energy)
 
     def _compensated(
@@ -198,19 +217,21 @@ class Engine:
     ) -> tuple[dict[str, Any], float, float | None]:
         """The new second layer of a site by path, its relative error, and the ridge."""
         fit, held, every = seen
-        old = matrix(site, self.leaves[site.second.path])
+        old = read_matrix(site, self.leaves)
         units, mean = units_of(site), takes_mean(site)
         new, ridges, shifts = np.zeros_like(old), [], []
         wrong = total = 0.0
         for i, w in enumerate(old):
             inner = np.flatnonzero(np.isin(units, kept[i]))
             if self.method.compensation == "refit":
-                ridge = self.method.ridge or self._ridge(site, fit[i], held[i], w, inner)
+                ridge = self.method.ridge
+                if ridge is None:
+                    ridge = self._ridge(site, fit[i], held[i], w, inner)
                 new[i] = refit(_centred(site, every[i]), w, inner, ridge=ridge)
                 ridges.append(ridge)
             elif self.method.compensation == "scale":
-                ridge = self.method.ridge or _RIDGE
-                new[i] = _fisher.scaled(_centred(site, every[i]), w, site, kept[i], ridge=ridge)
+                own = _centred(site, every[i])
+                new[i] = _fisher.scaled(own, w, site, kept[i], ridge=self.ridge)
             else:
                 new[i][inner] = w[inner]
             m = every[i]
@@ -219,18 +240,7 @@ class Engine:
             shifts.append(y @ w - m.x @ new[i] if folds else np.zeros(w.shape[1]))
             wrong += error(m.centred() if folds else m, w, new[i])
             total += energy(_centred(site, m), w)
-        changed = {site.second.path: _like(kernel(site, new), self.leaves[site.second.path])}
-        for reader in site.readers:
-            leaf = self.leaves[reader.path]
-            rows = matrix(site, leaf, reader)
-            own = np.zeros_like(rows)
-            for i, w in enumerate(rows):
-                inner = np.flatnonzero(np.isin(units, kept[i]))
-                if ridges:
-                    own[i] = refit(every[i], w, inner, ridge=max(ridges))
-                else:
-                    own[i][inner] = w[inner]
-            changed[reader.path] = _like(kernel(site, own, reader), leaf)
+        changed = {path: _like(x, self.leaves[path]) for path, x in kernels(site, new).items()}
         if mean and self.method.compensation != "none":
             bias = site.second_bias
             assert bias is not None
@@ -251,7 +261,6 @@ class Engine:
 
     def _warn_of_few(self, site: Site, moments: Sequence[Moments]) -> None:
         count, m = min(m.count for m in moments), len(moments[0].x)
-        self.positions = max(self.positions, *(m.count for m in moments))
         if count < m:
             warnings.warn(
                 f"{count:,} calibration positions for {m:,} hidden channels at "
@@ -275,11 +284,6 @@ def _share_order(own: Sequence[Ranking], found: dict[str, Ranking]) -> None:
     orders = np.argsort(lost, axis=1, kind="stable")
     for ranking in own:
         found[ranking.site.second.path] = dataclasses.replace(ranking, orders=orders)
-
-
-def _of(seen: Any, site: Site) -> tuple[Any, Any, Any]:
-    path = site.second.path
-    return seen.fit[path], seen.held[path], seen.all[path]
 
 
 def _centred(site: Site, moments: Moments) -> Moments:

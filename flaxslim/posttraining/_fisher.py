@@ -52,7 +52,9 @@ def mask_gradients(
 
         def value(own: Any) -> Any:
             out = calibration.fn(_tree.replace(params, own), batch)
-            return signed(out, key) if objective is None else objective(out, batch)
+            return (
+                signed(calibration, out, batch, key) if objective is None else objective(out, batch)
+            )
 
         grads = jax.grad(value)(own)
         return {

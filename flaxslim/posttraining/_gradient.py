@@ -44,7 +44,9 @@ def gradient_rows(
     def gradient(own: Any, params: Any, batch: Any, key: Any) -> Any:
         def value(own: Any) -> Any:
             out = calibration.fn(_tree.replace(params, own), batch)
-            return signed(out, key) if objective is None else objective(out, batch)
+            return (
+                signed(calibration, out, batch, key) if objective is None else objective(out, batch)
+            )
 
         return jax.grad(value)(own)
 
@@ -88,11 +90,13 @@ def gradient_rows(
     return found
 
 
-def signed(out: Any, key: Any) -> Any:
-    """The outputs that are floating, times random signs, summed."""
+def signed(calibration: Calibration, out: Any, batch: Any, key: Any) -> Any:
+    """The outputs that are floating, times random signs, summed over what counts."""
     leaves = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
     keys = jax.random.split(key, len(leaves))
-    return sum(
-        (x * jax.random.rademacher(k, x.shape, x.dtype)).sum()
-        for x, k in zip(leaves, keys, strict=True)
-    )
+    total = jnp.zeros(())
+    for x, k in zip(leaves, keys, strict=True):
+        counted = calibration.counted(batch, x.shape[:-1], "decoder") if x.ndim > 1 else None
+        own = x if counted is None else jnp.where(counted[..., None] > 0, x, 0)
+        total += (own * jax.random.rademacher(k, x.shape, x.dtype)).sum()
+    return total

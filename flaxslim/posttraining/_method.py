@@ -49,11 +49,17 @@ class Method:
                 raise CalibrationError(
                     f"there is no such {name}", seen=repr(value), expected=", ".join(known)
                 )
+        if self.ridge is not None and not 0 < self.ridge < float("inf"):
+            raise CalibrationError(
+                "a ridge is positive",
+                seen=f"ridge={self.ridge}",
+                expected="such as 1e-2, of the mean square of a channel; None to have it chosen",
+            )
 
 
 PRESETS: Mapping[str, Method] = {
     "fast": Method(score="wanda"),
     "balanced": Method(),
     "fisher": Method(score="fisher_mask", compensation="scale", sequential=True),
-    "best": Method(sequential=True, tune=Tune()),
+    "best": Method(tune=Tune()),
 }

@@ -7,7 +7,7 @@ parameters of the dense shapes, in which the rows of what goes are zero; `slim` 
 
 import logging
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,19 +15,23 @@ import numpy as np
 from flax import nnx
 
 from flaxslim import _tree
-from flaxslim._errors import BudgetError, CalibrationError, nearest
-from flaxslim._slim import slim
-from flaxslim._spec import Site, SpecLike
+from flaxslim._draw import draw
+from flaxslim._errors import BudgetError, CalibrationError, WidthError, nearest
+from flaxslim._plan import PER_LAYER
+from flaxslim._slim import mend_blocked, slim
+from flaxslim._spec import Site, Spec, SpecLike
+from flaxslim.posttraining import _allocate
 from flaxslim.posttraining._allocate import Budget
 from flaxslim.posttraining._calibration import Calibration, Mask
-from flaxslim.posttraining._cost import Whole, within
+from flaxslim.posttraining._cost import Whole, first_units, within
 from flaxslim.posttraining._distance import Distance, Loss
 from flaxslim.posttraining._engine import Engine, Told
 from flaxslim.posttraining._function import function_of
 from flaxslim.posttraining._gradient import Objective
 from flaxslim.posttraining._latency import default_cache
 from flaxslim.posttraining._method import PRESETS, Method
-from flaxslim.posttraining._report import Report
+from flaxslim.posttraining._rank import GRADIENTS, alive_of
+from flaxslim.posttraining._report import Report, Row
 from flaxslim.posttraining._tune import tune
 from flaxslim.specs import chosen
 
@@ -59,8 +63,8 @@ def prune(
     Args:
       params, cfg, spec, width, multiple_of: as in `flaxslim.slim`. Not changed.
       fn: `fn(params, batch) -> outputs`, pure, which is called with parameters of the dense
-        shapes; or what makes one: a Flax class of transformers or an instance, or a Linen module.
-        May be left out for an nnx module.
+        shapes, and of smaller ones for a budget of FLOPs or time; or what makes one: a Flax class
+        of transformers or an instance, or a Linen module. May be left out for an nnx module.
       batches: calibration data, some hundred samples: pytrees of arrays whose first axis counts
         samples, such as dicts of `input_ids` and `attention_mask`. One in four is held out, to
         choose ridges and to stop tuning by.
@@ -124,7 +128,7 @@ def method_of(preset: str | Method) -> Method:
     """A preset by its name; raises `CalibrationError`."""
     if isinstance(preset, Method):
         return preset
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise CalibrationError(
             "there is no such preset",
             seen=repr(preset),
@@ -164,9 +168,23 @@ def zero(
             "budget=Budget(speedup=1.5) chooses by what the whole model may cost",
         )
     found = chosen(spec, cfg)
-    sites, _ = found.bind(params, cfg)
+    bound, _ = found.bind(params, cfg)
+    sites = tuple(site for site in bound if site.size)
     _refuse(sites)
     shares = None if keep is None else _shares(keep, sites)
+    if objective is not None and not _takes_gradients(method):
+        raise CalibrationError(
+            "objective= is for scores that take its gradient",
+            seen=f"score={method.score!r}",
+            expected=", ".join((*sorted(GRADIENTS), "fisher_mask")),
+            mend="leave it out; loss= is what tuning makes small",
+        )
+
+    def check(counts: Mapping[str, int]) -> None:
+        _check_sayable(params, cfg, found, sites, counts, width=width, multiple_of=multiple_of)
+
+    # Before hours are spent on what no config can say.
+    check(_allocate.by_share(sites, shares or _half(sites), multiple_of=multiple_of))
     tree = _on_device(params)
     calibration = Calibration(function_of(fn, params, cfg), batches, params=tree, mask=mask)
     ordered = _in_order(sites, calibration)
@@ -195,8 +213,8 @@ def zero(
             told=told,
             cache=default_cache(),
         )
+    check(counts)
     new, rows = engine.pruned(ordered, rankings, counts)
-    alive = engine.alive
     distance = Distance(calibration, ordered, cfg, loss)
     tuned: Mapping[str, float] = {}
     if method.tune is not None:
@@ -206,7 +224,8 @@ def zero(
             new,
             tree,
             ordered,
-            alive,
+            engine.alive,
+            only=_parameters(params),
             how=method.tune,
             distance=distance,
             seed=seed,
@@ -219,11 +238,70 @@ def zero(
         output_error=distance.held_out(new, tree),
         tuned=tuned,
         cost=cost,
+        notes=tuple(_notes(rows.values())),
     )
     return _as_given(params, tree, new), report
 
 
 # --- what it is made of -------------------------------------------------------------------------
+
+
+def _takes_gradients(method: Method) -> bool:
+    return callable(method.score) or method.score in {*GRADIENTS, "fisher_mask"}
+
+
+def _half(sites: Sequence[Site]) -> dict[str, float]:
+    return dict.fromkeys((site.pair.axis for site in sites), 0.5)
+
+
+def _check_sayable(
+    params: Any,
+    cfg: Any,
+    spec: Spec,
+    sites: Sequence[Site],
+    counts: Mapping[str, int],
+    *,
+    width: str,
+    multiple_of: int | Mapping[str, int],
+) -> None:
+    """Raise `WidthError` unless so many units of each site can be cut, and the config say so.
+
+    And whatever `slim` refuses: a config that contradicts the tensors, quantised kernels.
+    """
+    trial = draw(
+        first_units(params, sites, counts), cfg, spec, width=width, multiple_of=multiple_of
+    )
+    if trial.blocked:
+        raise WidthError("; ".join(trial.blocked), mend=mend_blocked(trial))
+    by_path = {site.second.path: site for site in sites}
+    for cut in trial.cuts:
+        if (site := by_path.get(cut.site.second.path)) is None:
+            continue
+        wanted = int(alive_of(site, [np.arange(counts[site.second.path])])[0].sum())
+        if cut.width > wanted:  # fewer, where some are dead already
+            raise WidthError(
+                f"{wanted} of {site.size} {site.pair.unit} cannot be said here, {cut.width} can",
+                path=site.second.path,
+                seen=f"width={width!r}, multiple_of={multiple_of!r}",
+                mend=f"multiple_of={{{site.pair.axis!r}: ...}} that gives such a number, "
+                f"or {PER_LAYER}",
+            )
+
+
+def _parameters(params: Any) -> Collection[str] | None:
+    """What of an nnx module is a parameter; None for trees that hold nothing else."""
+    if not isinstance(params, nnx.Module):
+        return None
+    return _tree.flatten(nnx.state(params, nnx.Param)).keys()
+
+
+def _notes(rows: Iterable[Row]) -> Iterator[str]:
+    whole = [row for row in rows if row.after == row.before]
+    if whole:
+        yield (
+            f"nothing went at {len(whole)} sites (such as {whole[0].path}): the share that goes "
+            "is less than one unit of them, or what they lose is missed more than elsewhere"
+        )
 
 
 def _refuse(sites: Sequence[Site]) -> None:
@@ -274,7 +352,7 @@ def _as_given(params: Any, tree: Any, new: Any) -> Any:
     """The new leaves in the container and of the kind that was given; the others by identity."""
     given, before, after = (_tree.flatten(x) for x in (params, tree, new))
     changed = {
-        path: np.asarray(leaf) if isinstance(given[path], np.ndarray) else leaf
+        path: np.asarray(leaf, given[path].dtype) if isinstance(given[path], np.ndarray) else leaf
         for path, leaf in after.items()
         if leaf is not before[path]
     }

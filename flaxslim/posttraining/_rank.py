@@ -24,7 +24,7 @@ import numpy as np
 
 from flaxslim._errors import CalibrationError, nearest
 from flaxslim._spec import Site
-from flaxslim.posttraining._refit import Moments, matrix
+from flaxslim.posttraining._refit import Moments, read_matrix
 from flaxslim.posttraining._removal import removal_order
 from flaxslim.training._score import SCORES, Evidence, ScoreFn, as_score
 
@@ -101,7 +101,7 @@ def rank(
     `refitted` are second layers `(m, o)` to start from.
     """
     units, count = units_of(site), count_of(site)
-    w = list(matrix(site, leaves[site.second.path])) if refitted is None else list(refitted)
+    w = list(read_matrix(site, leaves)) if refitted is None else list(refitted)
     own = [m.centred() if takes_mean(site) else m for m in moments]
     energy = sum(float((a * (m.xx @ a)).sum()) for a, m in zip(w, own, strict=True))
     if score == "obs":
@@ -142,9 +142,7 @@ def _scores(
     square = np.stack([_by_channel(site, np.diag(m.xx)) for m in moments])
     if score == "fluctuation":
         spread = np.stack([_by_channel(site, np.diag(m.centred().xx)) for m in moments])
-        norms = np.stack(
-            [_by_channel(site, (w * w).sum(1)) for w in matrix(site, leaves[site.second.path])]
-        )
+        norms = np.stack([_by_channel(site, (w * w).sum(1)) for w in read_matrix(site, leaves)])
         return spread * norms
     known = as_score(score)
     zeros = jnp.zeros((site.rows, site.size), jnp.float32)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,6 @@ from scipy import linalg
 
 from flaxslim._spec import Site, Tensor
 from flaxslim.posttraining._capture import inner_axes
-from flaxslim.posttraining._removal import ridged
 
 _ROUNDING = 1e-5
 
@@ -20,6 +20,19 @@ def matrix(site: Site, leaf: Any, tensor: Tensor | None = None) -> np.ndarray:
     y = np.asarray(leaf).astype(np.float64).reshape(shape).transpose(order)
     m = math.prod(axes.sizes(np.shape(leaf))[name] for name in inner_axes(site))
     return y.reshape(site.rows, m, -1)
+
+
+def read_matrix(site: Site, leaves: Mapping[str, Any]) -> np.ndarray:
+    """All kernels that read the channels side by side, `(s, m, o)`, float64."""
+    own = [matrix(site, leaves[tensor.path], tensor) for tensor in site.reading]
+    return np.concatenate(own, axis=-1)
+
+
+def kernels(site: Site, w: np.ndarray) -> dict[str, np.ndarray]:
+    """The inverse of `read_matrix`: each kernel in its own shape, by path."""
+    widths = [math.prod(t.shape) // (w.shape[0] * w.shape[1]) for t in site.reading]
+    parts = np.split(w, np.cumsum(widths)[:-1], axis=-1)
+    return {t.path: kernel(site, part, t) for t, part in zip(site.reading, parts, strict=True)}
 
 
 def kernel(site: Site, w: np.ndarray, tensor: Tensor | None = None) -> np.ndarray:
@@ -64,10 +77,11 @@ class Moments:
         not vary at all leave no negative variance.
         """
         y = self.x if self.y is None else self.y
-        rounding = _ROUNDING * np.diag(np.diag(self.xx))
+        xx = self.xx - np.outer(self.x, self.x)
+        xx[np.diag_indices(len(xx))] += _ROUNDING * np.diag(self.xx)
         return dataclasses.replace(
             self,
-            xx=self.xx - np.outer(self.x, self.x) + rounding,
+            xx=xx,
             xy=None if self.xy is None else self.xy - np.outer(self.x, y),
             yy=None if self.yy is None else self.yy - np.outer(y, y),
         )
@@ -88,10 +102,13 @@ def refit(moments: Moments, w: np.ndarray, kept: np.ndarray, *, ridge: float) ->
     if not len(kept):
         return new
     xy = moments.xx if moments.xy is None else moments.xy
-    lacking = xy[kept] @ w - moments.xx[np.ix_(kept, kept)] @ w[kept]
-    own = ridged(moments.xx, ridge) if ridge else moments.xx
-    factor = linalg.cho_factor(own[np.ix_(kept, kept)], lower=True)
-    new[kept] = w[kept] + linalg.cho_solve(factor, lacking)
+    own = moments.xx[np.ix_(kept, kept)]
+    lacking = xy[kept] @ w - own @ w[kept]
+    mean = float(np.trace(moments.xx)) / len(moments.xx)
+    own[np.diag_indices(len(own))] += ridge * mean if mean else 1.0
+    new[kept] = w[kept] + linalg.cho_solve(
+        linalg.cho_factor(own, lower=True, overwrite_a=True), lacking
+    )
     return new
 
 

@@ -38,8 +38,10 @@ class Order:
 def ridged(gram: np.ndarray, ridge: float) -> np.ndarray:
     """The Gram matrix with a ridge, relative to the mean of its diagonal."""
     mean = float(np.trace(gram)) / max(len(gram), 1)
+    found = gram.copy()
     # Of values that are all zero any ridge will do, or there is no inverse.
-    return gram + np.eye(len(gram)) * (ridge * mean if mean else 1.0)
+    found[np.diag_indices(len(gram))] += ridge * mean if mean else 1.0
+    return found
 
 
 def inverse(matrix: np.ndarray, path: str | None = None) -> np.ndarray:
@@ -80,11 +82,10 @@ def removal_order(
     >>> removal_order(gram, np.ones((3, 1)), np.arange(3), ridge=1e-6).units
     array([0, 2, 1])
     """
-    p = inverse(ridged(np.asarray(gram, np.float64), ridge))
-    w = np.asarray(w, np.float64)
+    w, own = np.asarray(w, np.float64), ridged(np.asarray(gram, np.float64), ridge)
     if len(units) == len(np.unique(units)):
-        return _singles(p, w @ w.T)
-    return _blocks(p, w, units)
+        return _singles(inverse(own), w @ w.T)
+    return _blocks(inverse(own), w, units)
 
 
 def _singles(p: np.ndarray, s: np.ndarray) -> Order:

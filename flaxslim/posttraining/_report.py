@@ -24,7 +24,7 @@ class Row:
     unit: str
     before: int
     after: int
-    predicted: float
+    predicted: float | None
     measured: float
     ridge: float | None
 

@@ -7,7 +7,7 @@ batches are held out; the parameters that are best on them are kept, those of th
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,24 @@ class Tune:
     every: int = 50
     patience: int = 4
 
+    def __post_init__(self) -> None:
+        counts = (self.steps, self.batch_size, self.every, self.patience)
+        if not all(type(x) is int and x > 0 for x in counts) or self.steps < 2:
+            raise CalibrationError(
+                "tuning goes on for whole numbers of steps and samples",
+                seen=f"steps={self.steps}, batch_size={self.batch_size}, every={self.every}, "
+                f"patience={self.patience}",
+                expected="1 or more of each, and two steps",
+            )
+        if not (0 <= self.noise < 1 and self.learning_rate > 0 and self.hidden >= 0):
+            raise CalibrationError(
+                "tuning makes no sense like this",
+                seen=f"noise={self.noise}, learning_rate={self.learning_rate}, "
+                f"hidden={self.hidden}",
+                expected="noise from 0 up to, not including, 1; a positive learning rate; hidden "
+                "of 0 or more",
+            )
+
 
 def tune(
     calibration: Calibration,
@@ -54,6 +72,7 @@ def tune(
     sites: Sequence[Site],
     alive: Mapping[str, np.ndarray],
     *,
+    only: Collection[str] | None = None,
     how: Tune,
     distance: Distance,
     seed: int = 0,
@@ -62,7 +81,7 @@ def tune(
     """The tuned parameters, and the loss on what is held out: `before`, `after`, at which `step`.
 
     `alive` are the living channels `(s, f)` of the sites, by the paths of their second kernels; the
-    rows of the others stay zero.
+    rows of the others stay zero. `only` are the paths of what is a parameter, if not all are.
     """
     held = [b for b, out in zip(calibration.batches, calibration.held_out, strict=True) if out]
     fit = [b for b, out in zip(calibration.batches, calibration.held_out, strict=True) if not out]
@@ -72,17 +91,21 @@ def tune(
             mend="pass the calibration data in two batches or more, or a preset that does not tune",
         )
     leaves = _tree.flatten(params)
-    free = _free(calibration, leaves, fit[0])
+    free = _free(calibration, leaves, fit[0], only)
     living = masks(sites, alive, lambda site: site.reading)
 
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, how.learning_rate, max(how.steps // 10, 1), how.steps
     )
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
-    own = {path: jnp.asarray(leaves[path]) for path in free}
+    # In 16 bits a step would be lost in rounding, and Adam's squares would vanish.
+    own = {path: jnp.asarray(leaves[path], _wide(leaves[path].dtype)) for path in free}
+
+    def stored(own: Any) -> Any:
+        return {path: x.astype(leaves[path].dtype) for path, x in own.items()}
 
     def value(own: Any, fixed: Any, dense: Any, batch: Any) -> Any:
-        return distance(_tree.replace(fixed, own), dense, batch, hidden=how.hidden)
+        return distance(_tree.replace(fixed, stored(own)), dense, batch, hidden=how.hidden)
 
     @jax.jit
     def step(own: Any, state: Any, fixed: Any, dense: Any, batch: Any) -> Any:
@@ -109,18 +132,34 @@ def tune(
             elif number - best_step >= how.every * how.patience or not math.isfinite(now):
                 break
         told(number)
-    return _tree.replace(params, best_own), {"before": start, "after": best, "step": best_step}
+    if not best_step:
+        return params, {"before": start, "after": start, "step": 0}
+    return _tree.replace(params, stored(best_own)), {
+        "before": start,
+        "after": best,
+        "step": best_step,
+    }
 
 
-def _free(calibration: Calibration, leaves: Mapping[str, Any], batch: Any) -> list[str]:
+def _free(
+    calibration: Calibration, leaves: Mapping[str, Any], batch: Any, only: Collection[str] | None
+) -> list[str]:
     """What is tuned: all that is floating but tables that are looked up, which overfit at once."""
     traced = calibration.traced(batch)
     tables = traced.tables - traced.kernels
+    collections = any(path.startswith("params/") for path in leaves)
     return [
         path
         for path, leaf in leaves.items()
-        if path not in tables and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        if path not in tables
+        and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        and (path.startswith("params/") or not collections)  # no running statistics
+        and (only is None or path in only)
     ]
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _batches(fit: Sequence[Any], how: Tune, rng: np.random.Generator) -> Iterator[Any]:
@@ -150,7 +189,7 @@ def _replacing(pools: Sequence[Any], share: float) -> Callable[[Any, Any], Any]:
     texts = [p for p in pools if isinstance(p, Mapping) and "input_ids" in p]
     if not share or len(texts) < len(pools):
         return lambda batch, rng: batch
-    samples = [set(row.tolist()) for pool in texts for row in pool["input_ids"]]
+    samples = [set(row.ravel().tolist()) for pool in texts for row in pool["input_ids"]]
     everywhere = np.array(sorted(set.intersection(*samples)), int)
     tokens = np.concatenate([_real(pool) for pool in texts])
     tokens = tokens[~np.isin(tokens, everywhere)]
