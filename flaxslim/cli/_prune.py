@@ -90,7 +90,8 @@ def opened(source: str, data: Data, revision: str | None) -> Model:
             seed=data.seed,
         )
     tokens = "" if found.tokens is None else f", {found.tokens:,} tokens"
-    messages.print(f"calibration: {found.samples:,} samples{tokens} of {found.source}")
+    text = f"calibration: {found.samples:,} samples{tokens} of {found.source}"
+    messages.print(text, markup=False, soft_wrap=True)
     return Model(checkpoint=before, cls=cls, data=found)
 
 
