@@ -7,13 +7,15 @@ A task gives the model (stock class, parameters, config), calibration batches by
 import copy
 import csv
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from flaxslim.cli._evaluate import of_like_lengths
 
 DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
 Batch = Mapping[str, Any]
@@ -140,24 +142,9 @@ class Sentences(Task):
         """128 sentences of the training part, or 1,024."""
         rng = np.random.default_rng(seed)
         rows = rng.choice(len(self._train), 1024 if more else 128, replace=False)
-        batches = [batch for batch, _ in self._batches([self._train[i] for i in rows], 16)]
+        texts = [self._train[i] for i in rows]
+        batches = [batch for batch, _ in of_like_lengths(texts, self._tokenizer, 16)]
         return [batches[i] for i in rng.permutation(len(batches))]  # every fourth is held out
-
-    def _batches(self, texts: Sequence[str], size: int) -> Iterator[tuple[dict[str, Any], Any]]:
-        """Of like lengths, so that little is padding; few shapes, since each is compiled."""
-        tokens = [
-            self._tokenizer(text, truncation=True, max_length=128).input_ids for text in texts
-        ]
-        order = np.argsort([len(t) for t in tokens], kind="stable")
-        for i in range(0, len(order), size):
-            rows = order[i : i + size]
-            length = -(-max(len(tokens[row]) for row in rows) // 16) * 16
-            ids = np.zeros((len(rows), length), np.int32)
-            mask = np.zeros_like(ids)
-            for n, row in enumerate(rows):
-                ids[n, : len(tokens[row])] = tokens[row]
-                mask[n, : len(tokens[row])] = 1
-            yield {"input_ids": ids, "attention_mask": mask}, rows
 
     def evaluate(self, params: Any) -> tuple[float, ...]:
         from scipy.stats import spearmanr
@@ -173,7 +160,7 @@ class Sentences(Task):
 
     def _embeddings(self, params: Any) -> np.ndarray:
         found = np.empty((len(self._test), self.cfg.hidden_size))
-        for batch, rows in self._batches(self._test, 100):
+        for batch, rows in of_like_lengths(self._test, self._tokenizer, 100):
             found[rows] = np.asarray(self._embed(params, batch))
         return found
 

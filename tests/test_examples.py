@@ -195,3 +195,14 @@ def test_discovery_example_kills_what_its_spec_reads(monkeypatch):
     dead = ~np.asarray(killed["down"]).any(axis=1)
     assert 2 <= dead.sum() <= 4
     np.testing.assert_array_equal(killed["down"][~dead], params["down"][~dead])
+
+
+@pytest.mark.long
+def test_a_sentence_encoder_is_shrunk_and_served(data, tmp_path, capsys, monkeypatch):
+    example = _loaded("shrink_sentence_encoder", monkeypatch)
+    example.main(
+        data / "sentence-encoder", data / "stsb" / "sts-train.csv", tmp_path / "small", "fast"
+    )
+    out = capsys.readouterr().out
+    assert "parameters: 22,713,216 -> 19,169,664" in out
+    assert float(re.findall(r"embeddings: ([0-9.]+) at least", out)[0]) > 0.7

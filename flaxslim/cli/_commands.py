@@ -50,6 +50,12 @@ Fields = Annotated[
 Samples = Annotated[int, arg(help="how many of them to use")]
 Length = Annotated[int, arg(help="tokens of a sample at most; of each window for causal models")]
 BatchSize = Annotated[int, arg(help="samples of a batch; latency is measured at one")]
+Packed = Annotated[
+    Literal["auto", "yes", "no"],
+    arg(
+        help="join the texts and cut them into windows of --length tokens; auto: for causal models"
+    ),
+]
 Preset = Literal["fast", "balanced", "best", "fisher"]
 AnyHeads = Annotated[
     bool, arg(help="prune attention heads too; most families need --width per_layer for it")
@@ -238,6 +244,7 @@ def prune(
     length: Length = 128,
     batch_size: BatchSize = 16,
     fields: Fields = (),
+    packed: Packed = "auto",
     evaluate: Evaluate = None,
     evaluation: Evaluation = None,
     low_memory: LowMemory = False,
@@ -273,6 +280,7 @@ def prune(
             length=length,
             batch_size=batch_size,
             fields=fields,
+            packed=packed,
             seed=seed,
         ),
         _prune.How(
@@ -309,6 +317,7 @@ def sweep(
     length: Length = 128,
     batch_size: BatchSize = 16,
     fields: Fields = (),
+    packed: Packed = "auto",
     evaluate: Evaluate = None,
     evaluation: Evaluation = None,
     low_memory: LowMemory = False,
@@ -333,6 +342,7 @@ def sweep(
             length=length,
             batch_size=batch_size,
             fields=fields,
+            packed=packed,
             seed=seed,
         ),
         _prune.How(

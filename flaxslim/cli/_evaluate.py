@@ -3,7 +3,7 @@
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,24 +123,31 @@ def _stsb(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[str
         )
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     texts = [row[5] for row in rows] + [row[6] for row in rows]
-    tokens = [tokenizer(text, truncation=True, max_length=128).input_ids for text in texts]
-    order = np.argsort([len(t) for t in tokens], kind="stable")
     run, vectors = _model(cls, params, cfg), np.empty((len(texts), cfg.hidden_size))
-    for i in range(0, len(order), 100):
-        own = order[i : i + 100]
-        length = -(-max(len(tokens[row]) for row in own) // 16) * 16
-        ids = np.zeros((len(own), length), np.int32)
-        mask = np.zeros_like(ids)
-        for n, row in enumerate(own):
-            ids[n, : len(tokens[row])] = tokens[row]
-            mask[n, : len(tokens[row])] = 1
-        hidden = np.asarray(run({"input_ids": ids, "attention_mask": mask})[0])
-        pooled = (hidden * mask[..., None]).sum(1)
+    for batch, own in of_like_lengths(texts, tokenizer, 100):
+        pooled = (np.asarray(run(batch)[0]) * batch["attention_mask"][..., None]).sum(1)
         vectors[own] = pooled / np.linalg.norm(pooled, axis=-1, keepdims=True)
     half = len(rows)
     cosine = (vectors[:half] * vectors[half:]).sum(1)
     found: Any = spearmanr(cosine, [float(row[4]) for row in rows])
     return {"spearman": 100 * float(found.statistic)}
+
+
+def of_like_lengths(
+    texts: Sequence[str], tokenizer: Any, size: int
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Batches of texts of like lengths, and which they are: little padding, and few shapes."""
+    tokens = [tokenizer(text, truncation=True, max_length=128).input_ids for text in texts]
+    order = np.argsort([len(t) for t in tokens], kind="stable")
+    for i in range(0, len(order), size):
+        rows = order[i : i + size]
+        length = -(-max(len(tokens[row]) for row in rows) // 16) * 16
+        ids = np.zeros((len(rows), length), np.int32)
+        mask = np.zeros_like(ids)
+        for n, row in enumerate(rows):
+            ids[n, : len(tokens[row])] = tokens[row]
+            mask[n, : len(tokens[row])] = 1
+        yield {"input_ids": ids, "attention_mask": mask}, rows
 
 
 def _is_number(text: str) -> bool:

@@ -39,6 +39,7 @@ class Data:
     length: int
     batch_size: int
     fields: tuple[str, ...]
+    packed: str
     seed: int
 
 
@@ -87,6 +88,7 @@ def opened(source: str, data: Data, revision: str | None) -> Model:
             length=data.length,
             batch_size=data.batch_size,
             fields=data.fields,
+            packed={"auto": None, "yes": True, "no": False}[data.packed],
             seed=data.seed,
         )
     tokens = "" if found.tokens is None else f", {found.tokens:,} tokens"

@@ -38,8 +38,8 @@ class Tune:
       patience: looks without progress until it stops.
     """
 
-    steps: int = 400
-    learning_rate: float = 1e-3
+    steps: int = 800
+    learning_rate: float = 5e-4
     noise: float = 0.2
     hidden: float = 1.0
     batch_size: int = 32
