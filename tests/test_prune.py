@@ -286,6 +286,28 @@ def test_what_else_reads_the_channels_has_a_say():
     assert kept == first
 
 
+@pytest.mark.parametrize("compensation", ["mean", "scale", "refit"])
+def test_two_sites_that_share_a_bias_both_fold_into_it(compensation):
+    """On the calibration data the mean of the outputs is that of the dense model."""
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=(6, 8)), jnp.float32) for name in ("a", "c")}
+    params |= {name: jnp.asarray(rng.normal(size=(8, 3)), jnp.float32) for name in ("b", "d")}
+    params["bias"] = jnp.zeros(3)
+
+    def fn(p: Any, x: Any) -> Any:
+        first, second = (jax.nn.relu(x @ p[name]) for name in ("a", "c"))
+        return first @ p["b"] + second @ p["d"] + p["bias"]
+
+    pairs = tuple(Pair(first=up, second=down, second_bias="bias") for up, down in ("ab", "cd"))
+    data, method = batches(mlp()), Method(compensation=compensation, ridge=1e-3)
+    small, _ = prune(
+        params, None, Spec(name="P", pairs=pairs), fn=fn, batches=data, keep=0.5, preset=method
+    )
+    x = np.concatenate(data).reshape(-1, 6)
+    np.testing.assert_allclose(fn(small, x).mean(0), fn(params, x).mean(0), atol=1e-4)
+    assert ((fn(small, x) - fn(params, x)) ** 2).mean() > 1e-3
+
+
 def test_steps_of_a_scan_are_masked_as_their_samples_are():
     """One layer that runs three times in a scan: padding counts in none of them."""
     rng = np.random.default_rng(0)

@@ -51,6 +51,7 @@ class Engine:
     kept_moments: dict[str, Any] = dataclasses.field(default_factory=dict)
     alive: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     gradients: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    biases: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def ridge(self) -> float:
@@ -144,6 +145,8 @@ class Engine:
         self.told("refitting", len(sites), len(sites))
         return tree, rows
 
+    # --- in the first pass --------------------------------------------------------------------
+
     def _by_masks(self, sites: Sequence[Site]) -> dict[str, Ranking]:
         count = len(self.calibration.batches)
         self.gradients = _fisher.mask_gradients(
@@ -179,6 +182,8 @@ class Engine:
         return self.calibration.moments(
             sites, params, dense, told=lambda done: self.told("calibration", done, count)
         )
+
+    # --- in the second ------------------------------------------------------------------------
 
     def _seen(self, site: Site, tree: Any) -> tuple[Any, Any, Any]:
         """The moments of a site: (of most, of those held out, of all)."""
@@ -245,8 +250,9 @@ class Engine:
             bias = site.second_bias
             assert bias is not None
             shift = _bias(site, np.stack(shifts))
-            leaf = self.leaves[bias.path]
+            leaf = self.biases.get(bias.path, self.leaves[bias.path])  # two sites may share one
             changed[bias.path] = _like(np.asarray(leaf).astype(np.float64) + shift, leaf)
+            self.biases[bias.path] = changed[bias.path]
         return changed, wrong / max(total, 1e-30), max(ridges, default=None)
 
     def _ridge(
