@@ -293,7 +293,9 @@ def test_the_cache_has_the_heads_that_are_left(gpt2):
     assert len(set(heads)) > 1
 
 
-@pytest.mark.parametrize("dead", [[1], [2, 3], [0, 2, 3], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize(
+    "dead", [pytest.param([1], marks=pytest.mark.long), [2, 3], [0, 2, 3], [0, 1, 2, 3, 4]]
+)
 def test_groups_of_key_value_heads_may_be_ragged(dead, tmp_path):
     cfg = LlamaConfig(
         vocab_size=60,

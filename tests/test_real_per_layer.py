@@ -76,6 +76,7 @@ _STORIES = """
 """
 
 
+@pytest.mark.long
 def test_stories_have_the_same_perplexity_and_go_on_with_the_same_tokens(data, tmp_path):
     zeroed, slim = tmp_path / "zeroed", tmp_path / "slim"
     _pruned(data / "stories260K", zeroed)

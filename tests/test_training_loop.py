@@ -60,7 +60,11 @@ def _alive(params: Any, cfg: Any, dead: Any) -> Any:
     return jax.tree.map(jnp.asarray, replace(jax.tree.map(np.ones_like, params), new))
 
 
-@pytest.mark.parametrize("in_memory", [False, True], ids=["saved and reloaded", "in memory"])
+@pytest.mark.parametrize(
+    "in_memory",
+    [pytest.param(False, marks=pytest.mark.long), True],
+    ids=["saved and reloaded", "in memory"],
+)
 def test_training_goes_on_as_if_nothing_had_been_cut(in_memory, tmp_path):
     with enable_x64():
         _check(in_memory, tmp_path)

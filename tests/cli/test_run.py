@@ -146,11 +146,13 @@ def test_two_runs_give_the_same_numbers(ran, tmp_path):
     assert not (again.folder / "training.png").exists()
 
 
+@pytest.mark.long
 def test_another_seed_is_another_run(ran, tmp_path):
     other = _run.run(_tiny(tmp_path / "other", "seed=1", "output.plot=false", "shrink.at=[]"))
     assert _metrics.read(other.folder)[0].loss != _metrics.read(ran.folder)[0].loss
 
 
+@pytest.mark.long
 def test_dense_steps_heads_a_teacher_and_widths_of_their_own(tmp_path):
     report = _run.run(
         _tiny(
