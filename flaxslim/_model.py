@@ -101,7 +101,7 @@ def resolve(value: Any, model: Any, *, dtype: Any = None) -> tuple[Model, Any]:
         from flaxslim._inputs import model_class_for
 
         model = model_class_for(cfg, params)
-    if _is_hugging_face(model):
+    if is_hugging_face(model):
         return _hugging_face(model, params, cfg, dtype), cfg
     if dtype is not None:
         raise InputsError(
@@ -160,7 +160,7 @@ def _describe(model: Any) -> str:
     return getattr(model, "__name__", None) or f"a {type(model).__name__}"
 
 
-def _is_hugging_face(model: Any) -> bool:
+def is_hugging_face(model: Any) -> bool:
     """By name along the bases, so that transformers need not be imported to ask."""
     cls = model if isinstance(model, type) else type(model)
     return any(base.__name__ == "FlaxPreTrainedModel" for base in cls.__mro__)

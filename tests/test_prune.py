@@ -150,6 +150,33 @@ def test_heads_go_with_their_group(method):
     assert report.rows[0].after == 4
 
 
+def test_in_sequence_a_site_answers_for_what_it_reads_in_the_pruned_network():
+    """The error of the last site is that of its output in both networks, run as a whole."""
+    net, data, reports = mlp(layers=2), batches(mlp()), []
+    params, _ = prune(
+        net.params,
+        net.cfg,
+        net.spec,
+        fn=net.fn,
+        batches=data,
+        keep=0.5,
+        preset=Method(sequential=True, ridge=1e-2),
+        report=reports.append,
+    )
+
+    def last(p: Any) -> np.ndarray:
+        x = jnp.asarray(np.concatenate(data).reshape(-1, 6))
+        for layer in p["layers"].values():
+            h = jax.nn.gelu(x @ layer["up"]["kernel"] + layer["up"]["bias"])
+            y = h @ layer["down"]["kernel"] + layer["down"]["bias"]
+            x = x + y
+        return np.asarray(y, np.float64)
+
+    before, after = last(net.params), last(params)
+    expected = ((after - before) ** 2).sum() / ((before - before.mean(0)) ** 2).sum()
+    np.testing.assert_allclose(reports[0].rows[1].measured, expected, rtol=5e-3)
+
+
 def test_nothing_is_lost_where_channels_are_copies():
     """Two equal halves: half of the channels go for nothing, since the others can do it all."""
     net = mlp(layers=1)
@@ -218,6 +245,17 @@ def test_padding_is_not_looked_at():
     without = [{"x": batch["x"]} for batch in padded]
     with pytest.raises(CalibrationError, match="not finite"):
         pruned(net, batches=without)
+
+
+def test_a_mask_of_ones_own_may_not_fit_what_has_no_positions():
+    """A pooled output has none; a site has, and a mask that does not fit it is refused."""
+    net = mlp()
+    plain = net.fn
+    net = dataclasses.replace(net, fn=lambda p, x: plain(p, x).mean(1))
+    params, _, _ = pruned(net, mask=lambda x: jnp.ones(x.shape[:2]), method=Method(tune=QUICK))
+    assert np.isfinite(distance(net, params))
+    with pytest.raises(CalibrationError, match="does not fit"):
+        pruned(net, mask=lambda x: jnp.ones((3, 2)))
 
 
 def test_tuning_keeps_the_dead_dead_and_is_never_worse_on_what_is_held_out():

@@ -137,16 +137,16 @@ def of_like_lengths(
     texts: Sequence[str], tokenizer: Any, size: int
 ) -> Iterator[tuple[dict[str, Any], Any]]:
     """Batches of texts of like lengths, and which they are: little padding, and few shapes."""
+    from flaxslim.posttraining._tokens import padded
+
     tokens = [tokenizer(text, truncation=True, max_length=128).input_ids for text in texts]
     order = np.argsort([len(t) for t in tokens], kind="stable")
     for i in range(0, len(order), size):
         rows = order[i : i + size]
         length = -(-max(len(tokens[row]) for row in rows) // 16) * 16
-        ids = np.zeros((len(rows), length), np.int32)
-        mask = np.zeros_like(ids)
-        for n, row in enumerate(rows):
-            ids[n, : len(tokens[row])] = tokens[row]
-            mask[n, : len(tokens[row])] = 1
+        own = [tokens[row] for row in rows]
+        ids = padded(own, length, 0)
+        mask = padded([[1] * len(t) for t in own], length, 0)
         yield {"input_ids": ids, "attention_mask": mask}, rows
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import flaxslim
@@ -22,12 +21,23 @@ from flaxslim.checkpoint._names import unused
 from flaxslim.checkpoint._write import refuse_loss
 from flaxslim.cli import _evaluate, _sweep_plot, _table
 from flaxslim.cli._console import console, messages
+from flaxslim.cli._report import sizes
 from flaxslim.cli._slim import as_flax
 from flaxslim.posttraining._allocate import Budget
 from flaxslim.posttraining._budget import shown
 from flaxslim.posttraining._data import CalibrationData, read_calibration
 from flaxslim.posttraining._prune import method_of
 from flaxslim.posttraining._report import Report
+
+# By what the library calls them.
+_FLAGS = {
+    "keep": "--keep",
+    "speedup": "--target",
+    "params": "--max-params",
+    "bytes": "--max-bytes",
+    "flops": "--max-flops",
+    "latency": "--max-latency",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,12 +145,12 @@ def run(
     written."""
     began = time.perf_counter()
     given = {name: value for name, value in budget.items() if value is not None}
-    if (keep is None) == (not given) or len(given) > 1:
+    wished = given if keep is None else {"keep": keep, **given}
+    if len(wished) != 1:
         raise BudgetError(
             "how small is it to be?",
-            seen=", ".join([*(["--keep"] if keep is not None else []), *given]) or "no wish",
-            expected="one of --keep, --target, --max-params, --max-bytes, --max-flops, "
-            "--max-latency",
+            seen=", ".join(_FLAGS[name] for name in wished) or "no wish",
+            expected=f"one of {', '.join(_FLAGS.values())}",
             mend="--keep 0.7 keeps 70% of the channels of each layer; --target 1.5x makes it 1.5 "
             "times as fast on this machine",
         )
@@ -259,7 +269,13 @@ def sweep(
     folder = model.checkpoint.folder
     dense = dict(measure(model.cls, *model.dense, folder)) if measure else {}
     rows: list[dict[str, Any]] = [
-        {"preset": "dense", "keep": 1.0, "parameters": _size(model.dense[0]), "error": 0.0, **dense}
+        {
+            "preset": "dense",
+            "keep": 1.0,
+            "parameters": sizes(model.dense[0])[0],
+            "error": 0.0,
+            **dense,
+        }
     ]
     for preset in names:
         for share in shares:
@@ -269,7 +285,7 @@ def sweep(
                 {
                     "preset": preset,
                     "keep": share,
-                    "parameters": _size(params),
+                    "parameters": sizes(params)[0],
                     "error": report.output_error,
                     **found,
                 }
@@ -301,12 +317,6 @@ def _shares(text: str) -> list[float]:
             mend="--keep 0.9,0.7,0.5",
         )
     return found
-
-
-def _size(params: Any) -> int:
-    from flaxslim._tree import flatten
-
-    return sum(int(np.prod(np.shape(x))) for x in flatten(params).values())
 
 
 # --- what is seen while it runs -----------------------------------------------------------------

@@ -73,14 +73,15 @@ class Budget:
 
 def by_share(
     sites: Sequence[Site],
-    shares: Mapping[str, float],
+    shares: float | Mapping[str, float],
     *,
     multiple_of: int | Mapping[str, int] = 1,
 ) -> dict[str, int]:
-    """How many units stay at each site, by the share of its axis; at least one, rounded up."""
+    """How many units stay at each site, by a share or that of its axis; one or more, rounded up."""
     counts = {}
     for site in sites:
-        wish = shares[site.pair.axis] * count_of(site)
+        share = shares[site.pair.axis] if isinstance(shares, Mapping) else shares
+        wish = share * count_of(site)
         numbers = allowed(site, multiple_of)
         least = min(max(1, math.ceil(wish - 1e-9)), numbers[-1])
         counts[site.second.path] = int(numbers[numbers >= least][0])

@@ -118,13 +118,6 @@ class Calibration:
             if mask is not None and tuple(mask.shape) == own[: mask.ndim]:
                 ones = (1,) * (len(own) - mask.ndim)
                 return jnp.broadcast_to(mask.reshape(*(1,) * front, *mask.shape, *ones), lead)
-            if mask is not None and self.mask is not None:
-                raise CalibrationError(
-                    "the mask does not fit what is read here",
-                    path=path,
-                    seen=f"a mask of shape {tuple(mask.shape)} for samples of shape {own}",
-                    mend="mask(batch) -> which positions count, (b, t)",
-                )
         return None
 
     def moments(
@@ -195,6 +188,13 @@ class Calibration:
             s, m = x.shape[0], x.shape[-1]
             steps = read.scanned and not read.scanned_kernel
             counted = self.counted(batch, x.shape[1:-1], path, steps=steps)
+            if counted is None and self.mask is not None and (mask := self.mask(batch)) is not None:
+                raise CalibrationError(
+                    "the mask does not fit what is read here",
+                    path=path,
+                    seen=f"a mask of shape {tuple(mask.shape)} for samples of {x.shape[1:-1]}",
+                    mend="mask(batch) -> which positions count, (b, t)",
+                )
             if counted is None:
                 weights = jnp.ones((s, x[0, ..., 0].size), _wide())
             else:

@@ -37,7 +37,7 @@ class Whole:
 
     def check_runs_smaller(self, sites: Sequence[Site]) -> None:
         """Raise `CalibrationError` if the function cannot be counted or timed at other sizes."""
-        fn, params = self.at(_halves(sites), sites)
+        fn, params = self.at(_allocate.by_share(sites, 0.5), sites)
         try:
             jax.eval_shape(fn, params, self.batch)
         except Exception as error:
@@ -56,10 +56,6 @@ class Whole:
             small, new = slim(zeroed, self.cfg, self.spec, width="per_layer")
         fn = function_of(self.fn, small, new)
         return fn, nnx.state(small) if isinstance(small, nnx.Module) else small
-
-
-def _halves(sites: Sequence[Site]) -> dict[str, int]:
-    return {site.second.path: max(1, count_of(site) // 2) for site in sites}
 
 
 def first_units(params: Any, sites: Sequence[Site], counts: Mapping[str, int]) -> Any:

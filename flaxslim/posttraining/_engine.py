@@ -17,11 +17,11 @@ from flaxslim.posttraining._calibration import Calibration
 from flaxslim.posttraining._gradient import Objective, gradient_rows
 from flaxslim.posttraining._method import Method
 from flaxslim.posttraining._rank import (
-    GRADIENTS,
     Ranking,
     alive_of,
     count_of,
     rank,
+    takes_gradients,
     takes_mean,
     units_of,
 )
@@ -60,9 +60,14 @@ class Engine:
 
     def rankings(self, sites: Sequence[Site]) -> dict[str, Ranking]:
         """Of each site, by what it reads in the dense model."""
+        by_masks = self.method.score == "fisher_mask"
+        found = self._by_masks(sites) if by_masks else self._by_moments(sites)
+        for own in together(sites):
+            _share_order([found[site.second.path] for site in own], found)
+        return found
+
+    def _by_moments(self, sites: Sequence[Site]) -> dict[str, Ranking]:
         found: dict[str, Ranking] = {}
-        if self.method.score == "fisher_mask":
-            return self._by_masks(sites)
         rows = self._gradient_rows(sites)
         for part in [[site] for site in sites] if self.low_memory else [list(sites)]:
             seen = self._moments(part, self.dense, None)
@@ -82,8 +87,6 @@ class Engine:
                 )
             if not self.low_memory and not self.method.sequential:
                 self.kept_moments = {site.second.path: self._of(seen, site) for site in part}
-        for own in together(sites):
-            _share_order([found[site.second.path] for site in own], found)
         self.told("ranking", len(sites), len(sites))
         return found
 
@@ -157,15 +160,15 @@ class Engine:
             seed=self.seed,
             told=lambda done: self.told("gradients by masks", done, count),
         )
-        found = _fisher.rankings(sites, self.gradients)
-        for own in together(sites):
-            _share_order([found[site.second.path] for site in own], found)
-        return found
+        return {
+            site.second.path: _fisher.search(site, self.gradients[site.second.path])
+            for site in sites
+        }
 
     def _gradient_rows(self, sites: Sequence[Site]) -> Mapping[str, np.ndarray]:
         """What the channels score, if the score takes gradients."""
         score, count = self.method.score, len(self.calibration.batches)
-        if not callable(score) and score not in GRADIENTS:
+        if not takes_gradients(score):
             return {}
         return gradient_rows(
             self.calibration,

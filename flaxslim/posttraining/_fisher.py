@@ -13,7 +13,7 @@ change of the masks costs, (m - 1)^T I (m - 1) / 2. Three steps:
    layer (section 4.3; `scaled`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from flaxslim import _tree
 from flaxslim._errors import CalibrationError
 from flaxslim._spec import Site
 from flaxslim.posttraining._calibration import Calibration
-from flaxslim.posttraining._gradient import Objective, signed
+from flaxslim.posttraining._gradient import Objective, value_of
 from flaxslim.posttraining._rank import Ranking, count_of, units_of
 from flaxslim.posttraining._refit import Moments
 from flaxslim.posttraining._removal import ridged
@@ -44,19 +44,15 @@ def mask_gradients(
     told: Any = lambda done: None,
 ) -> dict[str, np.ndarray]:
     """The gradient by the masks of each sample, `(n, s, u)`, by the path of the second kernel."""
-    leaves = _tree.flatten(params)
     paths = list(dict.fromkeys(t.path for site in sites for t in site.reading))
 
     def of_sample(own: Any, params: Any, sample: Any, key: Any) -> Any:
         batch = jax.tree.map(lambda x: x[None], sample)
 
         def value(own: Any) -> Any:
-            out = calibration.fn(_tree.replace(params, own), batch)
-            return (
-                signed(calibration, out, batch, key) if objective is None else objective(out, batch)
-            )
+            return value_of(calibration, objective, _tree.replace(params, own), batch, key)
 
-        grads = jax.grad(value)(own)
+        grads, leaves = jax.grad(value)(own), _tree.flatten(params)
         return {
             site.second.path: _by_unit(
                 site, total(site, lambda w, g: w * g, leaves, grads, of=site.reading)
@@ -70,7 +66,7 @@ def mask_gradients(
         return jax.lax.map(lambda x: of_sample(own, params, *x), (batch, keys))
 
     found: dict[str, list[np.ndarray]] = {}
-    own = {path: leaves[path] for path in paths}
+    own = {path: _tree.flatten(params)[path] for path in paths}
     for number, batch in enumerate(calibration.batches):
         key = jax.random.fold_in(jax.random.key(seed), number)
         for path, rows in of_batch(own, params, batch, key).items():
@@ -153,8 +149,3 @@ def scaled(
     scale = np.zeros(count)
     scale[kept] = masks
     return w * scale[units][:, None]
-
-
-def rankings(sites: Sequence[Site], gradients: Mapping[str, np.ndarray]) -> dict[str, Ranking]:
-    """Of all sites, by the path of the second kernel."""
-    return {site.second.path: search(site, gradients[site.second.path]) for site in sites}

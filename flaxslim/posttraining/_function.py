@@ -6,7 +6,7 @@ from typing import Any
 from flax import linen, nnx
 
 from flaxslim._errors import CalibrationError
-from flaxslim._model import as_inputs, resolve
+from flaxslim._model import Model, as_inputs, is_hugging_face, resolve
 
 Fn = Callable[[Any, Any], Any]
 
@@ -19,12 +19,10 @@ def function_of(fn: Any, params: Any, cfg: Any) -> Fn:
     built for `cfg`, so that it runs parameters of its sizes. Raises `CalibrationError` for
     something else.
     """
-    if isinstance(params, nnx.Module) and fn is None:
-        from flaxslim._model import Model
-
-        model: Model = resolve((params, cfg), None)[0]
-        return _calling(model)
-    if is_module(fn):
+    linen_module = isinstance(fn, linen.Module) or (
+        isinstance(fn, type) and issubclass(fn, linen.Module)
+    )
+    if linen_module or is_hugging_face(fn) or (fn is None and isinstance(params, nnx.Module)):
         return _calling(resolve((params, cfg), fn)[0])
     if not callable(fn):
         raise CalibrationError(
@@ -37,14 +35,7 @@ def function_of(fn: Any, params: Any, cfg: Any) -> Fn:
     return fn
 
 
-def is_module(fn: Any) -> bool:
-    """Whether it is a class or a module that `function_of` can build at other sizes."""
-    cls = fn if isinstance(fn, type) else type(fn)
-    hugging_face = any(base.__name__ == "FlaxPreTrainedModel" for base in cls.__mro__)
-    return hugging_face or issubclass(cls, linen.Module)
-
-
-def _calling(model: Any) -> Fn:
+def _calling(model: Model) -> Fn:
     def call(params: Any, batch: Any) -> Any:
         if isinstance(batch, Mapping):
             return model.call(params, **batch)

@@ -43,10 +43,7 @@ def gradient_rows(
     @jax.jit
     def gradient(own: Any, params: Any, batch: Any, key: Any) -> Any:
         def value(own: Any) -> Any:
-            out = calibration.fn(_tree.replace(params, own), batch)
-            return (
-                signed(calibration, out, batch, key) if objective is None else objective(out, batch)
-            )
+            return value_of(calibration, objective, _tree.replace(params, own), batch, key)
 
         return jax.grad(value)(own)
 
@@ -90,7 +87,15 @@ def gradient_rows(
     return found
 
 
-def signed(calibration: Calibration, out: Any, batch: Any, key: Any) -> Any:
+def value_of(
+    calibration: Calibration, objective: Objective | None, params: Any, batch: Any, key: Any
+) -> Any:
+    """What the gradient is taken of on a batch; `key` is for the random signs."""
+    out = calibration.fn(params, batch)
+    return _signed(calibration, out, batch, key) if objective is None else objective(out, batch)
+
+
+def _signed(calibration: Calibration, out: Any, batch: Any, key: Any) -> Any:
     """The outputs that are floating, times random signs, summed over what counts."""
     leaves = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
     keys = jax.random.split(key, len(leaves))

@@ -30,7 +30,7 @@ from flaxslim.posttraining._function import function_of
 from flaxslim.posttraining._gradient import Objective
 from flaxslim.posttraining._latency import default_cache
 from flaxslim.posttraining._method import PRESETS, Method
-from flaxslim.posttraining._rank import GRADIENTS, alive_of
+from flaxslim.posttraining._rank import GRADIENTS, alive_of, takes_gradients
 from flaxslim.posttraining._report import Report, Row
 from flaxslim.posttraining._tune import tune
 from flaxslim.specs import chosen
@@ -172,11 +172,11 @@ def zero(
     sites = tuple(site for site in bound if site.size)
     _refuse(sites)
     shares = None if keep is None else _shares(keep, sites)
-    if objective is not None and not _takes_gradients(method):
+    if objective is not None and not takes_gradients(method.score):
         raise CalibrationError(
             "objective= is for scores that take its gradient",
             seen=f"score={method.score!r}",
-            expected=", ".join((*sorted(GRADIENTS), "fisher_mask")),
+            expected=", ".join(sorted(GRADIENTS)),
             mend="leave it out; loss= is what tuning makes small",
         )
 
@@ -184,7 +184,8 @@ def zero(
         _check_sayable(params, cfg, found, sites, counts, width=width, multiple_of=multiple_of)
 
     # Before hours are spent on what no config can say.
-    check(_allocate.by_share(sites, shares or _half(sites), multiple_of=multiple_of))
+    first = _allocate.by_share(sites, shares or 0.5, multiple_of=multiple_of)
+    check(first)
     tree = _on_device(params)
     calibration = Calibration(function_of(fn, params, cfg), batches, params=tree, mask=mask)
     ordered = _in_order(sites, calibration)
@@ -213,7 +214,8 @@ def zero(
             told=told,
             cache=default_cache(),
         )
-    check(counts)
+    if counts != first:
+        check(counts)
     new, rows = engine.pruned(ordered, rankings, counts)
     distance = Distance(calibration, ordered, cfg, loss)
     tuned: Mapping[str, float] = {}
@@ -244,14 +246,6 @@ def zero(
 
 
 # --- what it is made of -------------------------------------------------------------------------
-
-
-def _takes_gradients(method: Method) -> bool:
-    return callable(method.score) or method.score in {*GRADIENTS, "fisher_mask"}
-
-
-def _half(sites: Sequence[Site]) -> dict[str, float]:
-    return dict.fromkeys((site.pair.axis for site in sites), 0.5)
 
 
 def _check_sayable(

@@ -35,7 +35,9 @@ NAMES = (
     *(n for n in SCORES if n not in ("snip_momentum", "movement")),
 )
 # What needs the gradient of a loss.
-GRADIENTS = frozenset(name for name in NAMES if name in SCORES and SCORES[name].gradients)
+GRADIENTS = frozenset(
+    name for name in NAMES if name == "fisher_mask" or (name in SCORES and SCORES[name].gradients)
+)
 
 
 def units_of(site: Site) -> np.ndarray:
@@ -165,6 +167,11 @@ def _scores(
 def _by_channel(site: Site, values: np.ndarray) -> np.ndarray:
     """Numbers of hidden values as sums over each channel (the dimensions of a head)."""
     return values.reshape(site.size, -1).sum(1)
+
+
+def takes_gradients(score: str | ScoreFn) -> bool:
+    """Whether a score is computed from the gradient of a loss."""
+    return callable(score) or score in GRADIENTS
 
 
 def check_score(score: str | ScoreFn) -> None:

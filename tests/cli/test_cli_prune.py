@@ -128,7 +128,8 @@ def test_ctrl_c_leaves_nothing(run, folder, texts, tmp_path, monkeypatch):
 
 WRONG: dict[str, tuple[list[Any], str]] = {
     "no wish": ([], "--keep 0.7 keeps 70%"),
-    "two wishes": (["--keep", 0.5, "--target", "1.5x"], "one of --keep"),
+    "two wishes": (["--keep", 0.5, "--target", "1.5x"], "found:    --keep, --target"),
+    "and what to say": (["--keep", 0.5, "--target", "1.5x"], "one of --keep"),
     "a percentage": (["--keep", 70], "divide it by 100"),
     "a speed of nonsense": (["--target", "fast"], "1.5x"),
     "too small": (["--max-params", "1k"], "cheapest"),
