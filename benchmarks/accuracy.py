@@ -62,6 +62,7 @@ def measured(
         loss=None,
         objective=None,
         low_memory=False,
+        kept=None,
         seed=seed,
         told=lambda what, done, total: None,
     )

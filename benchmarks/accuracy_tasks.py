@@ -143,7 +143,7 @@ class Sentences(Task):
         rng = np.random.default_rng(seed)
         rows = rng.choice(len(self._train), 1024 if more else 128, replace=False)
         texts = [self._train[i] for i in rows]
-        batches = [batch for batch, _ in of_like_lengths(texts, self._tokenizer, 16)]
+        batches = [batch for batch, _ in of_like_lengths(self._tokens(texts), 16)]
         return [batches[i] for i in rng.permutation(len(batches))]  # every fourth is held out
 
     def evaluate(self, params: Any) -> tuple[float, ...]:
@@ -158,9 +158,12 @@ class Sentences(Task):
         wrong = ((found - self._dense) ** 2).sum(1).mean()
         return 100 * float(spearman.statistic), 1000 * float(wrong)
 
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        return [self._tokenizer(x, truncation=True, max_length=128).input_ids for x in texts]
+
     def _embeddings(self, params: Any) -> np.ndarray:
         found = np.empty((len(self._test), self.cfg.hidden_size))
-        for batch, rows in of_like_lengths(self._test, self._tokenizer, 100):
+        for batch, rows in of_like_lengths(self._tokens(self._test), 100):
             found[rows] = np.asarray(self._embed(params, batch))
         return found
 

@@ -23,6 +23,7 @@ from flaxslim._prove import flops
 from flaxslim._tree import flatten
 from flaxslim.posttraining import _rank
 from flaxslim.posttraining._allocate import parameters_of
+from flaxslim.posttraining._calibration import Calibration
 from flaxslim.posttraining._method import PRESETS
 from flaxslim.specs import spec_for
 
@@ -217,6 +218,56 @@ def test_low_memory_gives_the_same():
     one, all_ = (flatten(pruned(net, low_memory=low)[0]) for low in (True, False))
     for path, x in one.items():
         np.testing.assert_allclose(x, all_[path], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_call_that_was_stopped_goes_on_from_its_statistics(low_memory, tmp_path, monkeypatch):
+    net = NETS["gated"]()
+    whole, _, _ = pruned(net, low_memory=low_memory)
+    seen = []
+    sums = Calibration._sum
+
+    def counting(self: Any, *arguments: Any) -> Any:
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(arguments)
+        return sums(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibration, "_sum", counting)
+        with pytest.raises(KeyboardInterrupt):
+            pruned(net, low_memory=low_memory, statistics=tmp_path / "statistics")
+    again = []
+    monkeypatch.setattr(Calibration, "_sum", lambda self, *a: again.append(a) or sums(self, *a))
+    rest, _, _ = pruned(net, low_memory=low_memory, statistics=tmp_path / "statistics")
+    passes = len(net.spec.sites(net.params, net.cfg)) if low_memory else 1
+    assert len(seen) + len(again) == 4 * passes
+    for path, leaf in flatten(rest).items():
+        np.testing.assert_array_equal(leaf, flatten(whole)[path], err_msg=path)
+
+
+@pytest.mark.parametrize("change", ["data", "model", "function"])
+def test_statistics_of_something_else_are_not_taken(change, tmp_path):
+    net = NETS["mlp"]()
+    pruned(net, statistics=tmp_path)
+    other: dict[str, Any] = {}
+    if change == "data":
+        other["batches"] = batches(net, seed=4)
+    elif change == "model":
+        net = dataclasses.replace(net, params=jax.tree.map(lambda x: 2 * x, net.params))
+    else:
+        old = net.fn
+        net = dataclasses.replace(net, fn=lambda p, x: old(p, x * x))
+    kept, _, _ = pruned(net, statistics=tmp_path, **other)
+    anew, _, _ = pruned(net, **other)
+    for path, leaf in flatten(kept).items():
+        np.testing.assert_array_equal(leaf, flatten(anew)[path], err_msg=path)
+
+
+def test_a_disk_that_takes_no_statistics_costs_no_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(CalibrationWarning, match="could not be kept"):
+        pruned(NETS["mlp"](), statistics=tmp_path / "file")
 
 
 def test_padding_is_not_looked_at():

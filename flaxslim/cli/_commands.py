@@ -405,12 +405,20 @@ def run(
 
     OUT is the slim model with metrics.jsonl, training.png, report.json and recipe.toml beside it;
     until the run is over they grow in OUT.partial. The same recipe gives the same numbers.
+
+    A file with command = "prune" is a recipe for flaxslim prune: its keys are the flags, with _
+    for -; --dry-run shows the command.
     Example: flaxslim run configs/digits.toml --set pruning.sparsity=0.8 --set train.steps=300
     """
-    from flaxslim.cli import _demo, _execute, _recipe_read
+    from flaxslim.cli import _demo, _execute, _recipe_prune, _recipe_read
 
-    overrides = [*set, *([f"output.folder={str(out)!r}"] if out else [])]
-    read = _recipe_read.read(_demo.shipped(recipe), overrides, files=not (dry_run or check))
+    tree, book = _recipe_read.load(_demo.shipped(recipe), set)
+    if _recipe_prune.COMMAND in tree:
+        asked = [name for name, given in (("--check", check), ("--json", json)) if given]
+        return _execute.prune(tree, book, out, overwrite=overwrite, dry_run=dry_run, refused=asked)
+    if out is not None:
+        _recipe_read.override(book, tree, f"output.folder={str(out)!r}")
+    read = _recipe_read.checked(tree, book, files=not (dry_run or check))
     if dry_run:
         return _execute.show(read)
     if check:

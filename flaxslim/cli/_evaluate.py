@@ -1,6 +1,7 @@
-"""What `--evaluate` measures: perplexity, Spearman on STS-B, or a function of the user's."""
+"""What `--evaluate` measures: perplexity, LAMBADA, STS-B, or a function of the user's."""
 
 import importlib
+import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,15 +14,16 @@ from flaxslim._errors import CalibrationError, CalibrationWarning, nearest
 
 # (class, params, cfg, folder of the tokenizer) -> numbers by name.
 Metric = Callable[[Any, Any, Any, Path], Mapping[str, float]]
-NAMES = ("perplexity", "stsb")
+NAMES = ("perplexity", "lambada", "stsb")
 
 
 def metric(name: str | None, data: Path | None) -> Metric | None:
     """The metric by its name; None for none.
 
-    "perplexity" and "stsb" read `data` (a text file, an .npz with `eval_ids` and `eval_mask`; the
-    STS-B table), "module:function" is imported and called with (params, cfg). Raises
-    `CalibrationError` for a name that is none, or for data that are missing.
+    "perplexity", "lambada" and "stsb" read `data` (a text file, or an .npz with `eval_ids` and
+    `eval_mask`; JSON lines with "text", or one passage a line; the STS-B table), "module:function"
+    is imported and called with (params, cfg). Raises `CalibrationError` for a name that is none, or
+    for data that are missing.
     """
     if name is None:
         return None
@@ -40,7 +42,7 @@ def metric(name: str | None, data: Path | None) -> Metric | None:
         )
     if not data.is_file():
         raise CalibrationError("there is no such file", path=str(data))
-    of = _perplexity if name == "perplexity" else _stsb
+    of = {"perplexity": _perplexity, "lambada": _lambada, "stsb": _stsb}[name]
     return lambda cls, params, cfg, folder: of(cls, params, cfg, data, folder)
 
 
@@ -84,7 +86,7 @@ def _perplexity(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> di
 
     from flaxslim.posttraining._data import read_calibration
 
-    length = min(512, int(getattr(cfg, "max_position_embeddings", 512) or 512))
+    length = min(512, _longest(cfg))
     fields = ("eval_ids", "eval_mask") if data.suffix == ".npz" else ()
     with warnings.catch_warnings():  # of fewer samples than so many
         warnings.simplefilter("ignore", CalibrationWarning)
@@ -103,6 +105,58 @@ def _perplexity(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> di
     if not tokens:
         raise CalibrationError("there is no token to measure", path=str(data))
     return {"perplexity": float(np.exp(total / tokens))}
+
+
+def _longest(cfg: Any) -> int:
+    """The tokens that a model takes at most, as far as its config says."""
+    names = ("max_position_embeddings", "n_positions", "seq_length")
+    return min([int(getattr(cfg, name, None) or 2048) for name in names])
+
+
+def _lambada(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[str, float]:
+    """The percentage of passages whose last word is what the model finds likeliest, token by token.
+
+    Paperno et al. 2016 (arXiv 1606.06031). The beginning of a passage that is too long is left out.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    passages = [text for text in _passages(data) if len(text.split()) > 1]
+    if not passages:
+        raise CalibrationError(
+            "there is no passage of two words or more",
+            path=str(data),
+            expected='JSON lines, {"text": "..."}, or one passage a line',
+        )
+    tokens = [tokenizer(text).input_ids for text in passages]
+    before = [tokenizer(text.rsplit(maxsplit=1)[0]).input_ids for text in passages]
+    words = np.array([max(len(t) - len(b), 1) for t, b in zip(tokens, before, strict=True)])
+    run, right = _model(cls, params, cfg), 0
+    shortened = [t[-_longest(cfg) :] for t in tokens]
+    for batch, own in of_like_lengths(shortened, 8):
+        found = np.asarray(run(batch).logits.argmax(-1))
+        for guess, row in zip(found, own, strict=True):
+            end = len(shortened[row])
+            start = max(end - int(words[row]), 1)
+            right += bool((guess[start - 1 : end - 1] == shortened[row][start:]).all())
+    return {"lambada": 100 * right / len(passages)}
+
+
+def _passages(data: Path) -> Iterator[str]:
+    """Of JSON lines the field "text"; of other files each line."""
+    for number, line in enumerate(data.read_text(encoding="utf-8").splitlines(), 1):
+        if data.suffix not in (".jsonl", ".json"):
+            yield line.strip()
+            continue
+        try:
+            yield str(json.loads(line)["text"]).strip()
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CalibrationError(
+                "this line holds no passage",
+                path=f"{data}:{number}",
+                seen=line[:60],
+                expected='{"text": "..."}',
+            ) from error
 
 
 def _stsb(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[str, float]:
@@ -124,7 +178,8 @@ def _stsb(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[str
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     texts = [row[5] for row in rows] + [row[6] for row in rows]
     run, vectors = _model(cls, params, cfg), np.empty((len(texts), cfg.hidden_size))
-    for batch, own in of_like_lengths(texts, tokenizer, 100):
+    tokens = [tokenizer(text, truncation=True, max_length=128).input_ids for text in texts]
+    for batch, own in of_like_lengths(tokens, 100):
         pooled = (np.asarray(run(batch)[0]) * batch["attention_mask"][..., None]).sum(1)
         vectors[own] = pooled / np.linalg.norm(pooled, axis=-1, keepdims=True)
     half = len(rows)
@@ -134,12 +189,11 @@ def _stsb(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[str
 
 
 def of_like_lengths(
-    texts: Sequence[str], tokenizer: Any, size: int
+    tokens: Sequence[Sequence[int]], size: int
 ) -> Iterator[tuple[dict[str, Any], Any]]:
     """Batches of texts of like lengths, and which they are: little padding, and few shapes."""
     from flaxslim.posttraining._tokens import padded
 
-    tokens = [tokenizer(text, truncation=True, max_length=128).input_ids for text in texts]
     order = np.argsort([len(t) for t in tokens], kind="stable")
     for i in range(0, len(order), size):
         rows = order[i : i + size]

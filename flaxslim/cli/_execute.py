@@ -1,9 +1,15 @@
 """What `flaxslim run` and `flaxslim demo` print: around the run itself, which is in `_run`."""
 
 import json as json_module
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from flaxslim.cli import INTERRUPTED, _output, _table
+from flaxslim._errors import RecipeError
+from flaxslim.cli import INTERRUPTED, _commands, _output, _recipe_prune, _table
 from flaxslim.cli._console import console, messages
+from flaxslim.cli._recipe_book import Book
 from flaxslim.cli._recipe_read import Read
 from flaxslim.cli._tasks import TASKS
 
@@ -62,6 +68,36 @@ def execute(read: Read, *, overwrite: bool = False, json: bool = False, kept: bo
     return 0
 
 
-def _say_missing(read: Read) -> None:
+def prune(
+    tree: Mapping[str, Any],
+    book: Book,
+    out: Path | None,
+    *,
+    overwrite: bool,
+    dry_run: bool,
+    refused: Sequence[str],
+) -> int:
+    """Run `flaxslim prune` as a recipe says it, or show the command."""
+    import tyro
+
+    if refused:
+        raise RecipeError(
+            f"{refused[0]} is for recipes that train",
+            path=str(book.path),
+            mend="--dry-run shows the command that this one stands for",
+        )
+    if out is not None:
+        tree = {**tree, "out": str(out.absolute())}
+    given = _recipe_prune.arguments(tree, book, files=not dry_run)
+    if overwrite:
+        given.append("--overwrite")
+    if dry_run:
+        _say_missing(book)
+        console.print(shlex.join(["flaxslim", *given]), markup=False, soft_wrap=True)
+        return 0
+    return tyro.cli(_commands.prune, prog="flaxslim prune", args=given[1:])
+
+
+def _say_missing(read: Read | Book) -> None:
     for missing in read.missing:
         messages.print(f"note: {missing}", markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import flaxslim
-from flaxslim._errors import BudgetError, CalibrationWarning, TargetError
+from flaxslim._errors import BudgetError, CalibrationWarning, FlaxslimError, TargetError
 from flaxslim._inputs import model_class_for
 from flaxslim._prove import verify as prove
 from flaxslim.checkpoint import Checkpoint, read, save
@@ -26,6 +26,7 @@ from flaxslim.cli._slim import as_flax
 from flaxslim.posttraining._allocate import Budget
 from flaxslim.posttraining._budget import shown
 from flaxslim.posttraining._data import CalibrationData, read_calibration
+from flaxslim.posttraining._kept import Kept
 from flaxslim.posttraining._prune import method_of
 from flaxslim.posttraining._report import Report
 
@@ -107,7 +108,9 @@ def opened(source: str, data: Data, revision: str | None) -> Model:
     return Model(checkpoint=before, cls=cls, data=found)
 
 
-def pruned(model: Model, how: How, **wish: Any) -> tuple[Any, Any, Report]:
+def pruned(
+    model: Model, how: How, statistics: Path | None = None, **wish: Any
+) -> tuple[Any, Any, Report]:
     """The smaller parameters, their config, and what was done."""
     reports: list[Report] = []
     with _progress() as told, _notes():
@@ -120,6 +123,7 @@ def pruned(model: Model, how: How, **wish: Any) -> tuple[Any, Any, Report]:
             width=how.width,
             multiple_of={"f": how.multiple_of, "h": how.heads_multiple_of},
             low_memory=how.low_memory,
+            statistics=statistics,
             seed=how.seed,
             told=told,
             report=reports.append,
@@ -164,7 +168,17 @@ def run(
     if measure is not None:  # first, since it may fail
         with messages.status("measuring the dense model"):
             scores["dense"] = measure(model.cls, *model.dense, model.checkpoint.folder)
-    params, cfg, report = pruned(model, how, **wish)
+    kept = Kept(target.with_name(f"{target.name}.statistics"))
+    try:
+        params, cfg, report = pruned(model, how, kept.folder, **wish)
+    except KeyboardInterrupt:
+        if kept.folder.is_dir():
+            text = f"the statistics are kept in {kept.folder}: the same command goes on from there"
+            messages.print(text, markup=False, soft_wrap=True)
+        raise
+    except FlaxslimError:
+        kept.clear()
+        raise
     console.print(str(report), markup=False, soft_wrap=True)
     with messages.status("measuring both models"):
         proof = prove(
@@ -191,6 +205,7 @@ def run(
             overwrite=overwrite,
             record=_record(source, how, wish, report, scores, model.data),
         )
+    kept.clear()
     messages.print(f"written to {out} in {time.perf_counter() - began:.0f} s", markup=False)
     return 0
 

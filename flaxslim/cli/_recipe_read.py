@@ -36,6 +36,14 @@ def read(path: Path | str, overrides: Sequence[str] = (), *, files: bool = True)
     Paths are relative to the recipe, those of overrides to the current folder. Raises
     `RecipeError` for all mistakes at once; missing files are among them if `files`.
     """
+    return checked(*load(path, overrides), files=files)
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Book]:
+    """What a file says, with some values set anew, and a book for the mistakes in it.
+
+    Raises `RecipeError` if it is no TOML.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -47,11 +55,15 @@ def read(path: Path | str, overrides: Sequence[str] = (), *, files: bool = True)
             near=_recipes_near(path),
             mend="flaxslim run path/to/recipe.toml",
         ) from error
-    return parse(text, path, overrides, files=files)
+    return _load(text, path, overrides)
 
 
 def parse(text: str, path: Path, overrides: Sequence[str] = (), *, files: bool = True) -> Read:
     """As `read`, of a text; `path` is where it stands."""
+    return checked(*_load(text, path, overrides), files=files)
+
+
+def _load(text: str, path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Book]:
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -61,24 +73,29 @@ def parse(text: str, path: Path, overrides: Sequence[str] = (), *, files: bool =
             "this is no TOML", path=where, seen=str(error), mend="correct the line"
         ) from error
     book = Book(path=path, lines=lines(text))
-    for override in overrides:
-        _override(book, tree, override)
+    for text in overrides:
+        override(book, tree, text)
+    return tree, book
+
+
+def checked(tree: Mapping[str, Any], book: Book, *, files: bool = True) -> Read:
+    """The recipe in a tree. Raises `RecipeError` as `read`."""
     recipe = _Values(book=book).recipe(tree)
     if recipe is not None and not book.mistakes:
         book.mistakes += contradictions(recipe, book)
-    if files:
-        book.mistakes += book.missing
-    _raise(book.mistakes, path)
+    raise_mistakes(book, files=files)
     assert recipe is not None
     return Read(recipe=recipe, missing=tuple(book.missing))
 
 
-def _raise(mistakes: Sequence[RecipeError], path: Path) -> None:
+def raise_mistakes(book: Book, *, files: bool = True) -> None:
+    """Raise all mistakes as one `RecipeError`; missing files are among them if `files`."""
+    mistakes = [*book.mistakes, *(book.missing if files else ())]
     if len(mistakes) == 1:
         raise mistakes[0]
     if mistakes:
         told = [str(mistake) for mistake in sorted(mistakes, key=_line)]
-        raise RecipeError("\n\n".join([f"{len(mistakes)} mistakes in {path}", *told]))
+        raise RecipeError("\n\n".join([f"{len(mistakes)} mistakes in {book.path}", *told]))
 
 
 def _line(mistake: RecipeError) -> int:
@@ -92,7 +109,7 @@ def _recipes_near(path: Path) -> list[str]:
     return difflib.get_close_matches(str(path), [str(p) for p in found], cutoff=0.3)
 
 
-def _override(book: Book, tree: dict[str, Any], text: str) -> None:
+def override(book: Book, tree: dict[str, Any], text: str) -> None:
     """Set one value of the tree."""
     name, equals, value = text.partition("=")
     key = tuple(part.strip() for part in name.split("."))

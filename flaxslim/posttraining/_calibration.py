@@ -12,6 +12,7 @@ from flaxslim._errors import CalibrationError
 from flaxslim._spec import Site
 from flaxslim.posttraining._capture import Traced, hidden
 from flaxslim.posttraining._function import Fn
+from flaxslim.posttraining._kept import Kept, Sums, digest
 from flaxslim.posttraining._refit import Moments
 
 # The batch -> which of its positions count, (b, t), or none for all.
@@ -41,6 +42,8 @@ class Calibration:
         the first axis of their arrays counts the samples.
       mask: which positions of a batch count; by default its `attention_mask`, if it has one (the
         `decoder_attention_mask` where the lengths are those of the decoder).
+      kept: where the statistics of the dense model are kept, for a run that goes on after this one
+        was stopped.
 
     What is read is summed up in float32, float64 where JAX has it enabled, at the highest
     precision of products; the sums of batches are added in float64 on the host.
@@ -48,8 +51,16 @@ class Calibration:
     Raises `CalibrationError` if there is no batch, or if what is read is not finite.
     """
 
-    def __init__(self, fn: Fn, batches: Iterable[Any], *, params: Any, mask: Mask | None = None):
-        self.fn, self.mask = fn, mask
+    def __init__(
+        self,
+        fn: Fn,
+        batches: Iterable[Any],
+        *,
+        params: Any,
+        mask: Mask | None = None,
+        kept: Kept | None = None,
+    ):
+        self.fn, self.mask, self.kept = fn, mask, kept
         if isinstance(batches, Mapping) or hasattr(batches, "shape"):
             raise CalibrationError(
                 "batches= is one batch, and not some of them",
@@ -71,6 +82,7 @@ class Calibration:
         )
         self._traced: dict[Any, Traced] = {}
         self._sums: dict[Any, Any] = {}
+        self._digest = "" if kept is None else self._digested(params)
 
     @property
     def samples(self) -> int:
@@ -133,17 +145,7 @@ class Calibration:
         And where `dense` is given, how that goes along with what they read with those.
         `told` is called after each batch with their number.
         """
-        sums: dict[bool, dict[str, Any]] = {}
-        for number, (batch, held) in enumerate(zip(self.batches, self.held_out, strict=True)):
-            found = jax.device_get(self._sum(sites, params, dense, batch))
-            own = sums.setdefault(held, {})
-            for path, parts in found.items():
-                wide = [np.asarray(x, np.float64) for x in parts]
-                before = own.get(path)
-                own[path] = (
-                    wide if before is None else [a + b for a, b in zip(before, wide, strict=True)]
-                )
-            told(number + 1)
+        sums = self._summed(sites, params, dense, told)
         fit = sums[False]
         held = sums.get(True, fit)
         both = (
@@ -159,6 +161,35 @@ class Calibration:
         if both is fit:
             return Seen(fit=rows, held=rows, all=rows)
         return Seen(fit=rows, held=_by_row(held), all=_by_row(both))
+
+    def _summed(
+        self, sites: Sequence[Site], params: Any, dense: Any, told: Callable[[int], None]
+    ) -> Sums:
+        """The sums of all batches, from where a run that was stopped came to."""
+        kept = self.kept if dense is None else None  # what is pruned already differs by the run
+        key = "" if kept is None else digest(self._digest, [site.second.path for site in sites])
+        state = (0, {}) if kept is None else kept.load(key)
+        start = state[0]
+        told(start)
+        try:
+            for batch, held in list(zip(self.batches, self.held_out, strict=True))[start:]:
+                found = jax.device_get(self._sum(sites, params, dense, batch))
+                done, sums = state
+                # At once, or Ctrl-C in between would leave a batch that is counted twice.
+                state = done + 1, {**sums, held: _added(sums.get(held), found)}
+                told(done + 1)
+        finally:
+            if kept is not None and state[0] > start:
+                kept.save(key, *state)
+        return state[1]
+
+    def _digested(self, params: Any) -> str:
+        """Of all that decides what a pass over the dense model finds."""
+        programs = {}
+        for batch in self.batches:
+            programs[str(_shapes(batch))] = self.traced(batch).program
+        masks = [self.mask(batch) for batch in self.batches] if self.mask is not None else []
+        return digest(programs, params, self.batches, masks, str(_wide()))
 
     def _sum(self, sites: Sequence[Site], params: Any, dense: Any, batch: Any) -> Any:
         key = (_shapes(batch), tuple(site.second.path for site in sites), dense is None)
@@ -209,6 +240,13 @@ class Calibration:
                 parts += [_product(x, y), y.sum(1), _product(y, y)]
             total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
         return total
+
+
+def _added(sums: dict[str, list[np.ndarray]] | None, found: Any) -> dict[str, list[np.ndarray]]:
+    wide = {path: [np.asarray(x, np.float64) for x in parts] for path, parts in found.items()}
+    if sums is None:
+        return wide
+    return {p: [a + b for a, b in zip(sums[p], wide[p], strict=True)] for p in wide}
 
 
 def _wide() -> Any:

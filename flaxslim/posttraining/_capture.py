@@ -110,6 +110,11 @@ class Traced:
         self.running = list(dict.fromkeys(read.path for read in found))  # what is multiplied by
         self.kernels = set(self.running)
 
+    @property
+    def program(self) -> tuple[str, Any]:
+        """What it computes: its text, and the constants in it."""
+        return str(self._closed.jaxpr), self._closed.consts
+
     def __call__(self, params: Any, batch: Any, wanted: Any) -> tuple[Any, list[Read]]:
         """The outputs, and the reads of the kernels at the paths `wanted`, in order of running."""
         return self._call(params, batch, wanted, [], set())

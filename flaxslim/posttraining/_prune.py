@@ -8,6 +8,7 @@ parameters of the dense shapes, in which the rows of what goes are zero; `slim` 
 import logging
 import numbers
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from flaxslim.posttraining._distance import Distance, Loss
 from flaxslim.posttraining._engine import Engine, Told
 from flaxslim.posttraining._function import function_of
 from flaxslim.posttraining._gradient import Objective
+from flaxslim.posttraining._kept import Kept
 from flaxslim.posttraining._latency import default_cache
 from flaxslim.posttraining._method import PRESETS, Method
 from flaxslim.posttraining._rank import GRADIENTS, alive_of, takes_gradients
@@ -54,6 +56,7 @@ def prune(
     loss: Loss | None = None,
     objective: Objective | None = None,
     low_memory: bool = False,
+    statistics: str | Path | None = None,
     seed: int = 0,
     told: Told = lambda what, done, total: None,
     report: Callable[[Report], None] | None = None,
@@ -78,7 +81,10 @@ def prune(
         the divergence of logits, and the relative squared error of other outputs.
       objective: `objective(outputs, batch) -> scalar`, the loss of which scores by gradient take
         the gradient; by default outputs times random signs.
-      low_memory: one site's statistics at a time, at one pass over the data for each site.
+      low_memory: one site's statistics at a time, at one pass over the data for each site (two
+        without a folder for `statistics`).
+      statistics: a folder in which they stay, for a call that goes on where this one was stopped,
+        or that prunes the same model by the same data to another size. Yours to delete.
       seed: of all that is random. The same seed gives the same bytes.
       told: is called with what is done, how much of it, and of how much.
       report: is called with the `Report`.
@@ -115,6 +121,7 @@ def prune(
         loss=loss,
         objective=objective,
         low_memory=low_memory,
+        kept=None if statistics is None else Kept(Path(statistics)),
         seed=seed,
         told=told,
     )
@@ -155,6 +162,7 @@ def zero(
     loss: Loss | None,
     objective: Objective | None,
     low_memory: bool,
+    kept: Kept | None,
     seed: int,
     told: Told,
 ) -> tuple[Any, Report]:
@@ -187,7 +195,9 @@ def zero(
     first = _allocate.by_share(sites, shares or 0.5, multiple_of=multiple_of)
     check(first)
     tree = _on_device(params)
-    calibration = Calibration(function_of(fn, params, cfg), batches, params=tree, mask=mask)
+    calibration = Calibration(
+        function_of(fn, params, cfg), batches, params=tree, mask=mask, kept=kept
+    )
     ordered = _in_order(sites, calibration)
     engine = Engine(
         calibration=calibration,

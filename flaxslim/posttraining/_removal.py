@@ -20,6 +20,7 @@ from scipy import linalg
 from flaxslim._errors import CalibrationError
 
 _BLOCK = 64
+_DEAD = 0.15  # of the rows may be of units that are gone, before the matrices are made smaller
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,11 +50,12 @@ def inverse(matrix: np.ndarray, path: str | None = None) -> np.ndarray:
     try:
         if not np.isfinite(matrix).all():
             raise linalg.LinAlgError("not finite")
-        factor = linalg.cholesky(matrix, lower=True, check_finite=False)
-        half = linalg.solve_triangular(
-            factor, np.eye(len(matrix)), lower=True, overwrite_b=True, check_finite=False
-        )
-        return half.T @ half
+        factor = linalg.cholesky(matrix, check_finite=False)
+        found, failed = linalg.lapack.dpotri(factor, overwrite_c=True)
+        if failed:
+            raise linalg.LinAlgError(f"row {failed} is zero")
+        found = np.triu(found)  # dpotri gives one triangle
+        return found + np.triu(found, 1).T
     except linalg.LinAlgError as error:
         singular = error
     raise CalibrationError(
@@ -90,12 +92,13 @@ def removal_order(
 
 def _singles(p: np.ndarray, s: np.ndarray) -> Order:
     alive = np.arange(len(p))
+    gone = np.zeros(len(p), bool)
     order, errors = np.empty(len(p), int), np.empty(len(p))
     total, done = 0.0, 0
     while done < len(order):
-        n, size = len(alive), min(_BLOCK, len(alive))
+        n, size = len(alive), min(_BLOCK, len(order) - done)
         d, q = np.diag(p).copy(), np.diag(s).copy()
-        us, rs, gone = np.empty((size, n)), np.empty((size, n)), np.zeros(n, bool)
+        us, rs = np.empty((size, n)), np.empty((size, n))
         for b in range(size):
             costs = np.where(gone, np.inf, np.maximum(q, 0) / np.maximum(d, np.finfo(float).tiny))
             j = int(costs.argmin())
@@ -110,15 +113,18 @@ def _singles(p: np.ndarray, s: np.ndarray) -> Order:
             total += float(costs[j])
             order[done], errors[done] = alive[j], total
             done += 1
-        left = ~gone
-        us, rs = us[:, left], rs[:, left]
-        p, s = p[np.ix_(left, left)], s[np.ix_(left, left)]
-        p -= us.T @ us
-        change = us.T @ rs
-        s -= change
-        s -= change.T
-        alive = alive[left]
+        _subtract(p, us, us)
+        _subtract(s, np.concatenate([us, rs]), np.concatenate([rs, us]))
+        if gone.sum() > n * _DEAD:
+            left = np.flatnonzero(~gone)
+            p, s = (x.take(left, 0).take(left, 1) for x in (p, s))
+            alive, gone = alive[left], gone[left]
     return Order(units=order, errors=errors)
+
+
+def _subtract(x: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    """x -= a^T b in place, for a symmetric x: without a matrix of its size beside it."""
+    linalg.blas.dgemm(-1.0, a.T, b.T, beta=1.0, c=x.T, trans_b=True, overwrite_c=True)
 
 
 def _blocks(p: np.ndarray, w: np.ndarray, units: np.ndarray) -> Order:

@@ -116,14 +116,83 @@ def test_sweep(run, folder, texts, tmp_path):
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ctrl_c_leaves_nothing(run, folder, texts, tmp_path, monkeypatch):
+def test_after_ctrl_c_the_same_command_goes_on(run, folder, texts, tmp_path, monkeypatch):
     def interrupt(*arguments: Any, **more: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_prune.Engine, "pruned", interrupt)
-    result = run(*_prune_command(folder, tmp_path / "out", texts, "--keep", 0.5))
+    def never(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("the data are read again")
+
+    command = _prune_command(folder, tmp_path / "out", texts, "--keep", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(_prune.Engine, "pruned", interrupt)
+        result = run(*command)
     assert result.code == INTERRUPTED
-    assert list(tmp_path.iterdir()) == []
+    assert "the same command goes on from there" in result.err.replace("\n", " ")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.statistics"]
+    with monkeypatch.context() as patch:
+        patch.setattr(_prune.Calibration, "_sum", never)
+        result = run(*command)
+    assert result.code == 0, result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+RECIPE = """command = "prune"
+source = "bert"
+out = "out"
+calibration = "texts.txt"
+samples = 32
+batch_size = 8
+length = 16
+keep = 0.5
+low_memory = false
+"""
+
+
+@pytest.fixture
+def recipe(folder, texts, tmp_path) -> Path:
+    shutil.copytree(folder, tmp_path / "bert")
+    shutil.copy(texts, tmp_path)
+    path = tmp_path / "prune.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_a_recipe_stands_for_the_command(run, recipe):
+    shown = run("run", recipe, "--dry-run", "--set", "keep=0.75")
+    assert shown.code == 0, shown.err
+    assert "--batch-size 8" in shown.out
+    assert "--keep 0.75" in shown.out
+    assert "--no-low-memory" in shown.out
+    result = run("run", recipe, "--out", recipe.parent / "other")
+    assert result.code == 0, result.err
+    assert read(recipe.parent / "other").config.intermediate_size == 36
+
+
+BAD_RECIPES: dict[str, tuple[str, str, str]] = {
+    "no such flag": ("keep = 0.5", "keeps = 0.5", "prune.toml:8"),
+    "what was meant": ("keep = 0.5", "keeps = 0.5", "nearest:  keep"),
+    "no file": ("texts.txt", "text.txt", "texts.txt"),
+    "nowhere to go": ('out = "out"\n', "", "says no out"),
+    "no such command": ('"prune"', '"prun"', "expected: prune"),
+    "a table": ("keep = 0.5", "keep = {f = 0.5}", "not a table"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECIPES)
+def test_what_is_wrong_in_a_recipe_is_said(name, run, recipe):
+    old, new, words = BAD_RECIPES[name]
+    recipe.write_text(RECIPE.replace(old, new))
+    result = run("run", recipe)
+    assert result.code == 1
+    assert words in result.err
+    assert not (recipe.parent / "out").exists()
+
+
+def test_a_recipe_that_does_not_train_takes_no_first_step(run, recipe):
+    result = run("run", recipe, "--check")
+    assert result.code == 1
+    assert "--dry-run" in result.err
 
 
 WRONG: dict[str, tuple[list[Any], str]] = {
