@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py                                # all of it, about an hour
     python benchmarks/accuracy.py --task stories260K --more      # with all calibration stories
-    python benchmarks/accuracy.py --methods OBS best --ratios 0.5
+    python benchmarks/accuracy.py --methods obs best --ratios 0.5
 
 FFN channels are removed in each layer at the given ratios. The reference methods are those of
 the data's README (magnitude: product of the norms of a channel's first columns and second row;
@@ -17,7 +17,6 @@ at as many parameters as FFN channels alone.
 import argparse
 import time
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,18 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxslim import Method
-from flaxslim.posttraining._method import PRESETS
+from flaxslim.posttraining._method import PRESETS, REFERENCES
 from flaxslim.posttraining._prune import zero
 
-REFERENCES: Mapping[str, Method] = {
-    "random": Method(score="random", compensation="none"),
-    "magnitude": Method(score="magnitude_product", compensation="none"),
-    "Wanda": Method(score="wanda", compensation="none"),
-    "magnitude + ls": Method(score="magnitude_product", ridge=1e-2),
-    "Wanda + ls": Method(score="wanda", ridge=1e-2),
-    "OBS": Method(ridge=1e-2),
-}
-METHODS: Mapping[str, Method] = {**REFERENCES, **PRESETS}
+METHODS = {**REFERENCES, **PRESETS}
 
 
 def measured(

@@ -72,9 +72,12 @@ class Stories(Task):
         return self._module.apply({"params": params}, ids, mask, positions, True).logits
 
     def calibration(self, seed: int, *, more: bool = False) -> list[dict[str, np.ndarray]]:
-        """128 windows of 128 tokens: the first token, then 127 from a random place; or all."""
+        """128 windows of 128 tokens: the first token, then 127 from a random place.
+
+        `more`: all stories, each cut into such windows.
+        """
         if more:
-            ids, mask = self._ids.astype(np.int32), self._mask.astype(np.int32)
+            ids, mask = self._all_windows(np.random.default_rng(seed))
         else:
             rng = np.random.default_rng(seed)
             rows = []
@@ -89,6 +92,17 @@ class Stories(Task):
             {"input_ids": ids[i : i + 16], "attention_mask": mask[i : i + 16]}
             for i in range(0, len(ids) - len(ids) % 16 or len(ids), 16)
         ]
+
+    def _all_windows(self, rng: Any) -> tuple[np.ndarray, np.ndarray]:
+        rows, masks = [], []
+        for story, mask in zip(self._ids, self._mask, strict=True):
+            for start in range(1, int(mask.sum()), 127):
+                own = np.arange(start, start + 127)
+                inside = own < mask.sum()
+                rows.append(np.r_[story[:1], np.where(inside, story[own % len(story)], 0)])
+                masks.append(np.r_[1, inside])
+        order = rng.permutation(len(rows))
+        return np.stack(rows)[order].astype(np.int32), np.stack(masks)[order].astype(np.int32)
 
     def _random_story(self, rng: Any) -> tuple[np.ndarray, np.ndarray]:
         long = np.flatnonzero(self._mask.sum(1) >= 128)

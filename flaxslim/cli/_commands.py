@@ -66,8 +66,8 @@ LowMemory = Annotated[
 Evaluate = Annotated[
     str | None,
     arg(
-        help="measure before and after: perplexity or stsb (on --evaluation), or module:function, "
-        "called with (params, config)"
+        help="measure before and after: perplexity, lambada or stsb (on --evaluation), or "
+        "module:function, called with (params, config)"
     ),
 ]
 Evaluation = Annotated[Path | None, arg(help="the data that --evaluate reads")]
@@ -247,6 +247,9 @@ def prune(
     packed: Packed = "auto",
     evaluate: Evaluate = None,
     evaluation: Evaluation = None,
+    plot: Annotated[
+        Path | None, arg(help="draw the widths that are left to this file (.png, .svg)")
+    ] = None,
     low_memory: LowMemory = False,
     seed: Seed = 0,
     overwrite: Annotated[bool, arg(help="replace OUT if it exists, once the new one is whole")] = (
@@ -296,6 +299,7 @@ def prune(
         budget=budget,
         evaluate=evaluate,
         evaluation=evaluation,
+        plot=plot,
         overwrite=overwrite,
         revision=revision,
     )
@@ -308,7 +312,13 @@ def sweep(
     keep: Annotated[str, arg(help="shares of the channels that stay, with commas between")] = (
         "0.9,0.7,0.5,0.3"
     ),
-    presets: Annotated[str, arg(help="presets to compare, with commas between")] = "fast,balanced",
+    presets: Annotated[
+        str,
+        arg(
+            help="presets to compare, with commas between; also what the literature compares "
+            "with: random, magnitude, wanda, magnitude+ls, wanda+ls, obs"
+        ),
+    ] = "fast,balanced,magnitude,wanda",
     width: Width = "uniform",
     heads: AnyHeads = False,
     multiple_of: MultipleOf = 1,

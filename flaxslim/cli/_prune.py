@@ -19,7 +19,7 @@ from flaxslim.checkpoint import Checkpoint, read, save
 from flaxslim.checkpoint._atomic import check_target
 from flaxslim.checkpoint._names import unused
 from flaxslim.checkpoint._write import refuse_loss
-from flaxslim.cli import _evaluate, _sweep_plot, _table
+from flaxslim.cli import _evaluate, _prune_plot, _table
 from flaxslim.cli._console import console, messages
 from flaxslim.cli._report import sizes
 from flaxslim.cli._slim import as_flax
@@ -142,6 +142,7 @@ def run(
     budget: Mapping[str, Any],
     evaluate: str | None,
     evaluation: Path | None,
+    plot: Path | None,
     overwrite: bool,
     revision: str | None,
 ) -> int:
@@ -160,6 +161,8 @@ def run(
         )
     wish: dict[str, Any] = {"keep": keep} if keep is not None else {"budget": Budget(**given)}
     measure = _evaluate.metric(evaluate, evaluation)
+    if plot is not None:
+        _prune_plot.check(plot)
     local = Path(source) if Path(source).is_dir() else None
     target = out.expanduser().resolve()
     check_target(target, overwrite=overwrite, source=local)
@@ -206,6 +209,8 @@ def run(
             record=_record(source, how, wish, report, scores, model.data),
         )
     kept.clear()
+    if plot is not None:
+        _prune_plot.widths(report, plot, title=f"{Path(source).name or source}, {how.preset}")
     messages.print(f"written to {out} in {time.perf_counter() - began:.0f} s", markup=False)
     return 0
 
@@ -273,10 +278,9 @@ def sweep(
     """Prune at several shares by several presets, and print what each costs and gives."""
     measure = _evaluate.metric(evaluate, evaluation)
     if plot is not None:
-        _sweep_plot.check(plot)
-    for path in (csv_file, plot):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise TargetError("there is no such folder", path=str(path.resolve().parent))
+        _prune_plot.check(plot)
+    if csv_file is not None and not csv_file.resolve().parent.is_dir():
+        raise TargetError("there is no such folder", path=str(csv_file.resolve().parent))
     shares, names = _shares(keep), [name.strip() for name in presets.split(",")]
     for name in names:
         method_of(name)  # which says what there is, before anything is read
@@ -314,7 +318,7 @@ def sweep(
             writer.writerows(rows)
         messages.print(f"written to {csv_file}", markup=False)
     if plot is not None:
-        _sweep_plot.plot(rows, plot, title=Path(source).name or source)
+        _prune_plot.sweep(rows, plot, title=Path(source).name or source)
         messages.print(f"written to {plot}", markup=False)
     return 0
 

@@ -18,18 +18,30 @@ from flaxslim.posttraining._refit import Moments
 # The batch -> which of its positions count, (b, t), or none for all.
 Mask = Callable[[Any], Any]
 # By the path of the second kernel, the moments of each row of a site, `(s,)` of them.
-BySite = Mapping[str, Sequence[Moments]]
+BySite = dict[str, Sequence[Moments]]
 
 _FOLDS = 4  # one of so many batches is held out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seen:
-    """The moments of some sites: of most of the batches, of those held out, and of all."""
+    """The moments of some sites: of most of the batches, and of those held out.
+
+    Of a single batch nothing is held out, and both are the same.
+    """
 
     fit: BySite
     held: BySite
-    all: BySite
+
+    def all(self, path: str) -> Sequence[Moments]:
+        """The moments of a site, of all batches."""
+        fit, held = self.fit[path], self.held[path]
+        return fit if held is fit else [a.joined(b) for a, b in zip(fit, held, strict=True)]
+
+    def pop(self, path: str) -> "Seen":
+        """Those of one site, which are no longer held here."""
+        fit = self.fit.pop(path)
+        return Seen(fit={path: fit}, held={path: self.held.pop(path, fit)})
 
 
 class Calibration:
@@ -146,21 +158,12 @@ class Calibration:
         `told` is called after each batch with their number.
         """
         sums = self._summed(sites, params, dense, told)
-        fit = sums[False]
-        held = sums.get(True, fit)
-        both = (
-            fit
-            if held is fit
-            else {p: [a + b for a, b in zip(fit[p], held[p], strict=True)] for p in fit}
-        )
-        for path, parts in both.items():
-            _check(path, parts)
+        for path in sums[False]:
+            _check(path, [own[path] for own in sums.values()])
         if len(sites) == 1:
             self._sums.clear()  # what was compiled for one site serves no other
-        rows = _by_row(fit)
-        if both is fit:
-            return Seen(fit=rows, held=rows, all=rows)
-        return Seen(fit=rows, held=_by_row(held), all=_by_row(both))
+        fit = _by_row(sums[False])
+        return Seen(fit=fit, held=_by_row(sums[True]) if True in sums else fit)
 
     def _summed(
         self, sites: Sequence[Site], params: Any, dense: Any, told: Callable[[int], None]
@@ -168,20 +171,20 @@ class Calibration:
         """The sums of all batches, from where a run that was stopped came to."""
         kept = self.kept if dense is None else None  # what is pruned already differs by the run
         key = "" if kept is None else digest(self._digest, [site.second.path for site in sites])
-        state = (0, {}) if kept is None else kept.load(key)
-        start = state[0]
-        told(start)
+        start, sums = (0, {}) if kept is None else kept.load(key)
+        done, whole = start, True
+        told(done)
         try:
             for batch, held in list(zip(self.batches, self.held_out, strict=True))[start:]:
                 found = jax.device_get(self._sum(sites, params, dense, batch))
-                done, sums = state
-                # At once, or Ctrl-C in between would leave a batch that is counted twice.
-                state = done + 1, {**sums, held: _added(sums.get(held), found)}
-                told(done + 1)
+                whole = False
+                _add(sums.setdefault(held, {}), found)
+                done, whole = done + 1, True
+                told(done)
         finally:
-            if kept is not None and state[0] > start:
-                kept.save(key, *state)
-        return state[1]
+            if kept is not None and whole and done > start:
+                kept.save(key, done, sums)
+        return sums
 
     def _digested(self, params: Any) -> str:
         """Of all that decides what a pass over the dense model finds."""
@@ -242,11 +245,14 @@ class Calibration:
         return total
 
 
-def _added(sums: dict[str, list[np.ndarray]] | None, found: Any) -> dict[str, list[np.ndarray]]:
-    wide = {path: [np.asarray(x, np.float64) for x in parts] for path, parts in found.items()}
-    if sums is None:
-        return wide
-    return {p: [a + b for a, b in zip(sums[p], wide[p], strict=True)] for p in wide}
+def _add(sums: dict[str, list[np.ndarray]], found: Mapping[str, Sequence[Any]]) -> None:
+    """In place, in float64: the sums of a large model leave no room for others beside them."""
+    for path, parts in found.items():
+        if path not in sums:
+            sums[path] = [np.array(x, np.float64) for x in parts]
+            continue
+        for own, x in zip(sums[path], parts, strict=True):
+            own += x
 
 
 def _wide() -> Any:
@@ -262,22 +268,26 @@ def _shapes(batch: Any) -> Any:
     return treedef, tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in leaves)
 
 
-def _by_row(sums: Mapping[str, list[np.ndarray]]) -> dict[str, list[Moments]]:
-    found: dict[str, list[Moments]] = {}
-    for path, parts in sums.items():
+def _by_row(sums: dict[str, list[np.ndarray]]) -> BySite:
+    """The means of the sums, in their place: there are too many for two of each."""
+    found: BySite = {}
+    for path, (products, once, counts, *more) in sums.items():
         rows = []
-        for i in range(len(parts[0])):
-            count = max(float(parts[2][i]), 1.0)
-            means = [part[i] / count for part in parts]
-            cross = {"xy": means[3], "y": means[4], "yy": means[5]} if len(parts) > 3 else {}
-            rows.append(Moments(xx=means[0], x=means[1], count=int(parts[2][i]), **cross))
+        for i, count in enumerate(counts):
+            means = [part[i] for part in (products, once, counts, *more)]
+            for mean in (means[0], means[1], *means[3:]):
+                mean /= max(float(count), 1.0)
+            cross = {"xy": means[3], "y": means[4], "yy": means[5]} if more else {}
+            rows.append(Moments(xx=means[0], x=means[1], count=int(count), **cross))
         found[path] = rows
     return found
 
 
-def _check(path: str, parts: Sequence[np.ndarray]) -> None:
-    if not all(np.isfinite(part).all() for part in parts):
-        channels = np.flatnonzero(~np.isfinite(parts[1]).all(0))
+def _check(path: str, sums: Sequence[Sequence[np.ndarray]]) -> None:
+    """Raise `CalibrationError` unless the sums of a site are finite, and of something."""
+    if not all(np.isfinite(part).all() for parts in sums for part in parts):
+        finite = [np.isfinite(parts[1]).all(0) for parts in sums]
+        channels = np.flatnonzero(~np.all(finite, axis=0))
         raise CalibrationError(
             "what this layer reads on the calibration data is not finite",
             path=path,
@@ -285,7 +295,7 @@ def _check(path: str, parts: Sequence[np.ndarray]) -> None:
             mend="look for what makes the model overflow: wrong inputs, or float16 where float32 "
             "is needed (fn decides in what it computes)",
         )
-    if not parts[2].max(initial=0):
+    if not max(parts[2].max(initial=0) for parts in sums):
         raise CalibrationError(
             "no position of the calibration data counts",
             path=path,

@@ -13,7 +13,7 @@ from flaxslim import _tree
 from flaxslim._errors import CalibrationWarning
 from flaxslim._spec import Site
 from flaxslim.posttraining import _allocate, _fisher
-from flaxslim.posttraining._calibration import Calibration
+from flaxslim.posttraining._calibration import Calibration, Seen
 from flaxslim.posttraining._gradient import Objective, gradient_rows
 from flaxslim.posttraining._method import Method
 from flaxslim.posttraining._rank import (
@@ -33,6 +33,7 @@ from flaxslim.training._channels import together
 Told = Callable[[str, int, int], None]
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 _RIDGE = 1e-2
+_ENOUGH = 128  # outputs, to tell which of four ridges is best
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -48,7 +49,7 @@ class Engine:
     told: Told
     low_memory: bool
     positions: int = 0
-    kept_moments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seen: Seen | None = None  # in the first pass, where that is not all that is read
     alive: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     gradients: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     biases: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -86,7 +87,7 @@ class Engine:
                     seed=self.seed,
                 )
             if not self.low_memory and not self.method.sequential:
-                self.kept_moments = {site.second.path: self._of(seen, site) for site in part}
+                self.seen = seen
         self.told("ranking", len(sites), len(sites))
         return found
 
@@ -180,7 +181,7 @@ class Engine:
             told=lambda done: self.told("gradients", done, count),
         )
 
-    def _moments(self, sites: Sequence[Site], params: Any, dense: Any) -> Any:
+    def _moments(self, sites: Sequence[Site], params: Any, dense: Any) -> Seen:
         count = len(self.calibration.batches)
         return self.calibration.moments(
             sites, params, dense, told=lambda done: self.told("calibration", done, count)
@@ -190,8 +191,8 @@ class Engine:
 
     def _seen(self, site: Site, tree: Any) -> tuple[Any, Any, Any]:
         """The moments of a site: (of most, of those held out, of all)."""
-        if (own := self.kept_moments.pop(site.second.path, None)) is not None:
-            return own
+        if self.seen is not None:
+            return self._of(self.seen.pop(site.second.path), site)
         sequential = self.method.sequential and tree is not self.dense
         return self._of(
             self._moments([site], tree, self.dense)
@@ -200,14 +201,14 @@ class Engine:
             site,
         )
 
-    def _of(self, seen: Any, site: Site) -> tuple[Any, Any, Any]:
+    def _of(self, seen: Seen, site: Site) -> tuple[Any, Any, Any]:
         """The moments of a site: of most batches, of those held out, and those to refit by.
 
         What is tuned afterwards must not know what is held out, or it seems to become worse.
         """
         path = site.second.path
-        every = seen.fit if self.method.tune is not None else seen.all
-        return seen.fit[path], seen.held[path], every[path]
+        every = seen.fit[path] if self.method.tune is not None else seen.all(path)
+        return seen.fit[path], seen.held[path], every
 
     def _anew(self, site: Site, seen: Any, before: Ranking) -> Ranking:
         """The ranking by what the site reads now, from the second layer that fits that best."""
@@ -261,10 +262,11 @@ class Engine:
     def _ridge(
         self, site: Site, fit: Moments, held: Moments, w: np.ndarray, inner: np.ndarray
     ) -> float:
-        """The ridge that is best on what is held out."""
+        """The ridge that is best on what is held out, at some of the outputs if there are many."""
         if held is fit:
             return _RIDGE
         own, other = _centred(site, fit), _centred(site, held)
+        w = w[:, :: max(1, w.shape[1] // _ENOUGH)]
         errors = [error(other, w, refit(own, w, inner, ridge=ridge)) for ridge in _RIDGES]
         return _RIDGES[int(np.argmin(errors))]
 

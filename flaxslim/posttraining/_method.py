@@ -63,3 +63,13 @@ PRESETS: Mapping[str, Method] = {
     "fisher": Method(score="fisher_mask", compensation="scale", sequential=True),
     "best": Method(tune=Tune()),
 }
+
+# What the literature compares with: "ls" is a refit by least squares with one ridge.
+REFERENCES: Mapping[str, Method] = {
+    "random": Method(score="random", compensation="none"),
+    "magnitude": Method(score="magnitude_product", compensation="none"),
+    "wanda": Method(score="wanda", compensation="none"),
+    "magnitude+ls": Method(score="magnitude_product", ridge=1e-2),
+    "wanda+ls": Method(score="wanda", ridge=1e-2),
+    "obs": Method(ridge=1e-2),
+}

@@ -31,7 +31,7 @@ from flaxslim.posttraining._function import function_of
 from flaxslim.posttraining._gradient import Objective
 from flaxslim.posttraining._kept import Kept
 from flaxslim.posttraining._latency import default_cache
-from flaxslim.posttraining._method import PRESETS, Method
+from flaxslim.posttraining._method import PRESETS, REFERENCES, Method
 from flaxslim.posttraining._rank import GRADIENTS, alive_of, takes_gradients
 from flaxslim.posttraining._report import Report, Row
 from flaxslim.posttraining._tune import tune
@@ -74,7 +74,8 @@ def prune(
       keep: the share of the channels that stays at each site, above 0 and up to 1; by axis
         `{"f": 0.7, "h": 0.75}`.
       budget: or what all of the model may cost (`flaxslim.Budget`).
-      preset: "fast", "balanced", "best", "fisher", or a `flaxslim.Method`.
+      preset: "fast", "balanced", "best", "fisher", or a `flaxslim.Method`; also "random",
+        "magnitude", "wanda", "magnitude+ls", "wanda+ls", "obs", to compare with.
       mask: which positions of a batch count, `mask(batch) -> (b, t)`; by default its
         attention_mask, if it has one.
       loss: what tuning makes small: `loss(dense outputs, outputs, batch) -> scalar`; by default
@@ -132,18 +133,19 @@ def prune(
 
 
 def method_of(preset: str | Method) -> Method:
-    """A preset by its name; raises `CalibrationError`."""
+    """A preset, or a method that is compared with, by its name; raises `CalibrationError`."""
     if isinstance(preset, Method):
         return preset
-    if not isinstance(preset, str) or preset not in PRESETS:
+    known = {**PRESETS, **REFERENCES}
+    if not isinstance(preset, str) or preset not in known:
         raise CalibrationError(
             "there is no such preset",
             seen=repr(preset),
-            expected=", ".join(PRESETS),
-            near=nearest(str(preset), PRESETS),
+            expected=", ".join(known),
+            near=nearest(str(preset), known),
             mend="name one of these, or pass a flaxslim.Method",
         )
-    return PRESETS[preset]
+    return known[preset]
 
 
 def zero(

@@ -70,6 +70,23 @@ class Moments:
     y: np.ndarray | None = None
     yy: np.ndarray | None = None
 
+    def joined(self, other: "Moments") -> "Moments":
+        """Of the samples of both."""
+        total = self.count + other.count
+        a, b = self.count / max(total, 1), other.count / max(total, 1)
+
+        def mean(x: Any, y: Any) -> Any:
+            return None if x is None else a * x + b * y
+
+        return Moments(
+            xx=mean(self.xx, other.xx),
+            x=mean(self.x, other.x),
+            count=total,
+            xy=mean(self.xy, other.xy),
+            y=mean(self.y, other.y),
+            yy=mean(self.yy, other.yy),
+        )
+
     def centred(self) -> "Moments":
         """About the means, which a bias takes up.
 

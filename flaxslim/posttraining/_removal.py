@@ -13,12 +13,15 @@ columns, which are gathered and applied a block at a time: the work is in matrix
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from scipy import linalg
 
 from flaxslim._errors import CalibrationError
 
+_potri: Any = linalg.get_lapack_funcs("potri", dtype=np.float64)
+_gemm: Any = linalg.get_blas_funcs("gemm", dtype=np.float64)
 _BLOCK = 64
 _DEAD = 0.15  # of the rows may be of units that are gone, before the matrices are made smaller
 
@@ -51,7 +54,7 @@ def inverse(matrix: np.ndarray, path: str | None = None) -> np.ndarray:
         if not np.isfinite(matrix).all():
             raise linalg.LinAlgError("not finite")
         factor = linalg.cholesky(matrix, check_finite=False)
-        found, failed = linalg.lapack.dpotri(factor, overwrite_c=True)
+        found, failed = _potri(factor, overwrite_c=True)
         if failed:
             raise linalg.LinAlgError(f"row {failed} is zero")
         found = np.triu(found)  # dpotri gives one triangle
@@ -124,7 +127,7 @@ def _singles(p: np.ndarray, s: np.ndarray) -> Order:
 
 def _subtract(x: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
     """x -= a^T b in place, for a symmetric x: without a matrix of its size beside it."""
-    linalg.blas.dgemm(-1.0, a.T, b.T, beta=1.0, c=x.T, trans_b=True, overwrite_c=True)
+    _gemm(-1.0, a.T, b.T, beta=1.0, c=x.T, trans_b=True, overwrite_c=True)
 
 
 def _blocks(p: np.ndarray, w: np.ndarray, units: np.ndarray) -> Order:
