@@ -10,8 +10,8 @@ Wanda: norm of the second row times RMS; "+ls": second layer refitted by ridge l
 greedy by exact error, refitted; ridge 1e-2). The presets choose what they choose, ridges and when
 to stop, on calibration data that they hold out; the evaluation data are read for the table alone.
 
-With `--heads` a quarter and half of the attention heads go, and FFN channels together with heads
-at as many parameters as FFN channels alone.
+With `--heads` a quarter and half of the attention heads go; then at one number of parameters a
+quarter of FFN channels and heads, FFN channels alone, and what a budget chooses of both.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from accuracy_tasks import TASKS
 from rich.console import Console
 from rich.table import Table
 
-from flaxslim import Method
+from flaxslim import Budget, Method
 from flaxslim.posttraining._method import PRESETS, REFERENCES
 from flaxslim.posttraining._prune import zero
 
@@ -44,8 +44,8 @@ def measured(
         spec,
         fn=task.fn,
         batches=task.calibration(seed, more=more),
-        keep=keep,
-        budget=None,
+        keep=None if isinstance(keep, Budget) else keep,
+        budget=keep if isinstance(keep, Budget) else None,
         method=method,
         width="per_layer",
         multiple_of=1,
@@ -81,11 +81,14 @@ def main() -> None:
     }
     if args.heads:
         wishes = {f"{ratio:.0%} of heads": ("heads", {"h": 1 - ratio}) for ratio in (0.25, 0.5)}
-        wishes["25% of both"] = ("all", {"f": 0.75, "h": 0.75})
-        wishes["FFN, as many"] = ("ffn", None)
     for name in args.task or TASKS:
         task = TASKS[name]()
         task.params = jax.tree.map(jnp.asarray, task.params)
+        if args.heads:
+            share, budget = task.as_many_as(0.75)
+            wishes["25% of both"] = ("all", {"f": 0.75, "h": 0.75})
+            wishes["FFN, as many"] = ("ffn", {"f": share})
+            wishes["both, by budget"] = ("all", budget)
         table = Table(title=f"{name}: {' / '.join(task.figures)}", title_justify="left")
         for column in ("method", *wishes, "s"):
             table.add_column(column, justify="left" if column == "method" else "right")
@@ -97,7 +100,7 @@ def main() -> None:
                     measured(
                         task,
                         METHODS[method],
-                        keep or task.as_many_as(0.75),
+                        keep,
                         spec=spec,
                         seed=seed,
                         more=args.more,

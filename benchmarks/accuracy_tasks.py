@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from flaxslim import Budget
 from flaxslim.cli._evaluate import of_like_lengths
 
 DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -27,8 +28,8 @@ class Task:
     params: Any
     cfg: Any
 
-    def as_many_as(self, share: float) -> dict[str, float]:
-        """The share of FFN channels that leaves as many parameters as this share of both."""
+    def as_many_as(self, share: float) -> tuple[float, Budget]:
+        """The share of FFN channels, and the budget, that leave as much as this share of both."""
         from flaxslim.posttraining._allocate import parameters_of
         from flaxslim.posttraining._rank import count_of
         from flaxslim.specs import spec_for
@@ -40,7 +41,9 @@ class Task:
             )
             for part in ("ffn", "all")
         }
-        return {"f": 1 - (1 - share) * size["all"] / size["ffn"]}
+        gone = (1 - share) * size["all"]
+        whole = sum(x.size for x in jax.tree.leaves(self.params))
+        return 1 - gone / size["ffn"], Budget(params=round(whole - gone))
 
 
 class Stories(Task):
