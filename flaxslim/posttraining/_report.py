@@ -62,9 +62,10 @@ class Report:
         for row in self.rows:
             share = row.after / max(row.before, 1)
             bar = ("█" * round(20 * share)).ljust(20, "·")
+            told = "" if row.predicted is None else f", predicted {row.predicted:.4f}"
             lines.append(
                 f"{row.path:<{wide}}  {bar}  {row.after:>6,} of {row.before:>6,} {row.unit}  "
-                f"error {row.measured:.4f}"
+                f"error {row.measured:.4f}{told}"
             )
         lines.append(f"outputs on what was held out: {self.output_error:.4f} from the dense ones")
         if self.tuned:

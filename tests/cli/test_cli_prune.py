@@ -68,8 +68,11 @@ def _prune_command(folder: Path, out: Path, texts: Path, *more: Any) -> list[Any
 def test_a_folder_comes_out_that_the_stock_class_loads(run, folder, texts, tmp_path):
     from transformers import FlaxBertForMaskedLM
 
-    result = run(*_prune_command(folder, tmp_path / "out", texts, "--keep", 0.5))
+    pytest.importorskip("matplotlib")
+    more = ["--keep", 0.5, "--plot", tmp_path / "widths.png"]
+    result = run(*_prune_command(folder, tmp_path / "out", texts, *more))
     assert result.code == 0, result.err
+    assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
     assert "of     72 channels" in result.out
     assert "parameters" in result.out
     model: Any = FlaxBertForMaskedLM.from_pretrained(tmp_path / "out")
@@ -104,13 +107,13 @@ def test_a_metric_of_ones_own(run, folder, texts, tmp_path, monkeypatch):
 def test_sweep(run, folder, texts, tmp_path):
     pytest.importorskip("matplotlib")
     result = run(
-        "sweep", *_common(folder, texts), "--keep", "0.75,0.5", "--presets", "fast,balanced",
+        "sweep", *_common(folder, texts), "--keep", "0.75,0.5", "--presets", "magnitude,balanced",
         "--csv", tmp_path / "s.csv", "--plot", tmp_path / "s.png",
     )  # fmt: skip
     assert result.code == 0, result.err
     with (tmp_path / "s.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["preset"] for row in rows] == ["dense", "fast", "fast", "balanced", "balanced"]
+    assert [row["preset"] for row in rows] == ["dense", *["magnitude"] * 2, *["balanced"] * 2]
     errors = [float(row["error"]) for row in rows]
     assert errors[0] == 0 < errors[1] < errors[2]
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
@@ -203,6 +206,8 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "a speed of nonsense": (["--target", "fast"], "1.5x"),
     "too small": (["--max-params", "1k"], "cheapest"),
     "metric": (["--keep", 0.5, "--evaluate", "perplexty"], "perplexity"),
+    "a picture of no kind": (["--keep", 0.5, "--plot", "widths.gif"], ".png, .svg or .pdf"),
+    "a picture nowhere": (["--keep", 0.5, "--plot", "nowhere/w.png"], "no such folder"),
     "metric without data": (["--keep", 0.5, "--evaluate", "stsb"], "--evaluation FILE"),
 }
 
