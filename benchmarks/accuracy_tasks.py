@@ -92,8 +92,8 @@ class Stories(Task):
             ids = np.stack(rows).astype(np.int32)
             mask = np.ones_like(ids)
         return [
-            {"input_ids": ids[i : i + 16], "attention_mask": mask[i : i + 16]}
-            for i in range(0, len(ids) - len(ids) % 16 or len(ids), 16)
+            {"input_ids": ids[i : i + 4], "attention_mask": mask[i : i + 4]}
+            for i in range(0, len(ids) - len(ids) % 4, 4)
         ]
 
     def _all_windows(self, rng: Any) -> tuple[np.ndarray, np.ndarray]:

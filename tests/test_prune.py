@@ -27,7 +27,7 @@ from flaxslim.posttraining._calibration import Calibration
 from flaxslim.posttraining._method import PRESETS
 from flaxslim.specs import spec_for
 
-QUICK = Tune(steps=20, every=10, batch_size=8)
+QUICK = Tune(steps=20, every=10)
 METHODS = {**PRESETS, "best": dataclasses.replace(PRESETS["best"], tune=QUICK)}
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flaxslim._errors import RecipeError, nearest
@@ -55,9 +56,9 @@ def _placed(name: str, value: Any, book: Book) -> Any:
     """Paths are relative to the recipe; those of files must be there."""
     if not isinstance(value, str):
         return value
-    path = book.base((name,)) / value
+    path = book.base((name,)) / Path(value).expanduser()
     if name == "source":
-        local = path.is_dir() or value.startswith((".", "/"))
+        local = path.is_dir() or value.startswith((".", "/", "~"))
         if local and not path.is_dir():
             book.missing.append(_missing(book, name, path))
         return path if local else value
@@ -66,7 +67,7 @@ def _placed(name: str, value: Any, book: Book) -> Any:
     return path if name in (*_FILES, "out") else value
 
 
-def _missing(book: Book, name: str, path: Any) -> RecipeError:
+def _missing(book: Book, name: str, path: Path) -> RecipeError:
     return book.mistake((name,), "this is not there", seen=str(path), near=beside(path))
 
 

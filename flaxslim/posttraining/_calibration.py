@@ -192,7 +192,8 @@ class Calibration:
         for batch in self.batches:
             programs[str(_shapes(batch))] = self.traced(batch).program
         masks = [self.mask(batch) for batch in self.batches] if self.mask is not None else []
-        return digest(programs, params, self.batches, masks, str(_wide()))
+        where = f"{_wide()} {jax.default_backend()} {jax.__version__}"
+        return digest(programs, params, self.batches, masks, where)
 
     def _sum(self, sites: Sequence[Site], params: Any, dense: Any, batch: Any) -> Any:
         key = (_shapes(batch), tuple(site.second.path for site in sites), dense is None)

@@ -43,7 +43,7 @@ class Kept:
                     own = sums.setdefault(held == "held", {})
                     own.setdefault(path, []).append(file.get_tensor(name))
                 return int(file.metadata()["batches"]), sums
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # no such file, or none
             return 0, {}
 
     def save(self, key: str, done: int, sums: Sums) -> None:

@@ -28,7 +28,7 @@ _RATE = 0.1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tune:
-    """How long and how hard.
+    """How long and how hard. A step takes as many samples as a batch of the calibration data.
 
     Attributes:
       steps: of Adam, at most.
@@ -38,7 +38,6 @@ class Tune:
       noise: the share of tokens that is replaced by others of the calibration data, anew in each
         step. The dense model says what is right for any text, so that this makes more of them.
       hidden: the weight of what the layers read, against that of the outputs.
-      batch_size: samples in a step.
       every: steps between two looks at what is held out.
       patience: looks without progress until it stops.
     """
@@ -47,17 +46,15 @@ class Tune:
     learning_rate: float | None = None
     noise: float = 0.2
     hidden: float = 1.0
-    batch_size: int = 16
     every: int = 50
     patience: int = 4
 
     def __post_init__(self) -> None:
-        counts = (self.steps, self.batch_size, self.every, self.patience)
+        counts = (self.steps, self.every, self.patience)
         if not all(type(x) is int and x > 0 for x in counts) or self.steps < 2:
             raise CalibrationError(
-                "tuning goes on for whole numbers of steps and samples",
-                seen=f"steps={self.steps}, batch_size={self.batch_size}, every={self.every}, "
-                f"patience={self.patience}",
+                "tuning goes on for whole numbers of steps",
+                seen=f"steps={self.steps}, every={self.every}, patience={self.patience}",
                 expected="1 or more of each, and two steps",
             )
         rate = 1.0 if self.learning_rate is None else self.learning_rate
@@ -184,12 +181,12 @@ def _batches(fit: Sequence[Any], how: Tune, rng: np.random.Generator) -> Iterato
         jax.tree.map(lambda *xs: np.concatenate([np.asarray(x) for x in xs]), *own)
         for own in groups.values()
     ]
+    largest = [max(len(jax.tree.leaves(batch)[0]) for batch in own) for own in groups.values()]
     sizes = np.array([len(jax.tree.leaves(pool)[0]) for pool in pools])
     replace = _replacing(pools, how.noise)
     while True:
-        pool = pools[rng.choice(len(pools), p=sizes / sizes.sum())]
-        count = len(jax.tree.leaves(pool)[0])
-        rows = rng.permutation(count)[: min(how.batch_size, count)]
+        number = rng.choice(len(pools), p=sizes / sizes.sum())
+        pool, rows = pools[number], rng.permutation(sizes[number])[: largest[number]]
         yield replace(jax.tree.map(lambda x, rows=rows: x[rows], pool), rng)
 
 
