@@ -161,7 +161,7 @@ def test_in_sequence_a_site_answers_for_what_it_reads_in_the_pruned_network():
         fn=net.fn,
         batches=data,
         keep=0.5,
-        preset=Method(sequential=True, ridge=1e-2),
+        preset=Method(sequential="outputs", ridge=1e-2),
         report=reports.append,
     )
 

@@ -150,14 +150,16 @@ class Calibration:
         params: Any,
         dense: Any = None,
         *,
+        keep: bool = False,
         told: Callable[[int], None] = lambda done: None,
     ) -> Seen:
         """What the second layers of some sites read with `params`.
 
         And where `dense` is given, how that goes along with what they read with those.
+        `keep` says that `params` are those of the dense model, by which statistics are kept;
         `told` is called after each batch with their number.
         """
-        sums = self._summed(sites, params, dense, told)
+        sums = self._summed(sites, params, dense, self.kept if keep else None, told)
         for path in sums[False]:
             _check(path, [own[path] for own in sums.values()])
         if len(sites) == 1:
@@ -166,10 +168,14 @@ class Calibration:
         return Seen(fit=fit, held=_by_row(sums[True]) if True in sums else fit)
 
     def _summed(
-        self, sites: Sequence[Site], params: Any, dense: Any, told: Callable[[int], None]
+        self,
+        sites: Sequence[Site],
+        params: Any,
+        dense: Any,
+        kept: Kept | None,
+        told: Callable[[int], None],
     ) -> Sums:
         """The sums of all batches, from where a run that was stopped came to."""
-        kept = self.kept if dense is None else None  # what is pruned already differs by the run
         key = "" if kept is None else digest(self._digest, [site.second.path for site in sites])
         start, sums = (0, {}) if kept is None else kept.load(key)
         done, whole = start, True

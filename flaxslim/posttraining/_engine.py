@@ -33,12 +33,17 @@ from flaxslim.training._channels import together
 Told = Callable[[str, int, int], None]
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 _RIDGE = 1e-2
+_STAGES = 4  # of a sequential refit: each is a pass over the data
 _ENOUGH = 128  # outputs, to tell which of four ridges is best
 
 
 @dataclasses.dataclass(kw_only=True)
 class Engine:
-    """The two passes over the sites: what would be lost, and then what is done."""
+    """The two passes over the sites: what would be lost, and then what is done.
+
+    Where each site is ranked by what it reads in the network as it is pruned by then, and no width
+    depends on what the others lose, there is only the second.
+    """
 
     calibration: Calibration
     method: Method
@@ -59,6 +64,11 @@ class Engine:
         """Of the order, and of the refit where none is chosen."""
         return _RIDGE if self.method.ridge is None else self.method.ridge
 
+    def in_turn(self, sites: Sequence[Site]) -> bool:
+        """Whether each site is ranked when its turn comes."""
+        apart = all(site.tied is None for site in sites)
+        return self.method.sequential != "no" and apart and not takes_gradients(self.method.score)
+
     def rankings(self, sites: Sequence[Site]) -> dict[str, Ranking]:
         """Of each site, by what it reads in the dense model."""
         by_masks = self.method.score == "fisher_mask"
@@ -71,22 +81,12 @@ class Engine:
         found: dict[str, Ranking] = {}
         rows = self._gradient_rows(sites)
         for part in [[site] for site in sites] if self.low_memory else [list(sites)]:
-            seen = self._moments(part, self.dense, None)
+            seen = self._moments(part, self.dense)
             for site in part:
-                path = site.second.path
                 self.told("ranking", len(found), len(sites))
                 moments = self._of(seen, site)[2]
-                self._warn_of_few(site, moments)
-                found[path] = rank(
-                    site,
-                    moments,
-                    self.leaves,
-                    score=self.method.score,
-                    ridge=self.ridge,
-                    rows=rows.get(path),
-                    seed=self.seed,
-                )
-            if not self.low_memory and not self.method.sequential:
+                found[site.second.path] = self._rank(site, moments, rows.get(site.second.path))
+            if not self.low_memory and self.method.sequential == "no":
                 self.seen = seen
         self.told("ranking", len(sites), len(sites))
         return found
@@ -99,10 +99,8 @@ class Engine:
         width: str,
         multiple_of: int | Mapping[str, int],
     ) -> dict[str, int]:
-        """How many units each site keeps, by a share of all."""
+        """How many units each site keeps, by a share of the parameters of all."""
         sites = [ranking.site for ranking in rankings.values()]
-        if self.method.allocation == "site":
-            return _allocate.by_share(sites, shares, multiple_of=multiple_of)
         each = {site.second.path: _allocate.parameters_of(site) for site in sites}
         counts, _ = _allocate.by_budget(
             rankings,
@@ -120,32 +118,33 @@ class Engine:
     ) -> tuple[Any, dict[str, Row]]:
         """The dense shapes with zeros, and what that does at each site, by path."""
         tree, rows = self.dense, {}
-        for number, site in enumerate(sites):
-            path = site.second.path
-            self.told("refitting", number, len(sites))
-            ranking, count = rankings[path], counts[path]
-            seen = self._seen(site, tree)
-            if self.method.sequential and self.method.score == "obs" and site.tied is None:
-                ranking = self._anew(site, seen, ranking)
-            if path in self.gradients and site.tied is None:
-                ranking = _fisher.rearranged(ranking, self.gradients[path], count)
-            kept = ranking.kept(count)
-            self.positions = max(self.positions, *(m.count for m in seen[2]))
-            new, measured, ridge = self._compensated(site, seen, kept)
-            tree = _tree.replace(tree, new)
-            self.alive[path] = alive_of(site, kept)
-            gone = count_of(site) - count
-            rows[path] = Row(
-                path=path,
-                unit=site.pair.unit,
-                before=site.size * site.rows,
-                after=int(self.alive[path].sum()),
-                predicted=None
-                if path in self.gradients
-                else float(ranking.errors[gone] / max(ranking.energy, 1e-30)),
-                measured=measured,
-                ridge=ridge,
-            )
+        anew = self.in_turn(sites)
+        for stage in self._stages(sites):
+            seen = self._moments(stage, tree) if self.seen is None else self.seen
+            for site in stage:
+                path = site.second.path
+                self.told("refitting", len(rows), len(sites))
+                own = self._of(seen.pop(path), site)
+                ranking = self._rank(site, own[2]) if anew else rankings[path]
+                if path in self.gradients and site.tied is None:
+                    ranking = _fisher.rearranged(ranking, self.gradients[path], counts[path])
+                kept = ranking.kept(counts[path])
+                self.positions = max(self.positions, *(m.count for m in own[2]))
+                new, measured, ridge = self._compensated(site, own, kept)
+                tree = _tree.replace(tree, new)
+                self.alive[path] = alive_of(site, kept)
+                gone = count_of(site) - counts[path]
+                rows[path] = Row(
+                    path=path,
+                    unit=site.pair.unit,
+                    before=site.size * site.rows,
+                    after=int(self.alive[path].sum()),
+                    predicted=None
+                    if path in self.gradients
+                    else float(ranking.errors[gone] / max(ranking.energy, 1e-30)),
+                    measured=measured,
+                    ridge=ridge,
+                )
         self.told("refitting", len(sites), len(sites))
         return tree, rows
 
@@ -181,25 +180,56 @@ class Engine:
             told=lambda done: self.told("gradients", done, count),
         )
 
-    def _moments(self, sites: Sequence[Site], params: Any, dense: Any) -> Seen:
+    def _moments(self, sites: Sequence[Site], tree: Any) -> Seen:
+        """What the sites read in the network as it is by now."""
         count = len(self.calibration.batches)
+        begun = tree is not self.dense
         return self.calibration.moments(
-            sites, params, dense, told=lambda done: self.told("calibration", done, count)
+            sites,
+            tree,
+            self.dense if begun and self.method.sequential == "outputs" else None,
+            keep=not begun,
+            told=lambda done: self.told("calibration", done, count),
+        )
+
+    def _rank(
+        self, site: Site, moments: Sequence[Moments], rows: np.ndarray | None = None
+    ) -> Ranking:
+        """The ranking of a site by what it reads.
+
+        Where the refit aims at what the dense model puts out, the greedy order starts from the
+        second layer that comes nearest to it.
+        """
+        self._warn_of_few(site, moments)
+        start = None
+        if self.method.score == "obs" and moments[0].xy is not None:
+            old = read_matrix(site, self.leaves)
+            whole = np.arange(old.shape[1])
+            start = [
+                refit(_centred(site, m), w, whole, ridge=self.ridge)
+                for m, w in zip(moments, old, strict=True)
+            ]
+        return rank(
+            site,
+            moments,
+            self.leaves,
+            score=self.method.score,
+            ridge=self.ridge,
+            rows=rows,
+            refitted=start,
+            seed=self.seed,
         )
 
     # --- in the second ------------------------------------------------------------------------
 
-    def _seen(self, site: Site, tree: Any) -> tuple[Any, Any, Any]:
-        """The moments of a site: (of most, of those held out, of all)."""
-        if self.seen is not None:
-            return self._of(self.seen.pop(site.second.path), site)
-        sequential = self.method.sequential and tree is not self.dense
-        return self._of(
-            self._moments([site], tree, self.dense)
-            if sequential
-            else self._moments([site], self.dense, None),
-            site,
-        )
+    def _stages(self, sites: Sequence[Site]) -> list[Sequence[Site]]:
+        """The sites that are looked at together, in the order of the network."""
+        size = len(sites)
+        if self.low_memory or self.method.sequential == "outputs":
+            size = 1
+        elif self.method.sequential == "weights":
+            size = -(-size // _STAGES)
+        return [sites[i : i + size] for i in range(0, len(sites), size)]
 
     def _of(self, seen: Seen, site: Site) -> tuple[Any, Any, Any]:
         """The moments of a site: of most batches, of those held out, and those to refit by.
@@ -209,17 +239,6 @@ class Engine:
         path = site.second.path
         every = seen.fit[path] if self.method.tune is not None else seen.all(path)
         return seen.fit[path], seen.held[path], every
-
-    def _anew(self, site: Site, seen: Any, before: Ranking) -> Ranking:
-        """The ranking by what the site reads now, from the second layer that fits that best."""
-        old = read_matrix(site, self.leaves)
-        whole = np.arange(old.shape[1])
-        start = [
-            refit(_centred(site, m), w, whole, ridge=self.ridge)
-            for m, w in zip(seen[2], old, strict=True)
-        ]
-        found = rank(site, seen[2], self.leaves, ridge=self.ridge, refitted=start)
-        return dataclasses.replace(found, errors=before.errors, energy=before.energy)
 
     def _compensated(
         self, site: Site, seen: Any, kept: Sequence[np.ndarray]

@@ -10,6 +10,7 @@ from flaxslim.training._score import ScoreFn
 
 COMPENSATIONS = ("none", "mean", "scale", "refit")
 ALLOCATIONS = ("site", "global")
+SEQUENCES = ("no", "weights", "outputs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,9 +26,11 @@ class Method:
       allocation: what `keep=` is a share of: "site", of the channels of each, or "global", of the
         parameters of all prunable channels, which go where they are missed the least. That asks
         for `width="per_layer"`. (A budget always chooses by what is missed.)
-      sequential: each site is refitted to the outputs of the dense model on what it reads in the
-        network that is pruned already, so that errors do not pile up. A pass over the data for
-        each site.
+      sequential: "no": all sites are ranked and refitted on what they read in the dense model.
+        Otherwise on what they read in the network as it is pruned by then, so that errors do not
+        pile up: "weights", a few sites at a time, to what the dense second layer would make of
+        that, as in SparseGPT (arXiv 2301.00774); "outputs", site by site, to what the dense model
+        puts out there. A pass over the data for each of them.
       ridge: of the refit, relative to the mean square of a channel; None: the best of four on
         batches that are held out.
       tune: a distillation of what is left; None for none.
@@ -38,13 +41,18 @@ class Method:
     score: str | ScoreFn = "obs"
     compensation: str = "refit"
     allocation: str = "site"
-    sequential: bool = False
+    sequential: str = "no"
     ridge: float | None = None
     tune: Tune | None = None
 
     def __post_init__(self) -> None:
         check_score(self.score)
-        for name, known in (("compensation", COMPENSATIONS), ("allocation", ALLOCATIONS)):
+        choices = {
+            "compensation": COMPENSATIONS,
+            "allocation": ALLOCATIONS,
+            "sequential": SEQUENCES,
+        }
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise CalibrationError(
                     f"there is no such {name}", seen=repr(value), expected=", ".join(known)
@@ -59,8 +67,8 @@ class Method:
 
 PRESETS: Mapping[str, Method] = {
     "fast": Method(score="wanda"),
-    "balanced": Method(),
-    "fisher": Method(score="fisher_mask", compensation="scale", sequential=True),
+    "balanced": Method(sequential="weights"),
+    "fisher": Method(score="fisher_mask", compensation="scale", sequential="outputs"),
     "best": Method(tune=Tune()),
 }
 

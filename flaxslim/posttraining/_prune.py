@@ -211,9 +211,13 @@ def zero(
         told=told,
         low_memory=low_memory,
     )
-    rankings = engine.rankings(ordered)
     cost: Mapping[str, float] = {}
-    if shares is not None:
+    rankings = {}
+    if shares is None or method.allocation == "global" or not engine.in_turn(ordered):
+        rankings = engine.rankings(ordered)
+    if shares is not None and method.allocation == "site":
+        counts = first
+    elif shares is not None:
         counts = engine.shared(rankings, shares, width=width, multiple_of=multiple_of)
     else:
         assert budget is not None

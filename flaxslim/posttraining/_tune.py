@@ -38,8 +38,8 @@ class Tune:
       noise: the share of tokens that is replaced by others of the calibration data, anew in each
         step. The dense model says what is right for any text, so that this makes more of them.
       hidden: the weight of what the layers read, against that of the outputs.
-      every: steps between two looks at what is held out.
-      patience: looks without progress until it stops.
+      every: steps between two looks at what is held out. The parameters of the best look are kept;
+        while the rate is high they may be worse than at the start for long.
     """
 
     steps: int = 1000
@@ -47,14 +47,13 @@ class Tune:
     noise: float = 0.2
     hidden: float = 1.0
     every: int = 50
-    patience: int = 4
 
     def __post_init__(self) -> None:
-        counts = (self.steps, self.every, self.patience)
+        counts = (self.steps, self.every)
         if not all(type(x) is int and x > 0 for x in counts) or self.steps < 2:
             raise CalibrationError(
                 "tuning goes on for whole numbers of steps",
-                seen=f"steps={self.steps}, every={self.every}, patience={self.patience}",
+                seen=f"steps={self.steps}, every={self.every}",
                 expected="1 or more of each, and two steps",
             )
         rate = 1.0 if self.learning_rate is None else self.learning_rate
@@ -131,7 +130,7 @@ def tune(
             now = held_out(own)
             if now < best:
                 best, best_own, best_step = now, own, number
-            elif number - best_step >= how.every * how.patience or not math.isfinite(now):
+            elif not math.isfinite(now):
                 break
         told(number)
     if not best_step:
