@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -120,11 +120,10 @@ class Engine:
         tree, rows = self.dense, {}
         anew = self.in_turn(sites)
         for stage in self._stages(sites):
-            seen = self._moments(stage, tree) if self.seen is None else self.seen
-            for site in stage:
+            for site, seen in self._read(stage, tree):
                 path = site.second.path
                 self.told("refitting", len(rows), len(sites))
-                own = self._of(seen.pop(path), site)
+                own = self._of(seen, site)
                 ranking = self._rank(site, own[2]) if anew else rankings[path]
                 if path in self.gradients and site.tied is None:
                     ranking = _fisher.rearranged(ranking, self.gradients[path], counts[path])
@@ -224,12 +223,15 @@ class Engine:
 
     def _stages(self, sites: Sequence[Site]) -> list[Sequence[Site]]:
         """The sites that are looked at together, in the order of the network."""
-        size = len(sites)
-        if self.low_memory or self.method.sequential == "outputs":
-            size = 1
-        elif self.method.sequential == "weights":
-            size = -(-size // _STAGES)
+        count = {"no": 1, "weights": _STAGES, "outputs": len(sites)}[self.method.sequential]
+        size = -(-len(sites) // count)
         return [sites[i : i + size] for i in range(0, len(sites), size)]
+
+    def _read(self, stage: Sequence[Site], tree: Any) -> Iterator[tuple[Site, Seen]]:
+        """What each site of a stage reads."""
+        for part in [[site] for site in stage] if self.low_memory else [stage]:
+            seen = self._moments(part, tree) if self.seen is None else self.seen
+            yield from ((site, seen.pop(site.second.path)) for site in part)
 
     def _of(self, seen: Seen, site: Site) -> tuple[Any, Any, Any]:
         """The moments of a site: of most batches, of those held out, and those to refit by.
