@@ -33,7 +33,7 @@ from flaxslim.training._channels import together
 Told = Callable[[str, int, int], None]
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 _RIDGE = 1e-2
-_STAGES = 4  # of a sequential refit: each is a pass over the data
+_STAGES = 3  # of a sequential refit: each is a pass over the data
 _ENOUGH = 128  # outputs, to tell which of four ridges is best
 
 

@@ -76,7 +76,11 @@ class Moments:
         a, b = self.count / max(total, 1), other.count / max(total, 1)
 
         def mean(x: Any, y: Any) -> Any:
-            return None if x is None else a * x + b * y
+            if x is None:
+                return None
+            found = b * y
+            found += a * x
+            return found
 
         return Moments(
             xx=mean(self.xx, other.xx),

@@ -58,7 +58,10 @@ def inverse(matrix: np.ndarray, path: str | None = None) -> np.ndarray:
         if failed:
             raise linalg.LinAlgError(f"row {failed} is zero")
         found = np.triu(found)  # dpotri gives one triangle
-        return found + np.triu(found, 1).T
+        diagonal = np.diag(found).copy()
+        found += found.T
+        found[np.diag_indices(len(found))] = diagonal
+        return found
     except linalg.LinAlgError as error:
         singular = error
     raise CalibrationError(
