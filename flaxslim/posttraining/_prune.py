@@ -34,7 +34,7 @@ from flaxslim.posttraining._latency import default_cache
 from flaxslim.posttraining._method import PRESETS, REFERENCES, Method
 from flaxslim.posttraining._rank import GRADIENTS, alive_of, takes_gradients
 from flaxslim.posttraining._report import Report, Row
-from flaxslim.posttraining._tune import tune
+from flaxslim.posttraining._tune import split, tune
 from flaxslim.specs import chosen
 
 _log = logging.getLogger("flaxslim")
@@ -253,7 +253,7 @@ def zero(
         rows=tuple(rows[site.second.path] for site in sites),
         samples=calibration.samples,
         positions=engine.positions,
-        output_error=distance.held_out(new, tree),
+        output_error=distance.mean(new, tree, split(calibration)[1] or calibration.batches),
         tuned=tuned,
         cost=cost,
         notes=tuple(_notes(rows.values())),
