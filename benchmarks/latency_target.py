@@ -79,7 +79,7 @@ def main() -> None:
                 ms, cost = proof.milliseconds, report.cost
                 measured = (ms.before or 0.0) / (ms.after or 1.0)
                 off.append(measured / speedup - 1)
-                table.add_row(
+                row = (
                     str(run),
                     f"{speedup:.2f}x",
                     f"{cost['dense'] / cost['predicted']:.2f}x",
@@ -88,6 +88,8 @@ def main() -> None:
                     *(left(report, unit) for unit in ("channels", "heads")),
                     f"{report.output_error:.3f}",
                 )
+                table.add_row(*row)
+                console.print(*row, style="dim")
     console.print(table)
     console.print(f"off by at most {max(np.abs(off)):.1%}")
 
