@@ -54,7 +54,7 @@ class Calibration:
         the first axis of their arrays counts the samples.
       mask: which positions of a batch count; by default its `attention_mask`, if it has one (the
         `decoder_attention_mask` where the lengths are those of the decoder).
-      kept: where the statistics of the dense model are kept, for a run that goes on after this one
+      kept: where the statistics are kept, for a run that goes on after this one
         was stopped.
 
     What is read is summed up in float32, float64 where JAX has it enabled, at the highest
@@ -94,6 +94,7 @@ class Calibration:
         )
         self._traced: dict[Any, Traced] = {}
         self._sums: dict[Any, Any] = {}
+        self._dense = params
         self._digest = "" if kept is None else self._digested(params)
 
     @property
@@ -150,16 +151,14 @@ class Calibration:
         params: Any,
         dense: Any = None,
         *,
-        keep: bool = False,
         told: Callable[[int], None] = lambda done: None,
     ) -> Seen:
         """What the second layers of some sites read with `params`.
 
         And where `dense` is given, how that goes along with what they read with those.
-        `keep` says that `params` are those of the dense model, by which statistics are kept;
         `told` is called after each batch with their number.
         """
-        sums = self._summed(sites, params, dense, self.kept if keep else None, told)
+        sums = self._summed(sites, params, dense, told)
         for path in sums[False]:
             _check(path, [own[path] for own in sums.values()])
         if len(sites) == 1:
@@ -172,11 +171,16 @@ class Calibration:
         sites: Sequence[Site],
         params: Any,
         dense: Any,
-        kept: Kept | None,
         told: Callable[[int], None],
     ) -> Sums:
         """The sums of all batches, from where a run that was stopped came to."""
-        key = "" if kept is None else digest(self._digest, [site.second.path for site in sites])
+        kept = self.kept if dense is None else None
+        pruned = {} if params is self._dense else params
+        key = (
+            ""
+            if kept is None
+            else digest(self._digest, [site.second.path for site in sites], pruned)
+        )
         start, sums = (0, {}) if kept is None else kept.load(key)
         done, whole = start, True
         told(done)

@@ -187,7 +187,6 @@ class Engine:
             sites,
             tree,
             self.dense if begun and self.method.sequential == "outputs" else None,
-            keep=not begun,
             told=lambda done: self.told("calibration", done, count),
         )
 

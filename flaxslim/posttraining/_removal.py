@@ -87,7 +87,8 @@ def removal_order(
     Takes about 2 m^3 operations for single channels and memory of five `(m, m)` matrices.
 
     >>> gram = np.array([[1.0, 0.99, 0.0], [0.99, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    >>> removal_order(gram, np.ones((3, 1)), np.arange(3), ridge=1e-6).units
+    >>> w = np.array([[1.0], [1.1], [1.0]])
+    >>> removal_order(gram, w, np.arange(3), ridge=1e-6).units
     array([0, 2, 1])
     """
     w, own = np.asarray(w, np.float64), ridged(np.asarray(gram, np.float64), ridge)

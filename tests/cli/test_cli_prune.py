@@ -128,7 +128,7 @@ def test_after_ctrl_c_the_same_command_goes_on(run, folder, texts, tmp_path, mon
 
     command = _prune_command(folder, tmp_path / "out", texts, "--keep", 0.5)
     with monkeypatch.context() as patch:
-        patch.setattr(_prune.Engine, "pruned", interrupt)
+        patch.setattr(_prune.Distance, "mean", interrupt)
         result = run(*command)
     assert result.code == INTERRUPTED
     assert "the same command goes on from there" in result.err.replace("\n", " ")
