@@ -1,6 +1,6 @@
 """Methods without training on two real models: the reference methods, and the presets below them.
 
-    python benchmarks/accuracy.py                                # all of it, about an hour
+    python benchmarks/accuracy.py                                # all of it: some hours
     python benchmarks/accuracy.py --task stories260K --more      # with all calibration stories
     python benchmarks/accuracy.py --methods obs best --ratios 0.5
 

@@ -114,17 +114,7 @@ def test_the_measured_error_is_that_of_the_output_of_the_layer(compensation):
     """Against the second layer computed by hand, of the site that runs first."""
     net = mlp(layers=1)
     data = batches(net)
-    reports: list[Any] = []
-    params, _ = prune(
-        net.params,
-        net.cfg,
-        net.spec,
-        fn=net.fn,
-        batches=data,
-        keep=0.5,
-        preset=Method(compensation=compensation, ridge=1e-2),
-        report=reports.append,
-    )
+    params, _, report = pruned(net, method=Method(compensation=compensation, ridge=1e-2))
     x = jnp.asarray(np.concatenate(data).reshape(-1, 6))
 
     def layer(p: Any) -> Any:
@@ -136,7 +126,7 @@ def test_the_measured_error_is_that_of_the_output_of_the_layer(compensation):
     energy = ((before - before.mean(0)) ** 2).sum()
     expected = ((after - before) ** 2).sum() / energy
     # In "none" the mean is part of the error, which the energy leaves out.
-    np.testing.assert_allclose(reports[0].rows[0].measured, expected, rtol=1e-3)
+    np.testing.assert_allclose(report.rows[0].measured, expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -154,17 +144,9 @@ def test_heads_go_with_their_group(method):
 @pytest.mark.parametrize("sequential", ["outputs", "weights"])
 def test_in_sequence_a_site_answers_for_what_it_reads_in_the_pruned_network(sequential):
     """The error of the last site is that of its output in networks that are run as a whole."""
-    net, data, reports = mlp(layers=2), batches(mlp()), []
-    params, _ = prune(
-        net.params,
-        net.cfg,
-        net.spec,
-        fn=net.fn,
-        batches=data,
-        keep=0.5,
-        preset=Method(sequential=sequential, ridge=1e-2),
-        report=reports.append,
-    )
+    net, data = mlp(layers=2), batches(mlp())
+    method = Method(sequential=sequential, ridge=1e-2)
+    params, _, report = pruned(net, method=method, batches=data)
 
     def last(*layers: Any) -> np.ndarray:
         x = jnp.asarray(np.concatenate(data).reshape(-1, 6))
@@ -178,7 +160,7 @@ def test_in_sequence_a_site_answers_for_what_it_reads_in_the_pruned_network(sequ
     aim = dense if sequential == "outputs" else [small[0], dense[1]]
     before, after = last(*aim), last(*small)
     expected = ((after - before) ** 2).sum() / ((before - before.mean(0)) ** 2).sum()
-    np.testing.assert_allclose(reports[0].rows[1].measured, expected, rtol=5e-3)
+    np.testing.assert_allclose(report.rows[1].measured, expected, rtol=5e-3)
 
 
 def test_nothing_is_lost_where_channels_are_copies():

@@ -172,6 +172,7 @@ def run(
         with messages.status("measuring the dense model"):
             scores["dense"] = measure(model.cls, *model.dense, model.checkpoint.folder)
     kept = Kept(target.with_name(f"{target.name}.statistics"))
+    earlier = kept.folder.exists()
     try:
         params, cfg, report = pruned(model, how, kept.folder, **wish)
     except KeyboardInterrupt:
@@ -180,7 +181,8 @@ def run(
             messages.print(text, markup=False, soft_wrap=True)
         raise
     except FlaxslimError:
-        kept.clear()
+        if not earlier:  # what a run that was stopped left is not lost by a wrong wish
+            kept.clear()
         raise
     console.print(str(report), markup=False, soft_wrap=True)
     with messages.status("measuring both models"):

@@ -54,8 +54,7 @@ class Calibration:
         the first axis of their arrays counts the samples.
       mask: which positions of a batch count; by default its `attention_mask`, if it has one (the
         `decoder_attention_mask` where the lengths are those of the decoder).
-      kept: where the statistics are kept, for a run that goes on after this one
-        was stopped.
+      kept: where the statistics are kept, for a run that goes on after this one was stopped.
 
     What is read is summed up in float32, float64 where JAX has it enabled, at the highest
     precision of products; the sums of batches are added in float64 on the host.
@@ -93,7 +92,6 @@ class Calibration:
             lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), params
         )
         self._traced: dict[Any, Traced] = {}
-        self._sums: dict[Any, Any] = {}
         self._dense = params
         self._digest = "" if kept is None else self._digested(params)
 
@@ -161,8 +159,6 @@ class Calibration:
         sums = self._summed(sites, params, dense, told)
         for path in sums[False]:
             _check(path, [own[path] for own in sums.values()])
-        if len(sites) == 1:
-            self._sums.clear()  # what was compiled for one site serves no other
         fit = _by_row(sums[False])
         return Seen(fit=fit, held=_by_row(sums[True]) if True in sums else fit)
 
@@ -183,10 +179,11 @@ class Calibration:
         )
         start, sums = (0, {}) if kept is None else kept.load(key)
         done, whole = start, True
+        programs: dict[Any, Any] = {}  # by the shapes of a batch; they serve no other pass
         told(done)
         try:
             for batch, held in list(zip(self.batches, self.held_out, strict=True))[start:]:
-                found = jax.device_get(self._sum(sites, params, dense, batch))
+                found = jax.device_get(self._sum(programs, sites, params, dense, batch))
                 whole = False
                 _add(sums.setdefault(held, {}), found)
                 done, whole = done + 1, True
@@ -198,18 +195,19 @@ class Calibration:
 
     def _digested(self, params: Any) -> str:
         """Of all that decides what a pass over the dense model finds."""
-        programs = {}
-        for batch in self.batches:
-            programs[str(_shapes(batch))] = self.traced(batch).program
+        shapes = {str(_shapes(batch)): batch for batch in self.batches}
+        programs = {shape: self.traced(batch).program for shape, batch in shapes.items()}
         masks = [self.mask(batch) for batch in self.batches] if self.mask is not None else []
         where = f"{_wide()} {jax.default_backend()} {jax.__version__}"
         return digest(programs, params, self.batches, masks, where)
 
-    def _sum(self, sites: Sequence[Site], params: Any, dense: Any, batch: Any) -> Any:
-        key = (_shapes(batch), tuple(site.second.path for site in sites), dense is None)
-        if key not in self._sums:
-            self._sums[key] = jax.jit(self._summing(sites, batch))
-        return self._sums[key](params, dense, batch)
+    def _sum(
+        self, programs: dict[Any, Any], sites: Sequence[Site], params: Any, dense: Any, batch: Any
+    ) -> Any:
+        key = _shapes(batch)
+        if key not in programs:
+            programs[key] = jax.jit(self._summing(sites, batch))
+        return programs[key](params, dense, batch)
 
     def _summing(self, sites: Sequence[Site], batch: Any) -> Any:
         traced = self.traced(batch)

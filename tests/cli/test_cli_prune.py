@@ -133,6 +133,8 @@ def test_after_ctrl_c_the_same_command_goes_on(run, folder, texts, tmp_path, mon
     assert result.code == INTERRUPTED
     assert "the same command goes on from there" in result.err.replace("\n", " ")
     assert [path.name for path in tmp_path.iterdir()] == ["out.statistics"]
+    wrong = run(*_prune_command(folder, tmp_path / "out", texts, "--max-params", "1k"))
+    assert wrong.code == 1
     with monkeypatch.context() as patch:
         patch.setattr(_prune.Calibration, "_sum", never)
         result = run(*command)
