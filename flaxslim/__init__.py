@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flaxslim._apply import apply as apply
+    from flaxslim._by_layer import verify_by_layer as verify_by_layer
     from flaxslim._compat import clip_compat as clip_compat
     from flaxslim._compose import expand as expand
     from flaxslim._discover import axis_rule as axis_rule
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from flaxslim._errors import DiscoveryWarning as DiscoveryWarning
     from flaxslim._errors import FlaxslimError as FlaxslimError
     from flaxslim._errors import NothingRemovedWarning as NothingRemovedWarning
+    from flaxslim._export import export as export
     from flaxslim._intercept import layout as layout
     from flaxslim._intercept import module as module
     from flaxslim._plan import Plan as Plan
@@ -161,9 +163,11 @@ _PUBLIC = {
         "FlaxslimError",
         "NothingRemovedWarning",
     ),
+    "_by_layer": ("verify_by_layer",),
     "_compose": ("expand",),
     "_discover": ("axis_rule", "discover", "explain"),
     "_draw": ("plan",),
+    "_export": ("export",),
     "_intercept": ("layout", "module"),
     "_plan": ("Plan",),
     "_prove": ("Proof", "verify"),

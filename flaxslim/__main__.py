@@ -2,6 +2,6 @@
 
 import sys
 
-from flaxslim.cli import main
+from flaxslim.cli import entry
 
-sys.exit(main())
+sys.exit(entry())

@@ -1,16 +1,18 @@
 """A plan applied to a tree of parameters, and to a config."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from flaxslim import _bits, _lora, _record, _resize, _scales, _tree
+from flaxslim import _bits, _lora, _mesh, _processes, _record, _resize, _scales, _tree
 from flaxslim._activation import named
 from flaxslim._axes import namespace
 from flaxslim._dead import added_by_constants, evidence, first_is_constant
 from flaxslim._errors import PlanError, nearest
+from flaxslim._lazy import Lazy
 from flaxslim._nnx import mended
 from flaxslim._plan import Cut, Plan
 from flaxslim._spec import Tensor
@@ -22,8 +24,8 @@ def apply(plan: Plan, tree: Any, *, fold: bool = True, like: Any = None) -> Any:
     `tree` is any tree with the tensors of the plan at their paths and shapes: the parameters, an
     average of them, or, with `fold=False`, their gradients. It is cut by the plan whatever its
     values are: `slim(tree, plan=plan)` checks them, too. Leaves that the plan does not touch pass
-    through by identity; the others keep their kind (numpy or jax), dtype, device and, where the
-    new size divides, sharding. The attributes of an nnx module that hold sizes are mended.
+    through by identity; the others keep their kind (numpy or jax), dtype, device, mesh and
+    `PartitionSpec`. The attributes of an nnx module that hold sizes are mended.
 
     The channels that go but put out a constant are folded into the second biases, with the
     constants that follow from the first biases of this tree. Give `fold=False` for a tree that
@@ -38,8 +40,9 @@ def apply(plan: Plan, tree: Any, *, fold: bool = True, like: Any = None) -> Any:
     to a channel that goes. A warning says if an average loses channels that are alive in it.
 
     Raises `PlanError` if a tensor is absent or has another shape, or if a channel that should be
-    constant is not so in this tree; `NonFiniteError` if a tensor that is cut holds NaN or
-    infinity, which must not vanish with a column; `TracedError` under `jax.jit`.
+    constant is not so in this tree; `NonFiniteError` if a tensor that is cut holds NaN or infinity,
+    which must not vanish with a column; `ShardingError` if a mesh does not divide what is left (a
+    plan that is made for arrays on the mesh rounds up); `TracedError` under `jax.jit`.
 
     >>> tree = {"up": {"kernel": np.ones((2, 3))}, "down": {"kernel": np.diag([1.0, 0.0, 1.0])}}
     >>> from flaxslim import Pair, Spec, plan
@@ -56,6 +59,7 @@ def apply(plan: Plan, tree: Any, *, fold: bool = True, like: Any = None) -> Any:
 
         return apply_like(plan, tree, like, fold=fold)
     leaves = _tree.flatten(tree)
+    _processes.agree_on(plan, leaves.values())
     check_fits(plan, leaves)
     slimmed = _tree.replace(tree, cut_leaves(plan, leaves, fold=fold))
     return mended(slimmed, plan)
@@ -73,8 +77,50 @@ def cut_leaves(plan: Plan, leaves: Mapping[str, Any], *, fold: bool) -> dict[str
     return new
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class CutLater(Lazy):
+    """What a cut leaves of a lazy tensor.
+
+    Its blocks raise `NonFiniteError` for NaN or infinity, also in a column that goes.
+    """
+
+    leaf: Lazy
+    cut: Cut
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        width = self.cut.indices(self.tensor).shape[-1]
+        return self.tensor.axes.resized(self.leaf.shape, self._axis, width)
+
+    @property
+    def dtype(self) -> np.dtype:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.leaf.dtype
+
+    @property
+    def _axis(self) -> str:
+        return self.cut.site.axis(self.tensor)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        keep, axes = self.cut.indices(self.tensor), self.tensor.axes
+        if len(keep) > 1:  # each index of a stack loses other channels
+            yield taken(np.asarray(self.leaf), self.cut, self.tensor)
+            return
+        dimension, index = axes.flat(self.leaf.shape, self._axis, keep.reshape(-1))
+        at = 0
+        for block in self.leaf.blocks():
+            _bits.check_finite(block, self.tensor)
+            own = index
+            if dimension == 0:
+                own = index[slice(*np.searchsorted(index, (at, at + len(block))))] - at
+            yield np.take(block, own, axis=dimension)
+            at += len(block)
+
+
 def taken(leaf: Any, cut: Cut, tensor: Tensor) -> Any:
-    """What a cut leaves of one tensor."""
+    """What a cut leaves of one tensor; of a lazy one, later."""
+    if isinstance(leaf, Lazy):
+        return CutLater(leaf=leaf, cut=cut, tensor=tensor)
     # Right before the cut, so that the second read is from the cache.
     _bits.check_finite(leaf, tensor)
     if not cut.removed:
@@ -203,5 +249,5 @@ def _folded(cut: Cut, leaves: Mapping[str, Any], bias: Any) -> Any:
             "fold=False; if they are parameters, make a new plan for them",
         )
     added = added_by_constants(seen, site, leaves[site.second.path], bias, folded)
-    total = (np.asarray(bias).astype(np.float64) + added).astype(bias.dtype)
+    total = (_mesh.host(bias).astype(np.float64) + added).astype(bias.dtype)
     return total if namespace(bias) is np else jax.device_put(total, bias.sharding)

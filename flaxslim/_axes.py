@@ -26,7 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxslim import _mesh
 from flaxslim._errors import AxisPatternError
+from flaxslim._lazy import Lazy
 
 _TOKEN = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -182,7 +184,8 @@ class Axes:
         return y.reshape(math.prod(y.shape[:-1]), y.shape[-1])
 
     def split(self, x: Any) -> Any:
-        """`x` with every composite dimension split into its factors."""
+        """`x` with every composite dimension split into its factors; a lazy one is read."""
+        x = np.asarray(x) if isinstance(x, Lazy) else x
         shape = self._expanded(x.shape)
         return x if shape == x.shape else x.reshape(shape)
 
@@ -201,8 +204,11 @@ class Axes:
 
         `keep` is `(w,)`, the same everywhere, or `(s, w)`, one row for each index of `stack`.
         Eager `take` is the fastest gather known on CPU: one jitted call over all kernels loses
-        five times, fancy indexing seven.
+        five times, fancy indexing seven. What lies on a mesh moves only where it has to; raises
+        `ShardingError` where the mesh does not divide what is left.
         """
+        if _mesh.on_mesh(x):
+            return self._taken_on_mesh(x, axis, keep, stack)
         xp = namespace(x)
         if keep.ndim > 1 and len(keep) > 1:
             index = self._spread(keep, x.shape, axis, stack)
@@ -216,13 +222,25 @@ class Axes:
             y = jnp.take(x, index, axis=dimension, mode="clip")
         return y if xp is np or len(x.devices()) == 1 else _resharded(y, x.sharding)
 
+    def _taken_on_mesh(self, x: Any, axis: str, keep: np.ndarray, stack: Sequence[str]) -> Any:
+        rows = np.atleast_2d(keep)
+        index = np.stack([self.flat(x.shape, axis, row)[1] for row in rows])
+        stacked = [self.dimension(name) for name in stack] if len(rows) > 1 else []
+        if all(len(self.dimensions[i]) == 1 for i in stacked):
+            return _mesh.taken(x, self.dimension(axis), index, stacked)
+        raise AxisPatternError(
+            "a stack that shares a dimension with others cannot be cut on a mesh",
+            seen=repr(self.pattern),
+            mend="place the array on one device, or on the host, first",
+        )
+
     def put(self, x: Any, axis: str, keep: np.ndarray, size: int, stack: Sequence[str] = ()) -> Any:
         """The inverse of `take`: `size` indices along `axis`, zero where nothing was kept."""
-        y, at = np.asarray(self.split(x)), self.position(axis)
+        y, at = self.split(_mesh.host(x)), self.position(axis)
         full = np.zeros((*y.shape[:at], size, *y.shape[at + 1 :]), y.dtype)
         np.put_along_axis(full, self._spread(keep, x.shape, axis, stack), y, axis=at)
         full = full.reshape(self.resized(x.shape, axis, size))
-        return full if namespace(x) is np else _resharded(jnp.asarray(full), x.sharding)
+        return full if namespace(x) is np else _resharded(full, x.sharding)
 
     def resized(self, shape: Sequence[int], axis: str, size: int) -> tuple[int, ...]:
         """The shape with another size along `axis`."""
@@ -239,15 +257,16 @@ class Axes:
         if channels.dtype != bool:
             mask = np.zeros((1, self.sizes(x.shape)[axis]), bool)
             mask[:, channels] = True
-        dead = self._spread(mask, x.shape, axis, stack)
-        y = self.split(x)
-        return namespace(x).where(dead, y.dtype.type(0), y).reshape(x.shape)
+        dead = self.spread(mask, x.shape, axis, stack)
+        return namespace(x).where(dead, x.dtype.type(0), x)
 
     def norm(self, x: Any, axis: str, stack: Sequence[str] = ()) -> np.ndarray:
         """The L2 norm of each channel: float64 `(f,)`, or `(s, f)` where there is a stack.
 
         Summed in float32 on a device.
         """
+        if _mesh.on_mesh(x):
+            return self._norm_on_mesh(x, axis, stack)
         xp = namespace(x)
         wide = np.float64 if xp is np else np.promote_types(x.dtype, np.float32)
         y = self.split(x).astype(wide)
@@ -257,6 +276,29 @@ class Axes:
         relative = xp.sqrt(xp.sum(y * y, axis=self.others(axis, stack)))
         rows = self.rows(np.asarray(relative, np.float64), axis, stack) * float(largest)
         return rows if stack else rows[0]
+
+    def _norm_on_mesh(self, x: Any, axis: str, stack: Sequence[str]) -> np.ndarray:
+        others = self.others(axis, stack)
+        bits = _mesh.reduced(_mesh.BITS, x, range(x.ndim)).astype(f"uint{8 * x.dtype.itemsize}")
+        largest = float(bits.view(x.dtype).max(initial=0))
+        squares = self.reduced(_mesh.SQUARES, x, others, np.float32(largest or 1))
+        rows = self.rows(np.sqrt(squares.astype(np.float64)), axis, stack) * (largest or 1)
+        return rows if stack else rows[0]
+
+    def reduced(
+        self, how: _mesh.Reduction, x: Any, over: Collection[int], *others: Any
+    ) -> np.ndarray:
+        """A reduction of what lies on a mesh over some positions, as if it had been split."""
+        begins = np.cumsum([0, *map(len, self.dimensions)])
+        inside = [range(begins[i], begins[i + 1]) for i in range(len(self.dimensions))]
+        whole = [i for i, own in enumerate(inside) if {*own} <= {*over}]
+        left, sizes = _mesh.reduced(how, x, whole, *others), self.sizes(x.shape)
+        shape = [
+            1 if i in whole else f if isinstance(f, int) else sizes[f]
+            for i, dim in enumerate(self.dimensions)
+            for f in dim
+        ]
+        return how.host.reduce(left.reshape(shape), axis=tuple(over), initial=0)
 
     def spread(self, rows: Any, shape: Sequence[int], axis: str, stack: Sequence[str] = ()) -> Any:
         """Rows `(s, f)` or `(f,)` as an array that broadcasts against `x` itself, of this shape.
@@ -289,12 +331,12 @@ class Axes:
         return namespace(y).expand_dims(y, tuple(at))
 
 
-def _resharded(y: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+def _resharded(y: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """`y` in a sharding, or as it is where the devices do not divide its shape."""
     try:
         sharding.shard_shape(y.shape)
     except ValueError:
-        return y
+        return jnp.asarray(y)
     return jax.device_put(y, sharding)
 
 

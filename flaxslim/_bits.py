@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from flaxslim import _mesh
+from flaxslim._axes import Axes
 from flaxslim._errors import NonFiniteError, TracedError
 from flaxslim._spec import Tensor
 
@@ -38,6 +40,20 @@ def unsigned(leaf: Any) -> Any:
 def device_bits(x: jax.Array) -> jax.Array:
     """The bits of an array on an accelerator."""
     return jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize])
+
+
+def set_along(leaf: Any, axes: Axes, over: tuple[int, ...]) -> np.ndarray:
+    """`any_set` of an array that is split by its axes; of what lies on a mesh, the largest bits."""
+    if _mesh.on_mesh(leaf):
+        return axes.reduced(_mesh.BITS, leaf, over)
+    return any_set(axes.split(unsigned(leaf)), over)
+
+
+def set_anywhere(leaf: Any) -> np.ndarray:
+    """`any_set` of all entries, of an array wherever it is."""
+    if _mesh.on_mesh(leaf):
+        return _mesh.reduced(_mesh.BITS, leaf, range(leaf.ndim))
+    return any_set(unsigned(leaf))
 
 
 def any_set(bits: Any, axes: tuple[int, ...] | None = None) -> np.ndarray:
@@ -87,21 +103,27 @@ def check_finite(leaf: Any, tensor: Tensor, found: np.ndarray | None = None) -> 
     check_concrete(leaf, tensor)
     if leaf.dtype not in FLOATS:
         return
-    found = any_set(unsigned(leaf)) if found is None else found
+    found = set_anywhere(leaf) if found is None else found
     # The bits of several finite numbers may together look like infinity: then look closely.
     if found.max(initial=0) > _largest(leaf.dtype):
+        if _mesh.on_mesh(leaf):
+            raise _not_finite(tensor, f"in shards of {leaf.shape}, by {leaf.sharding.spec}")
         finite_values(leaf, tensor)
 
 
 def finite_values(leaf: Any, tensor: Tensor) -> np.ndarray:
     """The values on the host; raises `NonFiniteError` unless all are finite."""
-    values = np.asarray(leaf)
+    values = _mesh.host(leaf)
     if not (finite := np.isfinite(values)).all():
         where = np.argwhere(~finite)[0].tolist()
-        raise NonFiniteError(
-            "a tensor holds NaN or infinity, so no channel can be said to contribute nothing",
-            path=tensor.path,
-            seen=f"{values[tuple(where)]} at index {where} of {values.shape}",
-            mend="repair or reload the checkpoint; a diverged training run leaves such values",
-        )
+        raise _not_finite(tensor, f"{values[tuple(where)]} at index {where} of {values.shape}")
     return values
+
+
+def _not_finite(tensor: Tensor, seen: str) -> NonFiniteError:
+    return NonFiniteError(
+        "a tensor holds NaN or infinity, so no channel can be said to contribute nothing",
+        path=tensor.path,
+        seen=seen,
+        mend="repair or reload the checkpoint; a diverged training run leaves such values",
+    )

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim import _bits
+from flaxslim import _bits, _mesh
 from flaxslim._activation import Activation
 from flaxslim._axes import WINDOW, Axes
 from flaxslim._errors import UnsupportedDtypeError
@@ -156,7 +156,7 @@ def evidence(
     for tensor in site.tensors:
         _check_dtype(leaves[tensor.path], tensor)
     if site.second_bias is not None:
-        _bits.finite_values(leaves[site.second_bias.path], site.second_bias)
+        _bits.check_finite(leaves[site.second_bias.path], site.second_bias)
     lora: dict[str, list[Tensor]] = {}
     for kernel, tensor in site.lora:
         if not idle(tensor.path, leaves):
@@ -235,29 +235,28 @@ _SAMPLE = 16
 def _zero_seconds(leaf: Any, tensor: Tensor, site: Site) -> np.ndarray:
     """Which channels nothing reads: bool `(s, f)`."""
     axes, stack = tensor.axes, site.second.axes.stack
-    bits = axes.split(_bits.unsigned(leaf))
-    found = _bits.any_set(bits, axes.others(site.pair.axis, stack))
+    found = _bits.set_along(leaf, axes, axes.others(site.pair.axis, stack))
     _bits.check_finite(leaf, tensor, found)
     return axes.rows(found == 0, site.pair.axis, stack)
 
 
-def _parts(site: Site) -> tuple[int, ...] | None:
+def parts_of(site: Site) -> tuple[int, ...] | None:
     """Which parts of a fused first layer are factors of the hidden value; None: it has none."""
     if site.pair.parts:
         return site.pair.parts
     return (0, 1) if site.pair.gated and len(site.first) == 1 else None
 
 
-def _part_position(axes: Axes) -> int:
+def part_position(axes: Axes) -> int:
     """Where the literal factor stands that counts the parts of a fused layer."""
     return next(i for i, factor in enumerate(axes.factors) if isinstance(factor, int))
 
 
-def _by_channel(site: Site, tensor: Tensor, reduced: np.ndarray, left: Sequence[int]) -> np.ndarray:
+def by_channel(site: Site, tensor: Tensor, reduced: np.ndarray, left: Sequence[int]) -> np.ndarray:
     """What is left at some positions of a first tensor as `(parts, s, f, m)`, one row a head."""
     axes, stack, axis = tensor.axes, site.second.axes.stack, site.axis(tensor)
-    parts = _parts(site)
-    front = [] if parts is None else [_part_position(axes)]
+    parts = parts_of(site)
+    front = [] if parts is None else [part_position(axes)]
     front += [axes.position(name) for name in stack]
     front.append(axes.position(axis))
     order = [*front, *(i for i in left if i not in front)]
@@ -272,23 +271,26 @@ def _by_channel(site: Site, tensor: Tensor, reduced: np.ndarray, left: Sequence[
 def _zero_firsts(leaf: Any, tensor: Tensor, site: Site) -> np.ndarray:
     """Which channels read nothing: bool `(parts, s, f)`."""
     axes = tensor.axes
-    bits = axes.split(_bits.unsigned(leaf))
     left = {axes.position(name) for name in (site.axis(tensor), *site.second.axes.stack)}
-    if _parts(site) is not None:
-        left.add(_part_position(axes))
-    others = tuple(i for i in range(bits.ndim) if i not in left)
+    if parts_of(site) is not None:
+        left.add(part_position(axes))
+    others = tuple(i for i in range(len(axes.factors)) if i not in left)
+    if _mesh.on_mesh(leaf):
+        found = _bits.set_along(leaf, axes, others)
+        return by_channel(site, tensor, found == 0, sorted(left))[..., 0]
+    bits = axes.split(_bits.unsigned(leaf))
     # A channel that reads something nearly always shows it in its first entries; only where one
     # does not is the whole kernel looked at.
     sample = tuple(slice(_SAMPLE) if i in others else slice(None) for i in range(bits.ndim))
     found = _bits.any_set(bits[sample], others)
     if not found.all():
         found = _bits.any_set(bits, others)
-    return _by_channel(site, tensor, found == 0, sorted(left))[..., 0]
+    return by_channel(site, tensor, found == 0, sorted(left))[..., 0]
 
 
 def _biases(site: Site, leaves: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
     """The first bias of each channel, `(s, f, m)`, one array for each part; zero without one."""
-    parts = _parts(site)
+    parts = parts_of(site)
     none = np.zeros((site.rows, site.size, 1))
     rows: list[np.ndarray] = []
     for tensor in site.first_biases:
@@ -297,7 +299,7 @@ def _biases(site: Site, leaves: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
             continue
         values = _bits.finite_values(leaves[tensor.path], tensor).astype(np.float64)
         values = tensor.axes.split(values)
-        rows += list(_by_channel(site, tensor, values, range(values.ndim)))
+        rows += list(by_channel(site, tensor, values, range(values.ndim)))
     return tuple(rows)
 
 
@@ -307,10 +309,10 @@ def first_norms(site: Site, leaves: Mapping[str, Any]) -> tuple[np.ndarray, np.n
     for tensor, bias in zip(site.first, site.first_biases, strict=True):
         for found, t in ((columns, tensor), (biases, bias)):
             if t is None:
-                found += [np.zeros((site.rows, site.size))] * len(_parts(site) or (0,))
+                found += [np.zeros((site.rows, site.size))] * len(parts_of(site) or (0,))
                 continue
             values = t.axes.split(np.asarray(leaves[t.path]).astype(np.float64))
-            rows = _by_channel(site, t, values, range(values.ndim))
+            rows = by_channel(site, t, values, range(values.ndim))
             # Scaled first, or the squares of large weights overflow and those of small ones vanish.
             largest = np.max(np.abs(rows), initial=0.0) or 1.0
             found += list(np.sqrt(((rows / largest) ** 2).sum(axis=-1)) * largest)
@@ -341,16 +343,43 @@ def added_by_constants(
         n for n in axes.names if n in WINDOW or (n in beside and n not in (pair.axis, *inside))
     ]
     front = [axes.position(name) for name in (*stack, pair.axis, *inside)]
-    channels = np.flatnonzero(folded.any(axis=0))
-    rows = axes.split(axes.take(second, pair.axis, channels))
-    rows = np.asarray(rows).astype(np.float64)
-    out = [i for i in range(rows.ndim) if i not in front]
-    rows = rows.transpose([*front, *out])
-    sizes = [rows.shape[len(front) + i] for i in range(len(out))]
-    rows = rows.reshape(site.rows, len(channels), -1, math.prod(sizes))
-    constants = np.where(folded[..., None], seen.constants, 0.0)[:, channels]
-    constants = np.broadcast_to(constants, rows.shape[:3])
-    added = np.einsum("sfm,sfmo->so", constants, rows).reshape(*site.stack, *sizes)
+    out = [i for i in range(len(axes.factors)) if i not in front]
+    constants = np.where(folded[..., None], seen.constants, 0.0)
+    if _mesh.on_mesh(second):
+        added = _added_on_mesh(site, second, constants, inside)
+    else:
+        channels = np.flatnonzero(folded.any(axis=0))
+        rows = axes.split(axes.take(second, pair.axis, channels))
+        rows = np.asarray(rows).astype(np.float64).transpose([*front, *out])
+        sizes = rows.shape[len(front) :]
+        rows = rows.reshape(site.rows, len(channels), -1, math.prod(sizes))
+        constants = np.broadcast_to(constants[:, channels], rows.shape[:3])
+        added = np.einsum("sfm,sfmo->so", constants, rows).reshape(*site.stack, *sizes)
     have = [*stack, *(axes.factors[i] for i in out)]
     want = list(site.second_bias.axes.factors)
     return added.transpose([have.index(name) for name in want]).reshape(bias.shape)
+
+
+def _added_on_mesh(
+    site: Site, second: Any, constants: np.ndarray, inside: Sequence[str]
+) -> np.ndarray:
+    """Constants `(s, f, m)` times the rows of a kernel in shards: the stack, then what is left."""
+    axes, stack = site.second.axes, site.second.axes.stack
+    sizes = axes.sizes(second.shape)
+    names = (*stack, site.pair.axis, *inside)
+    whole = [sizes[name] for name in names]
+    values = np.broadcast_to(
+        constants, (*constants.shape[:2], math.prod(whole[len(stack) + 1 :]))
+    ).reshape(whole)
+    order = [names.index(factor) for factor in axes.factors if factor in names]
+    ones = [sizes[f] if isinstance(f, str) and f in names else 1 for f in axes.factors]
+    values = values.transpose(order).reshape(ones)
+    at, shape = 0, []
+    for dim in axes.dimensions:
+        shape.append(math.prod(ones[at : at + len(dim)]))
+        at += len(dim)
+    over = [axes.position(name) for name in names if name not in stack]
+    added = axes.reduced(_mesh.PRODUCTS, second, over, values.reshape(shape))
+    left = [factor for factor in axes.factors if factor not in names or factor in stack]
+    front = [left.index(name) for name in stack]
+    return added.transpose([*front, *(i for i in range(len(left)) if i not in front)])

@@ -1,14 +1,16 @@
 """`plan`: find the dead channels of a model, and choose which stay under a width policy."""
 
+import functools
 import math
 import numbers
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 
-from flaxslim import _bits, _config, _record, _resize, _widths
+from flaxslim import _bits, _config, _multiples, _processes, _record, _resize, _widths
 from flaxslim._activation import activation, activation_name, named
 from flaxslim._dead import RULES, Marks, mark
 from flaxslim._errors import (
@@ -18,6 +20,8 @@ from flaxslim._errors import (
     UnsupportedDtypeError,
     WidthError,
 )
+from flaxslim._lazy import Lazy
+from flaxslim._multiples import Multiples
 from flaxslim._nnx import modules
 from flaxslim._plan import PER_LAYER, Cut, Plan, channels
 from flaxslim._scales import beside, companions
@@ -54,11 +58,16 @@ def plan(
       multiple_of: round each width of channels up to a multiple of this (128 suits most
         accelerators); by axis, or by the root of channels, if a mapping: `{"f": 128, "h": 2,
         "decoder/*": 64}`. The last that fits holds. Heads are rounded only by an "h" of their own.
+        Where a mesh splits the channels of a tensor over devices, each width is rounded up to what
+        these divide, too, so that all arrays keep their mesh and `PartitionSpec`.
       threshold: also give up channels whose second row has at most this L2 norm, relative to
         the largest row norm of the layer. 0.0 is exact; anything above is approximate.
 
+    Of arrays that span processes each process makes the plan, by the same arguments.
+
     Raises `FlaxslimError`s: nothing matched, half a pair, a wrong shape, NaN, quantised tensors,
-    tracers, or a config that contradicts the tensors.
+    tracers, a config that contradicts the tensors, or processes that come to other plans or run
+    other releases (`ProcessError`).
 
     >>> import numpy as np
     >>> w2 = np.diag([1.0, 0.0, 1.0])
@@ -93,12 +102,18 @@ def draw(
     width: str = "uniform",
     multiple_of: int | Mapping[str, int] = 1,
     threshold: float = 0.0,
+    beside: Mapping[str, Sequence[Any]] | None = None,
 ) -> Plan:
-    """`plan`, without a search for NaN in the first kernels: `apply` does that while it cuts."""
+    """`plan`, without a search for NaN in the first kernels: `apply` does that while it cuts.
+
+    `beside` are other arrays that will be cut by it, by the paths of the parameters; of these only
+    the shardings count.
+    """
     _check_arguments(width, multiple_of, threshold)
     found = chosen(spec, cfg)
     sites, unmatched = found.bind(params, cfg)
     leaves = flatten(params)
+    _processes.agree(leaves.values())
     _widths.check_entries(multiple_of, sites)
     _refuse_quantised(sites, cfg, leaves)
     in_nnx = any(modules(params))
@@ -109,19 +124,24 @@ def draw(
         shared = _resize.shared_keys(found, sites, params, cfg)
 
     # By the path of the second kernel, which belongs to one site only; a Site is slow to hash.
-    marks: dict[str, Marks] = {}
-    for site in sites:
+    def judged(site: Site) -> Marks:
         act = activation(site.pair.activation, cfg, site.pair.config)
-        marks[site.second.path] = mark(
-            site, leaves, act, threshold, foldable=not _says(site.pair.fold_unless, site.pair, cfg)
-        )
+        foldable = not _says(site.pair.fold_unless, site.pair, cfg)
+        return mark(site, leaves, act, threshold, foldable=foldable)
 
+    marks = dict(
+        zip((site.second.path for site in sites), _each(judged, sites, leaves), strict=True)
+    )
+
+    asked = {site.second.path: _multiples.on_mesh(site, leaves, beside) for site in sites}
     cuts: dict[str, Cut] = {}
     blocked: list[str] = []
     for members in _groups(_clusters(sites, marks), width, sized):
         # Nobody stands between an nnx class and its heads, by whose number it divides.
         least = int(in_nnx and members[0].sites[0].pair.axis == "h")
-        target, why = _target(members, cfg if sized else None, width, multiple_of, least, shared)
+        own = [site for cluster in members for site in cluster.sites]
+        multiples = _multiples.common(own, multiple_of, asked)
+        target, why = _target(members, cfg if sized else None, width, multiples, least, shared)
         blocked += [why] if why else []
         for cluster in members:
             mask = _widths.keep(cluster, target)
@@ -129,7 +149,7 @@ def draw(
                 cuts[site.second.path] = _cut(site, marks[site.second.path], mask, cfg)
     ordered = tuple(cuts[site.second.path] for site in sites)
     values, resizes = _resize.values(found, ordered, cfg, width, shared) if sized else ({}, ())
-    return Plan(
+    made = Plan(
         spec=found,
         cuts=ordered,
         resizes=resizes,
@@ -137,10 +157,13 @@ def draw(
         threshold=threshold,
         notes=(
             *_notes(sites, ordered, cfg, leaves),
+            *_multiples.notes(ordered, asked),
             *(f"no site for {pair}" for pair in unmatched if not pair.optional),
         ),
         blocked=tuple(blocked),
     )
+    _processes.agree_on(made, leaves.values())
+    return made
 
 
 def check_dead(plan: Plan, leaves: Mapping[str, Any]) -> None:
@@ -158,6 +181,14 @@ def check_dead(plan: Plan, leaves: Mapping[str, Any]) -> None:
                 mend="make a new plan for these parameters; `apply` cuts by a plan whatever the "
                 "values are",
             )
+
+
+def _each(judged: Any, sites: Sequence[Site], leaves: Mapping[str, Any]) -> Iterable[Marks]:
+    """The verdicts on the sites; by two threads where tensors are read first."""
+    if not any(isinstance(leaf, Lazy) for leaf in leaves.values()):
+        return map(judged, sites)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(judged, sites))
 
 
 # --- what is refused --------------------------------------------------------------------------
@@ -298,7 +329,7 @@ def _target(
     members: Sequence[Cluster],
     cfg: Any,
     width: str,
-    multiple_of: int | Mapping[str, int],
+    multiples: Multiples,
     least: int,
     shared: Collection[str],
 ) -> tuple[Target, str | None]:
@@ -308,16 +339,18 @@ def _target(
     the widths of other sites, too.
     """
     site = members[0].sites[0]
-    multiple = math.lcm(*(_widths.multiple_for(s, multiple_of) for c in members for s in c.sites))
     grouped = bool(members[0].groups)
+    need = functools.partial(
+        _widths.need, multiple_of=multiples.channels, groups_of=multiples.groups
+    )
     if _says(site.pair.scaled_by, site.pair, cfg):
         dead = not all(cluster.living.all() for cluster in members)
         why = f"this class scales its heads by their number ({site.pair.scaled_by}): none can go"
         return Target(width=site.size), why if dead else None
     if width == "per_layer":
         # Groups of unequal size need a class that carries them, and a config to say them in.
-        even = grouped and (not site.pair.ragged or bool(site.stack) or cfg is None)
-        return _widths.need(members, even=even, least=least, multiple_of=multiple), None
+        alike = not site.pair.ragged or bool(site.stack) or cfg is None or multiples.groups > 1
+        return need(members, even=grouped and alike, least=least), None
     sizes = {s.size for cluster in members for s in cluster.sites}
     full = Target(width=max(sizes))
     expression = site.pair.width_expression if cfg is not None else None
@@ -329,7 +362,7 @@ def _target(
             f"the layers differ in {expression} already, so that they cannot share one; {laid_out}"
         )
     # No stock class can be built at width 0, so one dead channel stays in that case.
-    wish = _widths.need(members, even=grouped, least=1, multiple_of=multiple)
+    wish = need(members, even=grouped, least=1)
     if expression is None or wish.width == site.size:
         return wish, None
     if site.pair.fixed or expression.key is None:
@@ -349,11 +382,13 @@ def _target(
     if grouped:
         return wish, None
     step = expression.step(cfg)
-    target = _widths.need(members, even=False, least=1, multiple_of=math.lcm(multiple, step))
+    multiple = math.lcm(multiples.channels, step)
+    and_of = f", and the mesh or multiple_of asks for {multiple}" if multiple > step else ""
+    target = need(members, even=False, least=1, multiple_of=multiple)
     if target.width == site.size:
         return full, (
             f"{wish.width} of {site.size} {site.pair.unit} are needed, but the config "
-            f"({expression}) can only say multiples of {step}; {laid_out}"
+            f"({expression}) can only say multiples of {step}{and_of}; {laid_out}"
         )
     return target, None
 

@@ -114,6 +114,14 @@ class LayoutError(FlaxslimError, ValueError):
     """The sizes that a config records cannot be read, or do not fit the tensors or the class."""
 
 
+class ShardingError(FlaxslimError, ValueError):
+    """The devices of a mesh do not divide what is left of a tensor."""
+
+
+class ProcessError(FlaxslimError, RuntimeError):
+    """The processes of a job disagree, or one of them cannot do alone what is asked of it."""
+
+
 class PlanError(FlaxslimError, ValueError):
     """A plan does not belong to this tree, or its JSON is malformed."""
 
@@ -192,6 +200,13 @@ class TargetError(CheckpointError):
 
 class HubError(CheckpointError):
     """The Hub did not give the checkpoint (absent, gated, offline, or connection lost)."""
+
+
+# --- export -----------------------------------------------------------------------------------
+
+
+class ExportError(FlaxslimError, ValueError):
+    """A model that cannot be traced at the sizes that were asked for, or that it does not take."""
 
 
 # --- recipes ----------------------------------------------------------------------------------

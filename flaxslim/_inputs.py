@@ -216,7 +216,7 @@ class _Ask:
         return self.rng.standard_normal((self.batch, *shape), dtype=np.float32)
 
 
-def _positions(cfg: Any) -> int | None:
+def positions(cfg: Any) -> int | None:
     """How many positions a text model has; None if there is no limit."""
     for key in ("max_target_positions", "max_position_embeddings", "n_positions"):
         value = getattr(cfg, key, None)
@@ -227,7 +227,7 @@ def _positions(cfg: Any) -> int | None:
 
 
 def _text_length(ask: _Ask, cfg: Any) -> int:
-    limit = _positions(cfg)
+    limit = positions(cfg)
     length = ask.length or min(32, limit or 32)
     if getattr(cfg, "attention_type", None) == "block_sparse":
         # Fewer blocks than global, window and random ones together would overlap.

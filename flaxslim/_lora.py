@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from flaxslim import _bits
 from flaxslim._axes import Axes, _format
 from flaxslim._errors import AxisPatternError, SiteShapeError
 from flaxslim._spec import Pair, Site, Tensor
@@ -191,4 +190,4 @@ def idle(path: str, leaves: Mapping[str, Any]) -> bool:
     """Whether the partner of a matrix is all zero, as B is before training: nothing is added."""
     m = matrix(path)
     partner = leaves.get(m.partner) if m else None
-    return partner is not None and not np.any(np.asarray(partner) != 0)
+    return partner is not None and not _bits.set_anywhere(partner)

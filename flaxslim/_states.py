@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim import _bits, _lora, _scales, _tree
+from flaxslim import _bits, _lora, _mesh, _processes, _scales, _tree
 from flaxslim._activation import named
 from flaxslim._apply import check_fits, folded_biases, taken
 from flaxslim._axes import namespace
@@ -43,6 +43,7 @@ def apply_like(plan: Plan, tree: Any, like: Any, *, fold: bool) -> Any:
         for tensor in cut.site.cut:
             cuts.setdefault(tensor.path, []).append((cut, tensor))
     leaves = _tree.flatten(tree)
+    _processes.agree_on(plan, leaves.values())
     names = Names(params)
     found = copies(tree, leaves, names, fold=fold)
     _refuse_strangers(leaves, found, cuts, names)
@@ -82,6 +83,8 @@ def _channels(plan: Plan, copy: Copy, leaves: Mapping[str, Any]) -> dict[str, An
                 expected=(cut.site.rows, cut.site.size),
                 mend="give as like= the parameters that this state was made for",
             )
+        elif _mesh.on_mesh(x):
+            new[path] = _mesh.put(np.take_along_axis(_mesh.host(x), cut.kept, axis=-1), like=x)
         else:
             new[path] = namespace(x).take_along_axis(x, cut.kept, axis=-1)
     return new

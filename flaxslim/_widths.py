@@ -51,10 +51,13 @@ class Target:
         return self.groups > 0
 
 
-def need(clusters: Sequence[Cluster], *, even: bool, least: int, multiple_of: int) -> Target:
+def need(
+    clusters: Sequence[Cluster], *, even: bool, least: int, multiple_of: int, groups_of: int = 1
+) -> Target:
     """What all of these clusters can have in common: the largest need, rounded up.
 
-    `even`: key/value groups stay of one size, as classes with one number for it ask.
+    `even`: key/value groups stay of one size, as classes with one number for it ask; their number
+    is a multiple of `groups_of`.
     """
     full = clusters[0].sites[0].size
     if not even:
@@ -64,12 +67,16 @@ def need(clusters: Sequence[Cluster], *, even: bool, least: int, multiple_of: in
     groups = max(int((count > 0).sum(1).max(initial=0)) for count in counts)
     each = max(int(count.max(initial=0)) for count in counts)
     groups = max(groups, least)
-    return _even_target(groups, max(each, least) if groups else 0, multiple_of, clusters[0].groups)
+    each = max(each, least) if groups else 0
+    return _even_target(groups, each, multiple_of, groups_of, clusters[0].groups)
 
 
-def _even_target(groups: int, each: int, multiple_of: int, full: Sequence[int]) -> Target:
+def _even_target(
+    groups: int, each: int, multiple_of: int, groups_of: int, full: Sequence[int]
+) -> Target:
     """The least number of heads that is a multiple, in groups of one size; or all there are."""
-    larger = ((g, e) for g in range(groups, len(full) + 1) for e in range(each, max(full) + 1))
+    numbers = [g for g in range(groups, len(full) + 1) if g % groups_of == 0]
+    larger = ((g, e) for g in numbers for e in range(each, max(full) + 1))
     fitting = ((g * e, g, e) for g, e in larger if g * e % multiple_of == 0)
     width, groups, each = min(fitting, default=(sum(full), len(full), max(full)))
     return Target(width=width, groups=groups, each=each)

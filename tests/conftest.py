@@ -3,11 +3,14 @@
 import gc
 import os
 import pathlib
+import tempfile
 
 # Before jax is imported anywhere: tests run on CPU, whatever the machine has.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time goes into compiling programs that run once: a third less of it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import pytest
 
@@ -15,6 +18,19 @@ import pytest
 gc.set_threshold(50_000, 20, 50)
 
 DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_configure(config) -> None:
+    """Many programs are the same in several files: the workers share what was compiled."""
+    import jax
+    from initialised import initialised_by_numpy
+
+    initialised_by_numpy()
+    if not hasattr(config, "workerinput"):  # a worker has the environment of the main process
+        cache = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        config.add_cleanup(cache.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
+        jax.config.update("jax_compilation_cache_dir", cache.name)
 
 
 def pytest_runtest_teardown(item, nextitem) -> None:

@@ -807,6 +807,7 @@ def test_leaves_keep_their_devices_and_shardings():
         import jax, numpy as np, optax
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
         from flaxslim import Pair, Spec, apply, expand, plan
+        from flaxslim._errors import ShardingError
         mesh = Mesh(np.array(jax.devices("cpu")).reshape(4, 2), ("x", "y"))
         specs = {"up": P("y", "x"), "down": P("x", "y")}
         params = {"up": {"kernel": np.ones((4, 16), "float32")},
@@ -832,11 +833,13 @@ def test_leaves_keep_their_devices_and_shardings():
         back = expand(plan_, small["params"])
         for new, old in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True):
             assert (new.sharding, new.shape) == (old.sharding, old.shape)
-        # Where the devices do not divide what is left, the values are still right.
+        # What the devices do not divide is refused; what is filled up again takes any place.
         plan_ = plan(jax.tree.map(np.asarray, params), spec=spec, multiple_of=9)
-        small = apply(plan_, state, like=params)
-        np.testing.assert_array_equal(
-            small[0].mu["down"]["kernel"], np.asarray(params["down"]["kernel"])[:9])
+        try:
+            apply(plan_, state, like=params)
+            raise AssertionError("9 rows on 4 devices?")
+        except ShardingError as e:
+            assert "4 devices do not divide the 9 of 16" in str(e), e
         wide = {"up": {"kernel": np.ones((4, 9))}, "down": {"kernel": np.eye(9, 4)}}
         plan_ = plan(wide, spec=spec)  # four stay
         small = apply(plan_, wide)

@@ -1,8 +1,8 @@
 """A folder that appears whole or not at all."""
 
+import ctypes
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,51 +10,133 @@ from pathlib import Path
 
 from flaxslim._errors import FlaxslimError, TargetError
 from flaxslim.checkpoint import _folder
+from flaxslim.checkpoint._journal import Journal
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 
 @contextmanager
 def fresh_folder(
-    target: Path, *, need: int, overwrite: bool, source: Path | None = None
+    target: Path,
+    *,
+    need: int,
+    overwrite: bool,
+    source: Path | None = None,
+    resume: str | None = None,
 ) -> Iterator[Path]:
     """A new, empty folder beside `target`, which becomes `target` when the block ends well.
 
     `need` is the number of bytes that will be written. Whatever goes wrong, neither a part of the
-    new folder nor a temporary one stays behind, and an old target is where it was: it is put
-    aside only when the new folder is complete and flushed. Raises what `check_target` raises, and
-    `TargetError` if the disk does not take it.
+    new folder nor a temporary one stays behind, and an old target is where it was until the new
+    folder, complete and flushed, takes its place. Only a process that is killed leaves the new
+    folder behind; the next one clears it away, or goes on with it if its `Journal` says `resume`.
+    Raises what `check_target` raises, and `TargetError` if the disk does not take it, or if
+    another process is writing the same target.
     """
     # A link to a folder is followed, so that the folder is replaced and not the link.
     target = target.expanduser().resolve()
     check_target(target, overwrite=overwrite, source=source)
     made = _make_parents(target.parent)
-    mark = secrets.token_hex(4)
-    new = target.parent / f".{target.name}.{mark}.new"
-    old = target.parent / f".{target.name}.{mark}.old"
-    done = False
+    new, old = (target.parent / f".{target.name}.{word}" for word in ("new", "old"))
     try:
-        new.mkdir()
-        _check_room(new, need)
-        yield new
-        _flush(new)
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-        _flush_entry(target.parent)
-        done = True
+        with _alone(new, target):
+            _recover(old, target)
+            if not Journal.of(new, resume).found:
+                _empty(new)
+            try:
+                _check_room(new, need - _bytes_in(new))
+                yield new
+                _flush(new)
+                check_target(target, overwrite=overwrite, source=source)
+                _put_in_place(new, old, target)
+            except BaseException:
+                # Also for KeyboardInterrupt: an interrupted run leaves what was there before.
+                _recover(old, target)
+                shutil.rmtree(new, ignore_errors=True)
+                raise
     except FlaxslimError:
         raise
     except OSError as error:
         raise _explain(target, error, need) from error
     finally:
-        # Also for KeyboardInterrupt: an interrupted run leaves what was there before.
-        if not done:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            shutil.rmtree(new, ignore_errors=True)
-            for parent in made:
-                if parent.is_dir() and not any(parent.iterdir()):
-                    parent.rmdir()
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+@contextmanager
+def _alone(new: Path, target: Path) -> Iterator[None]:
+    """Makes the folder and holds it against other processes; the system lets go of a dead one's."""
+    new.mkdir(exist_ok=True)
+    with _held(new) as held:
+        if not held:
+            raise TargetError(
+                "another process is writing this target",
+                path=str(target),
+                seen=str(new),
+                mend="wait until it has ended, or name another folder",
+            )
+        yield
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """A lock on a folder; False if another process has it, or has put the folder elsewhere."""
+    if fcntl is None:  # on Windows two runs into one target are not kept apart
+        yield True
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = os.path.samestat(os.fstat(handle), folder.stat())
+    except (BlockingIOError, FileNotFoundError):
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(handle)
+
+
+def _recover(old: Path, target: Path) -> None:
+    """What a process that was killed between two renames had put aside goes back, or away."""
+    if old.exists() and not target.exists():
+        old.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _put_in_place(new: Path, old: Path, target: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        _flush_entry(target.parent)
+        return
+    with _held(target):  # or another process would take what is at `new` then for its own
+        if not _exchange(new, target):
+            target.rename(old)
+            new.rename(target)
+        _flush_entry(target.parent)
+        for stale in (new, old):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Two folders change places at once (Linux: man 2 renameat2); False where that is unknown."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
@@ -124,6 +206,10 @@ def _make_parents(parent: Path) -> list[Path]:
     except OSError as error:
         raise _explain(parent, error, 0) from error
     return missing
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 def _check_room(folder: Path, need: int) -> None:

@@ -1,19 +1,23 @@
-"""One tensor on its way to disk: permuted and cast only when its bytes are written.
+"""Tensors on their way to disk: read, cut, permuted and cast only when their bytes are written.
 
-So that saving needs the memory of one tensor, not of one model.
+So that saving needs the memory of some rows of a tensor, not of one model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (numpy knows "bfloat16" by name once this is imported)
 import numpy as np
 
+from flaxslim._lazy import Lazy
+
+Bytes = bytes | memoryview
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Leaf:
-    """An array (numpy or jax), the permutation and the dtype in which it is to be written."""
+    """An array (numpy, jax or lazy), the permutation and the dtype in which it is to be written."""
 
     array: Any
     axes: tuple[int, ...] | None = None
@@ -40,6 +44,44 @@ class Leaf:
             values = values.transpose(self.axes)
         # order="C" and not np.ascontiguousarray, which turns a scalar into a vector.
         return np.asarray(values, dtype=self.dtype, order="C")
+
+    def bytes(self) -> Iterator[memoryview]:
+        """What is written, a piece at a time."""
+        lazy = isinstance(self.array, Lazy) and self.axes is None
+        for block in self.array.blocks() if lazy else (self.numpy(),):
+            values = np.asarray(block, dtype=self.dtype, order="C")
+            yield values.reshape(-1).view(np.uint8).data
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Piece:
+    """Bytes of a file that is to be written: how many, and what gives them."""
+
+    nbytes: int
+    bytes: Callable[[], Iterator[Bytes]]
+
+    @classmethod
+    def of(cls, text: Bytes) -> "Piece":
+        return cls(nbytes=len(text), bytes=lambda: iter((text,)))
+
+    @classmethod
+    def whole(cls, leaf: Leaf) -> "Piece":
+        return cls(nbytes=leaf.nbytes, bytes=leaf.bytes)
+
+    @classmethod
+    def interleaved(cls, leaf: Leaf, headers: Sequence[Bytes], sizes: Sequence[int]) -> "Piece":
+        """A leaf in parts of these sizes, a header before each."""
+
+        def parts() -> Iterator[Bytes]:
+            blocks, block = leaf.bytes(), memoryview(b"")
+            for header, size in zip(headers, sizes, strict=True):
+                yield header
+                while size:
+                    block = block or next(blocks)
+                    yield block[:size]
+                    size, block = size - len(block[:size]), block[size:]
+
+        return cls(nbytes=leaf.nbytes + sum(map(len, headers)), bytes=parts)
 
 
 def is_floating(dtype: Any) -> bool:

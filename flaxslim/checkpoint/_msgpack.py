@@ -1,69 +1,217 @@
-"""Flax's msgpack files: mapped in, streamed out with the bytes that Flax itself would write."""
+"""Flax's msgpack files: tensors found without reading them, written as Flax itself would.
 
-import mmap
-from collections.abc import Mapping
+An array is an extension of type 1 that holds (shape, name of the dtype, bytes); one of more than
+2^30 bytes is a map of several of these (flax/serialization.py).
+"""
+
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import ml_dtypes  # noqa: F401  (numpy knows "bfloat16" by name once this is imported)
+import numpy as np
+
 from flaxslim._errors import CorruptFileError
-from flaxslim.checkpoint._leaf import Leaf, nest
+from flaxslim.checkpoint._leaf import Leaf, Piece, nest
+from flaxslim.checkpoint._stored import Stored
+
+_ARRAYS = (1, 3)  # the extension types of an array and of a numpy scalar
+_CHUNKED = "__msgpack_chunked_array__"
+_CHUNK = 2**30  # bytes
+_PEEK = 2**16  # the name of a tensor, or its shape and dtype, are in fewer bytes
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """The nested dict of arrays in a msgpack file.
+def stored(path: Path) -> dict[str, Any]:
+    """The nested dict of tensors in a msgpack file, none of them read.
 
     Raises `CorruptFileError` if the file is truncated or is something else.
     """
     import msgpack
-    from flax.serialization import msgpack_restore
 
-    problem, tree = "", None
-    try:
-        with (
-            path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            if data[:8] == b"version ":
-                raise CorruptFileError(
-                    "a Git LFS pointer lies where the weights should be",
-                    path=str(path),
-                    mend="run `git lfs pull` in that folder",
-                )
-            tree = msgpack_restore(data)  # pyright: ignore[reportArgumentType]
-    except CorruptFileError:
-        raise
-    except (ValueError, TypeError, KeyError, AssertionError, msgpack.UnpackException) as error:
-        problem = str(error)
-    if not isinstance(tree, dict) or not _is_tree_of_arrays(tree):
+    with path.open("rb") as file:
+        if file.read(8) == b"version ":
+            raise CorruptFileError(
+                "a Git LFS pointer lies where the weights should be",
+                path=str(path),
+                mend="run `git lfs pull` in that folder",
+            )
+        reader, size, problem = _Reader(file, path), path.stat().st_size, ""
+        try:
+            tree = _joined(reader.node())
+            if reader.at != size:
+                problem = f"they end at byte {reader.at}"
+            elif not isinstance(tree, dict) or not _is_tree_of_arrays(tree):
+                problem = "they are no tree of arrays"
+        except (ValueError, TypeError, KeyError, RecursionError, msgpack.UnpackException) as error:
+            tree, problem = {}, str(error) or type(error).__name__
+    if problem:
         raise CorruptFileError(
             "not a whole msgpack file of Flax parameters",
             path=str(path),
-            seen=f"{path.stat().st_size} bytes" + (f" ({problem})" if problem else ""),
+            seen=f"{size} bytes ({problem})",
             mend="download or copy the file again",
         )
     return tree
 
 
+class _Reader:
+    """Walks through a file from header to header, and steps over the bytes of arrays."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self.file, self.path, self.at = file, path, 0
+        self.size = path.stat().st_size
+
+    def node(self) -> Any:
+        first = self._bytes(1)[0]
+        if 0x80 <= first <= 0x8F or first in (0xDE, 0xDF):
+            return self._map()
+        if 0xD4 <= first <= 0xD8 or 0xC7 <= first <= 0xC9:
+            return self._array()
+        return self._value()
+
+    def _map(self) -> dict[str, Any]:
+        tree: dict[str, Any] = {}
+        for _ in range(self._small(lambda unpacker: unpacker.read_map_header())):
+            key = self._value()
+            if not isinstance(key, str) or key in tree:
+                raise ValueError(f"a name is {key!r}" + " twice" * (key in tree))
+            tree[key] = self.node()
+        return tree
+
+    def _array(self) -> Stored:
+        kind, length = self._extension()
+        end = self.at + length
+        shape, name = self._small(
+            lambda unpacker: (unpacker.read_array_header(), unpacker.unpack(), unpacker.unpack())
+        )[1:]
+        dtype = np.dtype(name.decode() if isinstance(name, bytes) else name)
+        if kind not in _ARRAYS or dtype.hasobject or dtype.names:
+            raise ValueError(f"an array of {dtype} in an extension of type {kind}")
+        shape, count = tuple(shape), self._sized({0xC4: "B", 0xC5: "H", 0xC6: "I"})
+        if count != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize or self.at + count != end:
+            raise ValueError(f"{count} bytes of {dtype} {shape}")
+        if end > self.size:
+            raise ValueError(f"an array ends at byte {end}")
+        span, self.at = (self.at, count), end
+        return Stored(path=self.path, spans=(span,), shape=shape, dtype=dtype)
+
+    def _extension(self) -> tuple[int, int]:
+        first = self._bytes(1)[0]
+        if first >= 0xD4:
+            self.at += 1
+            length = 2 ** (first - 0xD4)
+        else:
+            length = self._sized({0xC7: "B", 0xC8: "H", 0xC9: "I"})
+        kind = struct.unpack("b", self._bytes(1))[0]
+        self.at += 1
+        return kind, length
+
+    def _sized(self, forms: Mapping[int, str]) -> int:
+        """A header of one byte that says how long the number after it is."""
+        form = ">" + forms[self._bytes(1)[0]]
+        width = struct.calcsize(form)
+        (value,) = struct.unpack(form, self._bytes(1 + width)[1:])
+        self.at += 1 + width
+        return value
+
+    def _value(self) -> Any:
+        return self._small(lambda unpacker: unpacker.unpack())
+
+    def _small(self, read: Any) -> Any:
+        import msgpack
+
+        unpacker = msgpack.Unpacker()
+        self.file.seek(self.at)
+        unpacker.feed(self.file.read(_PEEK))
+        value = read(unpacker)
+        self.at += unpacker.tell()
+        return value
+
+    def _bytes(self, count: int) -> bytes:
+        self.file.seek(self.at)
+        found = self.file.read(count)
+        if len(found) < count:
+            raise ValueError(f"it ends at byte {self.size}")
+        return found
+
+
+def _joined(node: Any) -> Any:
+    """The tree with arrays in place of the maps of their chunks."""
+    if not isinstance(node, dict):
+        return node
+    if _CHUNKED not in node:
+        return {key: _joined(child) for key, child in node.items()}
+    shape, chunks = (list(node[name].values()) for name in ("shape", "chunks"))
+    whole = Stored(
+        path=chunks[0].path,
+        spans=tuple(span for chunk in chunks for span in chunk.spans),
+        shape=tuple(shape),
+        dtype=chunks[0].dtype,
+    )
+    if whole.nbytes != sum(size for _, size in whole.spans):
+        raise ValueError(f"chunks that are no array of shape {whole.shape}")
+    return whole
+
+
 def _is_tree_of_arrays(node: Any) -> bool:
     if isinstance(node, dict):
-        return all(isinstance(key, str) and _is_tree_of_arrays(node[key]) for key in node)
-    return hasattr(node, "shape") and hasattr(node, "dtype")
+        return all(_is_tree_of_arrays(child) for child in node.values())
+    return isinstance(node, Stored)
 
 
-def write_file(file: BinaryIO, leaves: Mapping[str, Leaf]) -> None:
-    """Stream a tree (paths joined by slashes) out, one tensor at a time in memory."""
+# --- writing ----------------------------------------------------------------------------------
+
+
+def pieces(leaves: Mapping[str, Leaf]) -> Iterator[Piece]:
+    """What a file of a tree (paths joined by slashes) consists of."""
     import msgpack
-    from flax.serialization import msgpack_serialize
 
     packer: Any = msgpack.Packer()
 
-    def write(node: Any) -> None:
+    def walk(node: Any) -> Iterator[Piece]:
         if isinstance(node, Leaf):
-            file.write(msgpack_serialize(node.numpy()))
+            yield from _array(node, packer)
             return
-        file.write(packer.pack_map_header(len(node)))
+        yield Piece.of(packer.pack_map_header(len(node)))
         for key, child in node.items():
-            file.write(packer.pack(key))
-            write(child)
+            yield Piece.of(packer.pack(key))
+            yield from walk(child)
 
-    write(nest(leaves, "/"))
+    return walk(nest(leaves, "/"))
+
+
+def _array(leaf: Leaf, packer: Any) -> Iterator[Piece]:
+    if leaf.nbytes <= _CHUNK:
+        yield Piece.of(_header(leaf.shape, leaf.dtype, leaf.nbytes, packer))
+        yield Piece.whole(leaf)
+        return
+    step = max(1, _CHUNK // leaf.dtype.itemsize) * leaf.dtype.itemsize
+    sizes = [min(step, leaf.nbytes - start) for start in range(0, leaf.nbytes, step)]
+    names = {str(i): size for i, size in enumerate(leaf.shape)}
+    front = packer.pack_map_header(3) + packer.pack(_CHUNKED) + packer.pack(True)
+    front += packer.pack("shape") + packer.pack(names)
+    yield Piece.of(front + packer.pack("chunks") + packer.pack_map_header(len(sizes)))
+    headers = [
+        packer.pack(str(i)) + _header((size // leaf.dtype.itemsize,), leaf.dtype, size, packer)
+        for i, size in enumerate(sizes)
+    ]
+    yield Piece.interleaved(leaf, headers, sizes)
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype, nbytes: int, packer: Any) -> bytes:
+    """What stands before the bytes of an array."""
+    inner = b"\x93" + packer.pack(list(shape)) + packer.pack(dtype.name)
+    inner += _sized({0xC4: "B", 0xC5: "H", 0xC6: "I"}, nbytes)
+    length = len(inner) + nbytes
+    if length == 16:  # of the lengths that have a form of their own the only one that occurs
+        return b"\xd8\x01" + inner
+    return _sized({0xC7: "B", 0xC8: "H", 0xC9: "I"}, length) + b"\x01" + inner
+
+
+def _sized(forms: Mapping[int, str], value: int) -> bytes:
+    """The shortest form that holds a number."""
+    for first, form in forms.items():
+        if value < 2 ** (8 * struct.calcsize(form)):
+            return struct.pack(f">B{form}", first, value)
+    raise ValueError(f"{value} bytes are too many for msgpack")

@@ -25,7 +25,8 @@ class Checkpoint:
 
     `params` is a nested dict of numpy arrays with the stored names, axes and dtypes: the Flax tree,
     or PyTorch names split at their dots (`naming` "flax" or "torch"). Leaves of safetensors files
-    are read-only views of the mapped file. `notes` are sentences for the user.
+    are read-only views of the mapped file; of a lazy checkpoint, all but those of a `.bin` are
+    read when they are turned into arrays. `notes` are sentences for the user.
     """
 
     params: dict[str, Any] = field(repr=False)
@@ -35,7 +36,19 @@ class Checkpoint:
     folder: Path
     weight_files: tuple[str, ...]
     sharded: bool
+    stamps: Mapping[str, tuple[int, ...]] = field(repr=False)
     notes: tuple[str, ...] = ()
+
+    def check_unchanged(self) -> None:
+        """Raise `CorruptFileError` if a weight file is not the one that was read."""
+        for name, stamp in self.stamps.items():
+            path = self.folder / name
+            if not path.is_file() or _stamp(path) != stamp:
+                raise CorruptFileError(
+                    "a file of the source was changed while it was in use",
+                    path=str(path),
+                    mend="let nothing write to the source, and start again",
+                )
 
 
 def read(
@@ -43,12 +56,15 @@ def read(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
+    lazy: bool = False,
 ) -> Checkpoint:
     """Read a folder or a Hub repository as it is stored.
 
     A folder that exists wins over a Hub id of the same name. `revision` and `token` are for the
-    Hub. Raises `MissingFileError`, `CorruptFileError`, `UnsafePathError`, `UnsupportedFormatError`
-    or `HubError`, all of them `CheckpointError`s.
+    Hub. With `lazy`, leaves have a shape and a dtype, and their values are read each time when they
+    are turned into arrays (`np.asarray`): so for what does not fit into memory. Raises
+    `MissingFileError`, `CorruptFileError`, `UnsafePathError`, `UnsupportedFormatError` or
+    `HubError`, all of them `CheckpointError`s.
 
     >>> checkpoint = read("path/to/folder")  # doctest: +SKIP
     >>> checkpoint.naming, checkpoint.format  # doctest: +SKIP
@@ -59,10 +75,10 @@ def read(
     with _folder.reading(str(source)):
         folder = _locate(source, revision, token)
     with _folder.reading(folder):
-        return _read(folder)
+        return _read(folder, lazy)
 
 
-def _read(folder: Path) -> Checkpoint:
+def _read(folder: Path, lazy: bool) -> Checkpoint:
     config = read_config(folder)
     present = [weights.name for weights in _folder.KNOWN if (folder / weights.name).is_file()]
     found = _folder.choose(present)
@@ -77,10 +93,12 @@ def _read(folder: Path) -> Checkpoint:
 
     flat: dict[str, Any] = {}
     formats: set[str] = set()
+    stamps = {}
     for name, promised in by_file.items():
         path = _folder.inside(folder, name)
         with _folder.reading(path):
-            tensors, declared = _READERS[taken.format](path)
+            stamps[name] = _stamp(path)
+            tensors, declared = _READERS[taken.format](path, lazy)
         absent = sorted(set(promised) - set(tensors))
         if absent:
             raise CorruptFileError(
@@ -90,6 +108,7 @@ def _read(folder: Path) -> Checkpoint:
                 near=nearest(absent[0], tensors),
                 mend="download or copy the file again",
             )
+        _check_once(tensors, flat, promised, folder / name)
         flat.update(tensors)
         formats.add(declared)
     naming = "flax" if taken.format == "msgpack" else _naming(folder, flat, formats, notes)
@@ -108,8 +127,30 @@ def _read(folder: Path) -> Checkpoint:
         folder=folder,
         weight_files=tuple(by_file),
         sharded=taken.sharded,
+        stamps=stamps,
         notes=tuple(notes),
     )
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _check_once(
+    tensors: Collection[str], others: Collection[str], promised: Collection[str], path: Path
+) -> None:
+    """Raise `CorruptFileError` if a shard has tensors of another, or that the index knows not."""
+    twice, extra = sorted({*tensors} & {*others}), sorted({*tensors} - {*(promised or tensors)})
+    if twice or extra:
+        what = "that are in another shard, too" if twice else "that the index does not name"
+        raise CorruptFileError(
+            f"a shard has {len(twice or extra)} tensors {what}",
+            path=str(path),
+            seen=", ".join((twice or extra)[:3]) + (" ..." if (twice or extra)[3:] else ""),
+            mend="the files are of two different savings: download or copy the whole folder again",
+        )
 
 
 def load(
@@ -208,19 +249,21 @@ def _no_weights(folder: Path) -> MissingFileError:
 # --- the three formats ------------------------------------------------------------------------
 
 
-def _from_msgpack(path: Path) -> tuple[dict[str, Any], str]:
+def _from_msgpack(path: Path, lazy: bool) -> tuple[dict[str, Any], str]:
     from flaxslim._tree import flatten
 
-    tree = _msgpack.read_file(path)
-    return (flatten(tree) if tree else {}), "flax"
+    tree = _msgpack.stored(path)
+    found = flatten(tree) if tree else {}
+    return found if lazy else {name: np.asarray(leaf) for name, leaf in found.items()}, "flax"
 
 
-def _from_safetensors(path: Path) -> tuple[dict[str, Any], str]:
-    tensors, metadata = _safetensors.read_file(path)
-    return dict(tensors), str(metadata.get("format", ""))
+def _from_safetensors(path: Path, lazy: bool) -> tuple[dict[str, Any], str]:
+    tensors, metadata = _safetensors.stored(path)
+    found = dict(tensors) if lazy else _safetensors.mapped(tensors)
+    return found, str(metadata.get("format", ""))
 
 
-def _from_bin(path: Path) -> tuple[dict[str, Any], str]:
+def _from_bin(path: Path, lazy: bool) -> tuple[dict[str, Any], str]:
     """By `torch.load(weights_only=True)`, which builds tensors and runs nothing."""
     mend = (
         "convert it to safetensors where torch is installed: AutoModel.from_pretrained(folder)"

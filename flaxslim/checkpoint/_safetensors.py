@@ -1,24 +1,25 @@
-"""The safetensors file format, memory-mapped in and streamed out.
+"""The safetensors file format: tensors found without reading them, streamed out.
 
-The library judges a file and gives its metadata. The tensors are views of the mapped file and are
-written one at a time, which the library's numpy functions do not do: they copy every tensor, want
-all of them in memory to write, and do not know the 8-bit floats. The format is eight bytes of
+The library judges a file and gives its metadata. The tensors are read when they are asked for, or
+are views of the mapped file, and are written one at a time, which the library's numpy functions do
+not do: they copy every tensor, want all of them in memory to write, and do not know the 8-bit
+floats. The format is eight bytes of
 little-endian header length, a JSON header (name -> dtype, shape, byte offsets), and the data
 (https://github.com/huggingface/safetensors#format).
 """
 
 import json
 import mmap
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from flaxslim._errors import CorruptFileError, UnsupportedFormatError
-from flaxslim.checkpoint._leaf import Leaf
+from flaxslim.checkpoint._leaf import Leaf, Piece
+from flaxslim.checkpoint._stored import Stored
 
 _DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -67,42 +68,47 @@ def _validate(path: Path) -> dict[str, str]:
         ) from None
 
 
-def _view(path: Path, data: mmap.mmap, start: int, name: str, entry: Any) -> np.ndarray:
-    dtype = _DTYPES.get(entry["dtype"])
-    if dtype is None:
-        raise UnsupportedFormatError(
-            "a tensor has a dtype that is not read",
-            path=f"{path}: {name}",
-            seen=entry["dtype"],
-            expected=", ".join(_DTYPES),
-        )
-    shape = tuple(entry["shape"])
-    count = int(np.prod(shape, dtype=np.int64))
-    if count == 0:
-        return np.empty(shape, dtype)
-    offset = start + entry["data_offsets"][0]
-    array = np.frombuffer(data, dtype, count, offset).reshape(shape)
-    return array if array.flags.aligned else array.copy()
-
-
-def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors by name (read-only views of the mapped file) and the file's metadata.
+def stored(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Tensors by name, none of them read, and the file's metadata.
 
     Raises `CorruptFileError` if the file is truncated or is something else.
     """
     metadata = _validate(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        header = json.loads(file.read(length), object_pairs_hook=_once)
     header.pop("__metadata__", None)
-    start = 8 + length
-    tensors = {name: _view(path, data, start, name, entry) for name, entry in header.items()}
-    return tensors, metadata
+    found = {}
+    for name, entry in header.items():
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise UnsupportedFormatError(
+                "a tensor has a dtype that is not read",
+                path=f"{path}: {name}",
+                seen=entry["dtype"],
+                expected=", ".join(_DTYPES),
+            )
+        start, end = entry["data_offsets"]
+        span = (8 + length + start, end - start)
+        found[name] = Stored(path=path, spans=(span,), shape=tuple(entry["shape"]), dtype=dtype)
+    return found, metadata
 
 
-def write_file(file: BinaryIO, leaves: Mapping[str, Leaf], metadata: Mapping[str, str]) -> None:
-    """Stream tensors out, one at a time in memory.
+def mapped(tensors: Mapping[str, Stored]) -> dict[str, np.ndarray]:
+    """The tensors of one file as read-only views of it, or a copy where one is not aligned."""
+    if not any(tensor.nbytes for tensor in tensors.values()):
+        return {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    with next(iter(tensors.values())).path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    found = {}
+    for name, t in tensors.items():
+        array = np.frombuffer(data, t.dtype, t.size, t.spans[0][0]).reshape(t.shape)
+        found[name] = array if array.flags.aligned else array.copy()
+    return found
+
+
+def pieces(leaves: Mapping[str, Leaf], metadata: Mapping[str, str]) -> list[Piece]:
+    """What a file consists of.
 
     Raises `UnsupportedFormatError` for a dtype that the format has no name for.
     """
@@ -124,9 +130,18 @@ def write_file(file: BinaryIO, leaves: Mapping[str, Leaf], metadata: Mapping[str
         offset += leaf.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in names:
-        values = leaves[name].numpy()
-        if sys.byteorder == "big":
-            values = values.byteswap()
-        file.write(values.reshape(-1).view(np.uint8).data)
+    front = Piece.of(len(text).to_bytes(8, "little") + text)
+    return [front, *(Piece.whole(leaves[name]) for name in names)]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which no name is there twice."""
+    if len(found := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CorruptFileError(
+            "the header of a safetensors file has a name twice",
+            path=twice,
+            mend="write the file anew: it is not known which of the two tensors is meant",
+        )
+    return found

@@ -3,19 +3,21 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from flaxslim._draw import check_config
 from flaxslim._errors import FlaxslimError, UnsupportedFormatError
+from flaxslim._processes import written_by_one
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import _card, _folder, _msgpack, _safetensors
 from flaxslim.checkpoint._atomic import fresh_folder
 from flaxslim.checkpoint._config import config_text
-from flaxslim.checkpoint._leaf import Leaf, is_floating
+from flaxslim.checkpoint._journal import Journal
+from flaxslim.checkpoint._leaf import Leaf, Piece, is_floating
 from flaxslim.checkpoint._names import (
     convert,
     dotted,
@@ -27,6 +29,7 @@ from flaxslim.checkpoint._names import (
     warn_of_missing,
     without_place,
 )
+from flaxslim.checkpoint._pour import Progress, pour
 from flaxslim.checkpoint._read import Checkpoint, read
 
 FORMATS = ("flax", "flax-safetensors", "torch")
@@ -43,6 +46,7 @@ def save(
     dtype: Any = None,
     overwrite: bool = False,
     record: Mapping[str, Any] | None = None,
+    shard_size: int | None = None,
 ) -> Path:
     """Write a checkpoint that the stock classes load; the folder appears whole or not at all.
 
@@ -59,17 +63,60 @@ def save(
         dtype: floating-point tensors are cast to it; by default they stay as they are.
         record: plain data for `flaxslim.json` (plan, version, proof). Its "card", if it has one,
             is the text of the model card's section.
+        shard_size: bytes that a weight file may have, but for a single tensor that has more. By
+            default weights in shards stay in shards, of at most 5 GB or the largest one of `like`,
+            unless one shard is enough, and what is in one file stays in one.
 
-    Weights in shards stay in shards, of at most 5 GB or the largest one of `like`, unless one
-    shard is enough. Returns the folder. Raises `TargetError`, what `read(like)` raises,
-    `UnsupportedFormatError` (also if a conversion to Flax would lose tensors; see `to_flax`), and
-    `ConfigError` for a config that is no plain data, or that says other sizes than the tensors of a
-    known family have (the one from before a cut, say).
+    Leaves may be lazy (`read(..., lazy=True)`, and what `apply` makes of these): then no more than
+    some rows of a few tensors are in memory. In a job of several processes each of them calls this,
+    the first writes, and all wait for it. Returns the folder. Raises `ProcessError` for arrays that
+    span processes, `TargetError`, what
+    `read(like)` raises, `UnsupportedFormatError` (also if a conversion to Flax would lose tensors;
+    see `to_flax`), and `ConfigError` for a config that is no plain data, or that says other sizes
+    than the tensors of a known family have (the one from before a cut, say).
 
     >>> save("smaller", params, cfg, like="bert-base-uncased")  # doctest: +SKIP
     """
+
+    def write_it() -> Path:
+        return write(
+            folder,
+            params,
+            cfg,
+            source=None if like is None else read(like),
+            format=format,
+            dtype=dtype,
+            overwrite=overwrite,
+            record=record,
+            shard_size=shard_size,
+        )
+
+    written_by_one(flatten(params), write_it)
+    return Path(folder)
+
+
+def write(
+    folder: str | os.PathLike,
+    params: Any,
+    cfg: Any,
+    *,
+    source: Checkpoint | None,
+    format: str | None = None,
+    dtype: Any = None,
+    overwrite: bool = False,
+    record: Mapping[str, Any] | None = None,
+    shard_size: int | None = None,
+    resume: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """`save`, and how a long run is followed and gone on with.
+
+    Args:
+        resume: names what is written, for the same bytes the same. The weight files that a run
+            which was killed had finished are then known by their checksums and stay.
+        progress: called with each number of bytes of weights that were written, by any thread.
+    """
     _refuse_contradiction(params, cfg)
-    source = None if like is None else read(like)
     kind = _format(format, source, params)
     leaves = _leaves(params, cfg, kind, source)
     if dtype is not None:
@@ -81,21 +128,33 @@ def save(
         leaves = {
             name: Leaf(array=leaf.array, axes=leaf.axes, cast=cast) for name, leaf in leaves.items()
         }
+    if shard_size is not None and (shard_size < 1 or kind == "flax-safetensors"):
+        raise UnsupportedFormatError(
+            "transformers reads no shards of Flax safetensors"
+            if shard_size >= 1
+            else "a shard holds at least one byte",
+            seen=f"shard_size={shard_size}",
+            mend='leave shard_size out, or choose format="flax" or "torch"',
+        )
     text = config_text(cfg, dtype)
     target, old = Path(folder), None if source is None else source.folder
     side, need = {}, sum(leaf.nbytes for leaf in leaves.values()) + 2**20
     with _folder.reading(old or target):
-        shards = _shards(leaves, _cap(kind, source))
+        shards = _shards(leaves, shard_size or _cap(kind, source))
         if old is not None:
             side = _side_files(old)
             need += sum(path.stat().st_size for path in side.values())
-    with fresh_folder(target, need=need, overwrite=overwrite, source=old) as new:
+    with fresh_folder(target, need=need, overwrite=overwrite, source=old, resume=resume) as new:
+        journal = Journal.of(new, resume)
         for name, path in side.items():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, new / name)
-        _write_weights(new, kind, shards)
+        _write_weights(new, kind, shards, journal, progress)
+        if source is not None:
+            source.check_unchanged()
         (new / _folder.CONFIG).write_text(text, encoding="utf-8")
         _write_record(new, source, record, _card.how_to_load(cfg, kind))
+        journal.end()
     return target
 
 
@@ -199,16 +258,28 @@ def _shards(leaves: Mapping[str, Leaf], cap: int | None) -> list[dict[str, Leaf]
     return shards
 
 
-def _write_weights(folder: Path, kind: str, shards: list[dict[str, Leaf]]) -> None:
+def _pieces(kind: str, leaves: Mapping[str, Leaf]) -> Sequence[Piece]:
+    if kind == "flax":
+        return tuple(_msgpack.pieces(leaves))
+    return _safetensors.pieces(leaves, {"format": "pt" if kind == "torch" else "flax"})
+
+
+def _write_weights(
+    folder: Path,
+    kind: str,
+    shards: list[dict[str, Leaf]],
+    journal: Journal,
+    progress: Progress | None,
+) -> None:
     stem, suffix = ("flax_model", "msgpack") if kind == "flax" else ("model", "safetensors")
+    progress = progress or (lambda count: None)
 
     def put(name: str, leaves: dict[str, Leaf]) -> None:
-        write_file: Callable[[BinaryIO, dict[str, Leaf]], None] = _msgpack.write_file
-        if kind != "flax":
-            metadata = {"format": "pt" if kind == "torch" else "flax"}
-            write_file = lambda file, some: _safetensors.write_file(file, some, metadata)  # noqa: E731
-        with (folder / name).open("wb") as file:
-            write_file(file, leaves)
+        pieces = _pieces(kind, leaves)
+        if journal.has(name, pieces):
+            progress(sum(piece.nbytes for piece in pieces))
+        else:
+            journal.add(name, pour(folder / name, pieces, progress))
 
     if len(shards) == 1:
         put(f"{stem}.{suffix}", shards[0])

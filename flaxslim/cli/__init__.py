@@ -1,4 +1,4 @@
-"""The command line: `flaxslim inspect | slim | verify | families | prune | sweep | run | demo`.
+"""The command line: `flaxslim inspect | slim | verify | prune | sweep | run | export | ...`.
 
 Nothing heavy is imported until a command needs it, so that `--help` answers at once.
 """
@@ -35,8 +35,18 @@ def _by_name() -> dict[str, Callable[..., Any]]:
         "prune": _commands.prune,
         "sweep": _commands.sweep,
         "run": _commands.run,
+        "export": _commands.export,
         "demo": _commands.demo,
     }
+
+
+def entry() -> int:
+    """The command of the shell: `main` in a process of its own."""
+    # transformers imports torch where it is installed, for seconds. These run Flax classes alone;
+    # a pickled checkpoint is read by torch itself.
+    if sys.argv[1:2] and sys.argv[1] in ("inspect", "slim", "verify"):
+        os.environ.setdefault("USE_TORCH", "0")
+    return main()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +105,3 @@ def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

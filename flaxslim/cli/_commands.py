@@ -36,6 +36,14 @@ Heads = Annotated[
     bool,
     arg(help="cut dead attention heads too; most families need --width per_layer for it"),
 ]
+ProofWay = Annotated[
+    Literal["auto", "whole", "by-layer"],
+    arg(
+        help="whole: run both models; by-layer: each layer before and after on random inputs, and "
+        "every tensor compared, in the memory of one layer; auto: whole if both models fit "
+        "into the memory that is free"
+    ),
+]
 Calibration = Annotated[
     Path,
     arg(
@@ -145,6 +153,14 @@ def slim(
     verify: Annotated[
         bool, arg(help="run both models on the same inputs and refuse to write unless they agree")
     ] = True,
+    proof: ProofWay = "auto",
+    shard_size: Annotated[
+        str | None,
+        arg(
+            help="the most that a weight file may have, such as 5GB; by default shards stay as "
+            "large as they are, 5 GB at most, and one file stays one"
+        ),
+    ] = None,
     dry_run: Annotated[bool, arg(help="show what would be cut, and stop")] = False,
     revision: Revision = None,
 ) -> int:
@@ -155,6 +171,7 @@ def slim(
     Example: flaxslim slim path/to/folder smaller --width per_layer --heads
     """
     from flaxslim.cli import _slim
+    from flaxslim.posttraining._budget import parse_bytes
 
     return _slim.run(
         source,
@@ -170,6 +187,8 @@ def slim(
             format=format,
             overwrite=overwrite,
             verify=verify,
+            proof=proof,
+            shard_size=None if shard_size is None else parse_bytes(shard_size),
             dry_run=dry_run,
             revision=revision,
         ),
@@ -183,6 +202,7 @@ def verify(
     approximate: Annotated[
         bool, arg(help="only measure the difference, for a cut made with --threshold")
     ] = False,
+    proof: ProofWay = "auto",
     json: Annotated[bool, arg(help="print JSON instead of tables")] = False,
 ) -> int:
     """Run two checkpoints on the same inputs and show whether they compute the same function.
@@ -193,15 +213,14 @@ def verify(
     from flaxslim.cli import NOT_PROVEN, _verify
     from flaxslim.cli._console import console, messages
 
-    with messages.status("reading both checkpoints and running them"):
-        proof, hint = _verify.verify(before, after, approximate=approximate)
+    found, hint = _verify.verify(before, after, approximate=approximate, way=proof)
     if json:
-        print(proof.to_json())
+        print(found.to_json())
     else:
-        console.print(str(proof), markup=False, soft_wrap=True)
+        console.print(str(found), markup=False, soft_wrap=True)
     if hint:
         messages.print(hint, markup=False, soft_wrap=True)
-    return 0 if proof.ok else NOT_PROVEN
+    return 0 if found.ok else NOT_PROVEN
 
 
 def families() -> int:
@@ -434,6 +453,59 @@ def run(
     if check:
         return _execute.check(read)
     return _execute.execute(read, overwrite=overwrite, json=json)
+
+
+def export(
+    source: Source,
+    out: Annotated[
+        Positional[Path], arg(metavar="FILE", help="the file to write, such as model.jaxexport")
+    ],
+    *,
+    batch: Annotated[
+        str,
+        arg(help="symbolic: any batch size; or numbers with commas between, a program for each"),
+    ] = "symbolic",
+    length: Annotated[
+        str,
+        arg(
+            help="the same for the tokens of a sequence, up to as many as the model has positions "
+            "(of audio, frames of the encoder)"
+        ),
+    ] = "symbolic",
+    platforms: Annotated[
+        str, arg(help="where it is to run: cpu, cuda, rocm, tpu, with commas between")
+    ] = "cpu,cuda,tpu",
+    model: Annotated[
+        str | None,
+        arg(help="the Flax class, such as FlaxBertModel; by default the one of the config"),
+    ] = None,
+    verify: Annotated[
+        bool, arg(help="run each program beside the class, and refuse to write unless they agree")
+    ] = True,
+    overwrite: Annotated[bool, arg(help="replace FILE, if an earlier export wrote it")] = False,
+    revision: Revision = None,
+) -> int:
+    """Write a checkpoint, dense or slimmed, as a file that runs without transformers and Flax.
+
+    FILE holds the parameters (it is a safetensors file) and, as StableHLO by jax.export, what the
+    class computes. A dozen lines with jax and safetensors load it: see "Run it without
+    transformers" in the README. Numbers in place of symbolic sizes give programs that a compiler
+    can make more of, and serve classes that cannot be traced without numbers.
+    Example: flaxslim export smaller model.jaxexport --batch 1,8 --length 128
+    """
+    from flaxslim.cli import _export
+
+    return _export.run(
+        source,
+        out,
+        batch=batch,
+        length=length,
+        platforms=platforms,
+        model=model,
+        verify=verify,
+        overwrite=overwrite,
+        revision=revision,
+    )
 
 
 def demo(

@@ -1,6 +1,9 @@
 """`flaxslim slim`: read, plan, cut, prove, write."""
 
 import dataclasses
+import hashlib
+import json
+import threading
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -13,13 +16,14 @@ from flaxslim._errors import WidthError
 from flaxslim._plan import Plan
 from flaxslim._slim import mend_blocked
 from flaxslim._spec import Spec
-from flaxslim.checkpoint import Checkpoint, read, save, to_flax
+from flaxslim._tree import flatten
+from flaxslim.checkpoint import Checkpoint, read, to_flax
 from flaxslim.checkpoint._atomic import check_target
 from flaxslim.checkpoint._names import spec_named, unused
-from flaxslim.checkpoint._write import refuse_loss
+from flaxslim.checkpoint._write import refuse_loss, write
 from flaxslim.cli import NOT_PROVEN, NOTHING_DEAD, _table
-from flaxslim.cli._console import console, in_flags, messages
-from flaxslim.cli._verify import prove_checkpoints, uncovered
+from flaxslim.cli._console import bar, console, in_flags, messages
+from flaxslim.cli._verify import Way, prove_checkpoints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,8 @@ class Options:
     format: str
     overwrite: bool
     verify: bool
+    proof: Way
+    shard_size: int | None
     dry_run: bool
     revision: str | None
 
@@ -67,13 +73,13 @@ def run(source: str, out: Path, options: Options) -> int:
     if not options.dry_run and (local or not options.overwrite):
         check_target(target, overwrite=options.overwrite, source=local)
     with messages.status(f"reading {source}") as status:
-        before = read(source, revision=options.revision)
+        before = read(source, revision=options.revision, lazy=True)
         if not options.dry_run and not local:  # what travels along is known only now
             check_target(target, overwrite=options.overwrite, source=before.folder)
         if options.format.startswith("flax") and before.naming == "torch":
             # First, so that the recorded plan has the names of what is written.
             refuse_loss(unused(before.params, before.config), options.format)
-            before = as_flax(before)
+            before = as_flax(read(before.folder))
         status.update("looking for dead channels")
         chosen = options.choice.plan(before)
     for note in before.notes:
@@ -84,8 +90,6 @@ def run(source: str, out: Path, options: Options) -> int:
             raise WidthError(why, mend=mend_blocked(chosen))
         messages.print(f"Nothing was written: {in_flags(why)}.", markup=False, soft_wrap=True)
         return NOTHING_DEAD
-    if note := uncovered(before, written=True):
-        messages.print(f"note: {note}", markup=False, soft_wrap=True)
     if options.dry_run:
         messages.print("Dry run: nothing was written.")
         return 0
@@ -98,26 +102,57 @@ def run(source: str, out: Path, options: Options) -> int:
         )
     proof = None
     if options.verify:
-        with messages.status("proof: running both models on the same inputs"):
-            proof = prove_checkpoints(before, after, exact=chosen.exact)
+        proof = prove_checkpoints(
+            before, after, exact=chosen.exact, way=options.proof, spec=chosen.spec, written=True
+        )
         console.print(_table.before_after(proof))
         console.print(_table.verdict(proof), markup=False, soft_wrap=True)
         if not proof.ok:
             text = f"The proof failed, so nothing was written.\n{proof}"
             messages.print(text, markup=False, soft_wrap=True)
             return NOT_PROVEN
-    with messages.status(f"writing {out}"):
-        save(
+    with bar(f"writing {out}") as progress:
+        write(
             out,
             after.params,
             after.config,
-            like=before,
+            source=before,
             format=None if options.format == "as-read" else options.format,
             overwrite=options.overwrite,
             record=record(source, chosen, proof),
+            shard_size=options.shard_size,
+            resume=_name(before, chosen, options),
+            progress=_counted(progress, sum(x.nbytes for x in flatten(after.params).values())),
         )
     messages.print(f"written to {out}", markup=False)
     return 0
+
+
+def _counted(progress: Any, total: int) -> Any:
+    """A call with each number of bytes becomes one with all of them so far."""
+    done, lock = 0, threading.Lock()
+
+    def add(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            progress(done, total)
+
+    return add
+
+
+def _name(before: Checkpoint, chosen: Plan, options: Options) -> str:
+    """What the bytes that are written depend on."""
+    parts = (
+        flaxslim.__version__,
+        str(before.folder.resolve()),
+        before.stamps,
+        before.naming,
+        chosen.to_dict(),
+        options.format,
+        options.shard_size,
+    )
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def as_flax(checkpoint: Checkpoint) -> Checkpoint:

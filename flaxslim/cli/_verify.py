@@ -1,35 +1,41 @@
 """The proof for two checkpoints: of `flaxslim verify`, and of `slim` before it writes."""
 
 import contextlib
+import dataclasses
 import re
 import zlib
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
+from flaxslim._by_layer import verify_by_layer
 from flaxslim._compat import parameter_shapes
 from flaxslim._errors import ConfigError, FlaxslimError, InputsError
 from flaxslim._inputs import model_class_for
 from flaxslim._prove import Proof
 from flaxslim._prove import verify as prove
-from flaxslim._tree import flatten
-from flaxslim.checkpoint import Checkpoint, read
+from flaxslim._spec import SpecLike
+from flaxslim._tree import flatten, replace
+from flaxslim.checkpoint import Checkpoint, read, to_flax
 from flaxslim.checkpoint._folder import RECORD, read_json
 from flaxslim.checkpoint._leaf import nest
-from flaxslim.checkpoint._names import convert, some, unused
-from flaxslim.cli._console import messages
+from flaxslim.checkpoint._names import convert, some, spec_named, unused
+from flaxslim.cli._console import bar, messages
 from flaxslim.specs import spec_for
 
+Way = Literal["auto", "whole", "by-layer"]
 
-def verify(before: str, after: str, *, approximate: bool = False) -> tuple[Proof, str | None]:
+
+def verify(
+    before: str, after: str, *, approximate: bool = False, way: Way = "auto"
+) -> tuple[Proof, str | None]:
     """Read both and compare; and what to say besides if the proof fails.
 
     What the record of the cut says waives nothing: it lies beside the weights that are judged.
     """
-    old, new = read(before), read(after)
-    if note := uncovered(old):
-        messages.print(f"note: {note}", markup=False, soft_wrap=True)
-    proof = prove_checkpoints(old, new, exact=not approximate)
+    old, new = read(before, lazy=True), read(after, lazy=True)
+    proof = prove_checkpoints(old, new, exact=not approximate, way=way)
     hint = None
     if not proof.ok and not approximate and _recorded_as_approximate(new):
         hint = (
@@ -59,13 +65,77 @@ def uncovered(checkpoint: Checkpoint, *, written: bool = False) -> str | None:
     )
 
 
-def prove_checkpoints(before: Checkpoint, after: Checkpoint, *, exact: bool) -> Proof:
-    """Run both in the stock Flax class."""
-    return prove(
-        (_runnable(before, announce=True), before.config),
-        (_runnable(after), after.config),
-        approximate=not exact,
+def prove_checkpoints(
+    before: Checkpoint,
+    after: Checkpoint,
+    *,
+    exact: bool,
+    way: Way = "auto",
+    spec: SpecLike = None,
+    written: bool = False,
+) -> Proof:
+    """Run both in the stock Flax class; or one layer at a time, if they are too large for that.
+
+    `spec` is the one that the cut was made by, in the names of the tensors; `written`: the second
+    is about to be written.
+    """
+    if way == "by-layer" or (way == "auto" and _too_large(before, after)):
+        if before.naming != after.naming:
+            before, after = _in_flax(before), _in_flax(after)
+        spec = spec or spec_named(before.config, "all", before.naming)
+        with bar("proof, layer by layer", "sites") as progress:
+            return verify_by_layer(
+                (before.params, before.config),
+                (after.params, after.config),
+                spec,
+                approximate=not exact,
+                progress=progress,
+            )
+    if note := uncovered(before, written=written):
+        messages.print(f"note: {note}", markup=False, soft_wrap=True)
+    with messages.status("proof: running both models on the same inputs"):
+        return prove(
+            (_runnable(_in_memory(before), announce=True), before.config),
+            (_runnable(_in_memory(after)), after.config),
+            approximate=not exact,
+        )
+
+
+# Both models on the host and on the device (on CPU that is the same memory), and what they compute.
+_COPIES = 3
+
+
+def _too_large(before: Checkpoint, after: Checkpoint) -> bool:
+    need = _COPIES * sum(x.nbytes for c in (before, after) for x in flatten(c.params).values())
+    free = _free_memory()
+    if free is None or need <= free:
+        return False
+    messages.print(
+        f"note: to run both models takes about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} "
+        "GB are free, so the proof goes layer by layer; --proof whole runs them all the same",
+        markup=False,
+        soft_wrap=True,
     )
+    return True
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
+
+
+def _in_memory(checkpoint: Checkpoint) -> Checkpoint:
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(checkpoint.params).items()}
+    return dataclasses.replace(checkpoint, params=replace(checkpoint.params, leaves))
+
+
+def _in_flax(checkpoint: Checkpoint) -> Checkpoint:
+    checkpoint = _in_memory(checkpoint)
+    return dataclasses.replace(checkpoint, params=to_flax(checkpoint), naming="flax")
 
 
 def _runnable(checkpoint: Checkpoint, *, announce: bool = False) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxslim import _mesh
 from flaxslim._errors import CalibrationError
 from flaxslim._spec import Site
 from flaxslim.posttraining._capture import Traced, hidden
@@ -80,7 +81,8 @@ class Calibration:
                 mend="pass [batch]; better four or more, of which some are held out",
             )
         # A tokenizer's BatchEncoding is no pytree, but a mapping.
-        self.batches = [dict(b) if isinstance(b, Mapping) else b for b in batches]
+        batches = [dict(b) if isinstance(b, Mapping) else b for b in batches]
+        self.batches = [jax.tree.map(_mesh.automatic, b) for b in batches]
         if not self.batches:
             raise CalibrationError(
                 "there is no calibration batch",

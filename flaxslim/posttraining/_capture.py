@@ -31,11 +31,17 @@ _MOVES = frozenset(
         "optimization_barrier",
         "reduce_precision",
         "reshape",
+        "reshard",
         "rev",
         "sharding_constraint",
         "squeeze",
         "transpose",
     }
+)
+# What does not even move them.
+_SAME = frozenset(
+    {"convert_element_type", "copy", "copy_p", "optimization_barrier", "reduce_precision"}
+    | {"reshard", "sharding_constraint"}
 )
 _CALLS = {
     "jit": "jaxpr",
@@ -208,12 +214,20 @@ def _jaxpr_of(eqn: Any) -> Any:
     return inner if len(inner.jaxpr.invars) == len(eqn.invars) else None
 
 
+def _on_host() -> Any:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names others only
+        return None
+
+
 def _moved(eqn: Any, before: View) -> View:
     def moved() -> np.ndarray:
-        with jax.ensure_compile_time_eval():
+        if eqn.primitive.name in _SAME:
+            return before.moved()
+        # There are as many of them as numbers in the kernel: they stay on the host.
+        with jax.ensure_compile_time_eval(), jax.default_device(_on_host()):
             indices = jnp.asarray(before.moved())
-            if eqn.primitive.name in ("convert_element_type", "reduce_precision"):
-                return np.asarray(indices)
             if before.scanned:  # the same for each of the slices
                 return np.asarray(jax.vmap(lambda x: _bind(eqn, [x])[0])(indices))
             return np.asarray(_bind(eqn, [indices])[0])

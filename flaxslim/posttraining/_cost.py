@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flaxslim import _tree
+from flaxslim import _mesh, _tree
 from flaxslim._errors import CalibrationError
 from flaxslim._prove import flops
 from flaxslim._slim import slim
@@ -67,11 +67,19 @@ def first_units(params: Any, sites: Sequence[Site], counts: Mapping[str, int]) -
     leaves = _tree.flatten(params)
     living = masks(sites, alive, lambda site: site.reading)
     # Ones and zeros, since what is cut already may be zero, too.
-    zeroed = {
-        path: jnp.broadcast_to(mask, np.shape(leaves[path])).astype(leaves[path].dtype)
-        for path, mask in living.items()
-    }
+    zeroed = {path: _filled(mask, leaves[path]) for path, mask in living.items()}
     return _tree.replace(params, zeroed)
+
+
+def _filled(mask: Any, leaf: Any) -> Any:
+    """A mask that broadcasts, in the shape and in the shards of an array."""
+    shape, dtype = np.shape(leaf), leaf.dtype
+    if not _mesh.on_mesh(leaf):
+        return jnp.broadcast_to(mask, shape).astype(dtype)
+    fill = jax.jit(
+        lambda mask: jnp.broadcast_to(mask, shape).astype(dtype), out_shardings=leaf.sharding
+    )
+    return fill(np.asarray(mask))
 
 
 def within(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxslim import _tree
+from flaxslim import _mesh, _tree
 from flaxslim._errors import CalibrationWarning
 from flaxslim._spec import Site
 from flaxslim.posttraining import _allocate, _fisher
@@ -322,6 +322,8 @@ def _centred(site: Site, moments: Moments) -> Moments:
 
 
 def _like(x: np.ndarray, leaf: Any) -> Any:
+    if _mesh.on_mesh(leaf):
+        return _mesh.put(x.reshape(leaf.shape), like=leaf)
     new = jnp.asarray(x.reshape(np.shape(leaf)), leaf.dtype)
     return jax.device_put(new, leaf.sharding) if leaf.committed else new
 

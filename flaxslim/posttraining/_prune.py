@@ -11,13 +11,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flaxslim import _tree
+from flaxslim import _mesh, _tree
 from flaxslim._draw import draw
 from flaxslim._errors import BudgetError, CalibrationError, WidthError, nearest
+from flaxslim._multiples import with_mesh
 from flaxslim._plan import PER_LAYER
 from flaxslim._slim import mend_blocked, slim
 from flaxslim._spec import Site, Spec, SpecLike
@@ -181,6 +183,8 @@ def zero(
     bound, _ = found.bind(params, cfg)
     sites = tuple(site for site in bound if site.size)
     _refuse(sites)
+    _refuse_apart(params)
+    multiple_of = with_mesh(multiple_of, sites, _tree.flatten(params))
     shares = None if keep is None else _shares(keep, sites)
     if objective is not None and not takes_gradients(method.score):
         raise CalibrationError(
@@ -324,6 +328,20 @@ def _refuse(sites: Sequence[Site]) -> None:
             )
 
 
+def _refuse_apart(params: Any) -> None:
+    """Raise `CalibrationError` for arrays that no process sees all of."""
+    for path, leaf in _tree.flatten(params).items():
+        if _mesh.is_apart(leaf):
+            raise CalibrationError(
+                "pruning without training refits layers on one host, and this array spans several",
+                path=path,
+                seen=f"{leaf.shape} over {len(leaf.sharding.device_set)} devices, "
+                f"{len(leaf.addressable_shards)} of them here",
+                mend="prune in one process, with the model on its own devices or in its memory; "
+                "slim, plan, apply, shrink and pruning run across processes",
+            )
+
+
 def _shares(keep: float | Mapping[str, float], sites: Sequence[Site]) -> dict[str, float]:
     axes = list(dict.fromkeys(site.pair.axis for site in sites))
     given = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(axes, keep)
@@ -349,7 +367,8 @@ def _on_device(params: Any) -> Any:
     if isinstance(params, nnx.Module):
         params = nnx.state(params)
     leaves = _tree.flatten(params)
-    return _tree.replace(params, {path: jnp.asarray(leaf) for path, leaf in leaves.items()})
+    placed = {path: _mesh.automatic(jnp.asarray(leaf)) for path, leaf in leaves.items()}
+    return _tree.replace(params, placed)
 
 
 def _in_order(sites: Sequence[Site], calibration: Calibration) -> list[Site]:
@@ -362,8 +381,15 @@ def _as_given(params: Any, tree: Any, new: Any) -> Any:
     """The new leaves in the container and of the kind that was given; the others by identity."""
     given, before, after = (_tree.flatten(x) for x in (params, tree, new))
     changed = {
-        path: np.asarray(leaf, given[path].dtype) if isinstance(given[path], np.ndarray) else leaf
+        path: _placed_as(given[path], leaf)
         for path, leaf in after.items()
         if leaf is not before[path]
     }
     return _tree.replace(params, changed)
+
+
+def _placed_as(given: Any, leaf: Any) -> Any:
+    if isinstance(given, np.ndarray):
+        return np.asarray(leaf, given.dtype)
+    # What was tuned comes out of a program as that found best.
+    return jax.device_put(leaf, given.sharding) if _mesh.on_mesh(given) else leaf

@@ -3,14 +3,15 @@
 import logging
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from flaxslim import _tree
+from flaxslim import _mesh, _tree
 from flaxslim._apply import apply
+from flaxslim._copies import Names, copies
 from flaxslim._draw import draw
 from flaxslim._errors import NothingRemovedWarning, TrainingError
 from flaxslim._plan import Plan
@@ -42,7 +43,8 @@ def shrink(
       opt_state: what was made for them: the state of `flaxslim.pruning` (the schedule goes on to
         count from the first widths), of any other optimizer, an `nnx.Optimizer`, an average of the
         parameters, or a tuple of such.
-      cfg, spec, width, multiple_of: as in `flaxslim.slim`.
+      cfg, spec, width, multiple_of: as in `flaxslim.slim`. On a mesh a width is one that the arrays
+        of the state can be split by, too.
 
     Returns: `(params, opt_state, cfg)`, each of the kind that went in. If nothing is dead they are
     what went in, and a `NothingRemovedWarning` says so. The logger "flaxslim" tells what went.
@@ -64,7 +66,14 @@ def shrink(
     ((2, 1), (2, 1), {'hidden': 1})
     """
     whole = _parameters_of(params)
-    plan = draw(whole, cfg, spec, width=width, multiple_of=multiple_of)
+    plan = draw(
+        whole,
+        cfg,
+        spec,
+        width=width,
+        multiple_of=multiple_of,
+        beside=_in_shards(whole, (params, opt_state)),
+    )
     _check_pruned(plan, (params, opt_state))
     small, new = carried_out(plan, params, cfg, like=None if whole is params else whole)
     if opt_state is not None and plan.removed:
@@ -83,6 +92,20 @@ def _parameters_of(tree: Any) -> Any:
     if hasattr(tree, "opt_state") and hasattr(tree, "params"):
         return tree.params
     return tree
+
+
+def _in_shards(params: Any, trees: Iterable[Any]) -> dict[str, list[Any]]:
+    """The arrays on a mesh that follow a parameter, by its path: moments may lie otherwise."""
+    found: dict[str, list[Any]] = {}
+    names = Names(_tree.flatten(params))
+    for tree in trees:
+        leaves = {} if tree is None else _tree.flatten(tree)
+        if not any(map(_mesh.on_mesh, leaves.values())):
+            continue
+        for copy in copies(tree, leaves, names, fold=True):
+            for name, path in copy.arrays(leaves).items():
+                found.setdefault(name, []).append(leaves[path])
+    return found
 
 
 def _check_pruned(plan: Plan, trees: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim import _tree
+from flaxslim import _mesh, _tree
 from flaxslim._copies import of_channels, splits
 from flaxslim._errors import TrainingError
 
@@ -110,8 +110,8 @@ def sparsity(opt_state: Any) -> Sparsity:
             site = of_channels(rest.removeprefix("channels/"))
             if count is not None and site is not None and rest.startswith("channels/"):
                 second, part = site
-                found.setdefault(second, {})[part] = np.asarray(leaf)
-                counts[head] = np.asarray(count)
+                found.setdefault(second, {})[part] = _mesh.host(leaf)
+                counts[head] = _mesh.host(count)
                 break
     if not found:
         raise TrainingError(

@@ -20,7 +20,7 @@ from transformers import BertConfig, FlaxBertModel
 from flaxslim import _errors
 from flaxslim._compat import parameter_shapes
 from flaxslim._tree import flatten
-from flaxslim.checkpoint import _atomic, _safetensors, _write, load, read, save
+from flaxslim.checkpoint import _atomic, _pour, _safetensors, _write, load, read, save
 from flaxslim.checkpoint._card import HEADING, with_section
 
 CONFIG = BertConfig(
@@ -134,20 +134,21 @@ def test_safetensors_are_read_by_the_library(tmp_path):
     assert _files(folder) == {"config.json", "model.safetensors"}
     path = tmp_path / "some.safetensors"
     leaves = {name: _write.Leaf(array=np.asarray(array)) for name, array in tensors.items()}
-    with path.open("wb") as file:
-        _safetensors.write_file(file, leaves, {"format": "flax"})
+    _pour.pour(path, _safetensors.pieces(leaves, {"format": "flax"}), lambda _: None)
     with safe_open(path, framework="flax") as file:
         assert file.metadata() == {"format": "flax"}
         for name, array in tensors.items():
             if np.asarray(array).dtype != np.float64:  # jax has 64 bits only when asked
                 np.testing.assert_array_equal(file.get_tensor(name), array)
-    again, metadata = _safetensors.read_file(path)
+    stored, metadata = _safetensors.stored(path)
+    again = _safetensors.mapped(stored)
     assert metadata == {"format": "flax"}
     assert again.keys() == tensors.keys()
     for name, array in tensors.items():
         assert again[name].dtype == np.asarray(array).dtype
         assert again[name].shape == np.asarray(array).shape
         np.testing.assert_array_equal(again[name], array)
+        np.testing.assert_array_equal(np.asarray(stored[name]), array)
 
 
 @pytest.mark.parametrize("format", ["flax", "flax-safetensors", "torch"])
@@ -302,18 +303,16 @@ def test_a_link_to_a_folder_is_followed(tmp_path, source, params):
     assert _files(source) == {"config.json", "flax_model.msgpack"}
 
 
-class _Full(io.BytesIO):
-    """A file on a disk that runs full after some bytes."""
+class _Full(io.FileIO):
+    """A file on a disk that runs full after some bytes, of all files together."""
 
-    def __init__(self, file, room):
-        super().__init__()
-        self.file, self.room = file, room
+    room = 9_000
 
     def write(self, data):
-        self.room -= len(data)
-        if self.room < 0:
+        _Full.room -= len(data)
+        if _Full.room < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.file.write(data)
+        return super().write(data)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -322,9 +321,8 @@ def test_a_disk_that_runs_full_leaves_nothing(
     tmp_path, source, params, monkeypatch, format, overwrite
 ):
     before = {name: (source / name).read_bytes() for name in _files(source)}
-    module = _write._msgpack if format == "flax" else _write._safetensors
-    stock = module.write_file
-    monkeypatch.setattr(module, "write_file", lambda file, *rest: stock(_Full(file, 9_000), *rest))
+    monkeypatch.setattr(_Full, "room", 9_000)
+    monkeypatch.setattr(_pour, "_opened", lambda path: _Full(path, "r+"))
     target = source if overwrite else tmp_path / "deep" / "out"
     with pytest.raises(_errors.TargetError, match="the disk ran full; nothing was kept") as caught:
         save(target, params, CONFIG, like=source, format=format, overwrite=overwrite)
@@ -390,10 +388,12 @@ def test_the_old_one_comes_back_if_the_swap_fails(tmp_path, source, params, monk
 
     def rename(self, target):
         if self.name.endswith(".new"):
+            assert not source.exists()
             raise fault
         return stock(self, target)
 
     monkeypatch.setattr(_atomic.Path, "rename", rename)
+    monkeypatch.setattr(_atomic, "_exchange", lambda one, other: False)  # as on macOS
     with pytest.raises(_errors.TargetError if fault is OSError else fault):
         save(source, params, CONFIG, overwrite=True)
     assert _listing(tmp_path) == ["source"]

@@ -1,0 +1,52 @@
+"""Leaves whose values are read, or cut, only when they are asked for.
+
+So that a tree may be larger than memory: it is found, planned and cut as any other, and the values
+of one tensor at a time, or of some rows of it, are in memory.
+"""
+
+import abc
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+BLOCK = 2**20  # bytes that are read at once: few enough to stay in the cache until they are written
+
+
+class Lazy(abc.ABC):
+    """A leaf with a shape and a dtype, whose values come when it is turned into an array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @abc.abstractmethod
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The values in order, some rows of the first axis at a time (a scalar: itself)."""
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        return np.asarray(self)[key]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("the values are read anew each time, which is a copy")
+        values = np.empty(self.shape, self.dtype)
+        if not self.ndim:
+            values[()] = next(self.blocks())
+            return values.astype(dtype or self.dtype)
+        at = 0
+        for block in self.blocks():
+            values[at : at + len(block)] = block
+            at += len(block)
+        return values if dtype is None else values.astype(dtype, copy=False)

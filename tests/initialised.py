@@ -1,0 +1,53 @@
+"""Random weights of transformers' Flax classes without a run of the model.
+
+`FlaxBertModel(cfg)` runs the model once, op by op, and compiles each of some hundred operations on
+its way: four seconds for a tiny one, and the tests make hundreds of them. Which weights they start
+from is of no account, so here numpy draws them, in the shapes that the class says.
+"""
+
+import math
+import zlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.traverse_util import path_aware_map
+from jax.core import Tracer
+
+_init = nn.Module.init
+
+
+def initialised_by_numpy() -> None:
+    """From now on the classes of transformers are; all other modules draw their own weights."""
+    nn.Module.init = init  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def init(self: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of `nn.Module.init`, except while it is traced."""
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((rngs, args)))
+    if traced or not type(self).__module__.startswith("transformers."):
+        return _init(self, rngs, *args, **kwargs)
+    shapes = jax.eval_shape(lambda rngs: _init(self, rngs, *args, **kwargs), rngs)
+    key = rngs["params"] if isinstance(rngs, dict) else rngs
+    seed = jax.random.key_data(key).ravel().tolist()
+    deviation = getattr(getattr(self, "config", None), "initializer_range", None)
+
+    def draw(path: Any, leaf: Any) -> Any:
+        rng = np.random.default_rng([*seed, zlib.crc32("/".join(path).encode())])
+        return jax.device_put(_draw(path[-1], leaf, deviation, rng))
+
+    return path_aware_map(draw, shapes)
+
+
+def _draw(name: str, leaf: Any, deviation: float | None, rng: np.random.Generator) -> np.ndarray:
+    if not np.issubdtype(leaf.dtype, np.floating):
+        return np.zeros(leaf.shape, leaf.dtype)
+    if name in ("bias", "mean"):
+        return np.zeros(leaf.shape, leaf.dtype)
+    if name in ("scale", "var") or (name == "weight" and len(leaf.shape) == 1):
+        return np.ones(leaf.shape, leaf.dtype)
+    if deviation is None:
+        inputs = math.prod(leaf.shape[:-1]) if name == "kernel" else 1
+        deviation = 1 / math.sqrt(max(inputs, 1))
+    return (deviation * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
