@@ -104,7 +104,7 @@ def measured(source: Path, place: Path, runs: int) -> dict[str, tuple[float, flo
         "cp": ["cp", "-r", str(source), str(place / "out")],
         "cp, flushed": ["sh", "-c", f"cp -r '{source}' '{place}/out' && sync '{place}'/out/*"],
         "slim": [*slim, "--no-verify"],
-        "slim, proved": [*slim, "--proof", "by-layer"],
+        "slim, proved": [*slim, "--by-layer"],
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(runs):

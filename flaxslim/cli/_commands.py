@@ -36,14 +36,15 @@ Heads = Annotated[
     bool,
     arg(help="cut dead attention heads too; most families need --width per_layer for it"),
 ]
-ProofWay = Annotated[
-    Literal["auto", "whole", "by-layer"],
+ByLayer = Annotated[
+    bool,
     arg(
-        help="whole: run both models; by-layer: each layer before and after on random inputs, and "
-        "every tensor compared, in the memory of one layer; auto: whole if both models fit "
-        "into the memory that is free"
+        help="the proof one layer at a time: each before and after the cut on random inputs, and "
+        "every tensor compared. It takes the memory of one layer, and is what happens anyway where "
+        "both models do not fit into the memory that is free"
     ),
 ]
+Whole = Annotated[bool, arg(help="run both models, however much memory is free")]
 Calibration = Annotated[
     Path,
     arg(
@@ -132,9 +133,25 @@ def inspect(
 
 
 def slim(
-    source: Source,
-    out: Annotated[Positional[Path], arg(metavar="OUT", help="the folder to write")],
+    source: Annotated[
+        Positional[str],
+        arg(
+            metavar="SOURCE",
+            help="a folder, the id of a repository on the Hub (org/name), an address of fsspec "
+            "(gs://, s3://), or a checkpoint of Orbax, with --config",
+        ),
+    ],
+    out: Annotated[
+        Positional[str], arg(metavar="OUT", help="the folder to write, or an address of fsspec")
+    ],
     *,
+    config: Annotated[
+        Path | None,
+        arg(
+            help="of a checkpoint of Orbax: MaxText's YAML, which is written anew beside OUT, or a "
+            "config.json of transformers, which is written as OUT.json"
+        ),
+    ] = None,
     width: Width = "uniform",
     heads: Heads = False,
     threshold: Threshold = 0.0,
@@ -153,7 +170,8 @@ def slim(
     verify: Annotated[
         bool, arg(help="run both models on the same inputs and refuse to write unless they agree")
     ] = True,
-    proof: ProofWay = "auto",
+    by_layer: ByLayer = False,
+    whole: Whole = False,
     shard_size: Annotated[
         str | None,
         arg(
@@ -176,6 +194,7 @@ def slim(
     return _slim.run(
         source,
         out,
+        config,
         _slim.Options(
             choice=_slim.Choice(
                 width=width,
@@ -187,7 +206,7 @@ def slim(
             format=format,
             overwrite=overwrite,
             verify=verify,
-            proof=proof,
+            proof="by-layer" if by_layer else "whole" if whole else "auto",
             shard_size=None if shard_size is None else parse_bytes(shard_size),
             dry_run=dry_run,
             revision=revision,
@@ -202,7 +221,8 @@ def verify(
     approximate: Annotated[
         bool, arg(help="only measure the difference, for a cut made with --threshold")
     ] = False,
-    proof: ProofWay = "auto",
+    by_layer: ByLayer = False,
+    whole: Whole = False,
     json: Annotated[bool, arg(help="print JSON instead of tables")] = False,
 ) -> int:
     """Run two checkpoints on the same inputs and show whether they compute the same function.
@@ -213,7 +233,8 @@ def verify(
     from flaxslim.cli import NOT_PROVEN, _verify
     from flaxslim.cli._console import console, messages
 
-    found, hint = _verify.verify(before, after, approximate=approximate, way=proof)
+    way = "by-layer" if by_layer else "whole" if whole else "auto"
+    found, hint = _verify.verify(before, after, approximate=approximate, way=way)
     if json:
         print(found.to_json())
     else:

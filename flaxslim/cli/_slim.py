@@ -12,14 +12,16 @@ from typing import Any
 import flaxslim
 from flaxslim._apply import apply, resized
 from flaxslim._draw import plan
-from flaxslim._errors import WidthError
+from flaxslim._errors import UnsupportedFormatError, WidthError
 from flaxslim._plan import Plan
 from flaxslim._slim import mend_blocked
 from flaxslim._spec import Spec
 from flaxslim._tree import flatten
-from flaxslim.checkpoint import Checkpoint, read, to_flax
+from flaxslim.checkpoint import Checkpoint, fetched, read, sent, to_flax
 from flaxslim.checkpoint._atomic import check_target
+from flaxslim.checkpoint._config import config_text
 from flaxslim.checkpoint._names import spec_named, unused
+from flaxslim.checkpoint._read import read_config
 from flaxslim.checkpoint._write import refuse_loss, write
 from flaxslim.cli import NOT_PROVEN, NOTHING_DEAD, _table
 from flaxslim.cli._console import bar, console, in_flags, messages
@@ -41,15 +43,22 @@ class Choice:
 
         By the spec of its family, unless one is given, in the names of the tensors too.
         """
-        part = "all" if self.heads else "ffn"
         return plan(
             checkpoint.params,
             checkpoint.config,
-            spec or spec_named(checkpoint.config, part, checkpoint.naming),
+            spec or spec_named(checkpoint.config, self.part, checkpoint.naming),
             width=self.width,
             threshold=self.threshold,
-            multiple_of={"f": self.multiple_of, "h": self.heads_multiple_of},
+            multiple_of=self.multiples,
         )
+
+    @property
+    def part(self) -> str:
+        return "all" if self.heads else "ffn"
+
+    @property
+    def multiples(self) -> dict[str, int]:
+        return {"f": self.multiple_of, "h": self.heads_multiple_of}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +75,48 @@ class Options:
     revision: str | None
 
 
-def run(source: str, out: Path, options: Options) -> int:
+def run(source: str, out: str, config: Path | None, options: Options) -> int:
     """Do it; returns the exit code. Nothing is written unless the proof holds."""
+    if config is not None:
+        return _orbax(source, out, config, options)
+    with fetched(source) as here, sent(out) as there:
+        return _run(here, there, options)
+
+
+def _orbax(source: str, out: str, config: Path, options: Options) -> int:
+    """The same for a checkpoint of Orbax, of which no model is run: the rules are its proof."""
+    from flaxslim.checkpoint import convert_orbax
+    from flaxslim.specs._libraries import MAXTEXT_FFN
+
+    maxtext = config.suffix in (".yml", ".yaml")
+    if options.dry_run or options.overwrite or options.format != "as-read":
+        raise UnsupportedFormatError(
+            "a checkpoint of Orbax is written as it was, to a new place",
+            path=out,
+            mend="leave out --dry-run, --overwrite and --format",
+        )
+    choice = options.choice
+    with messages.status(f"slimming {source}"):
+        chosen, new = convert_orbax(
+            source,
+            out,
+            MAXTEXT_FFN if maxtext else choice.part,
+            config if maxtext else read_config(config.parent),
+            width=choice.width,
+            multiple_of=choice.multiples,
+            threshold=choice.threshold,
+        )
+    console.print(in_flags(str(chosen)), markup=False, soft_wrap=True)
+    if why := chosen.why_nothing:
+        messages.print(f"Nothing was written: {in_flags(why)}.", markup=False, soft_wrap=True)
+        return NOTHING_DEAD
+    if not maxtext:
+        Path(f"{out}.json").write_text(config_text(new), encoding="utf-8")
+    messages.print(f"written to {out}; no model was run to prove it", markup=False, soft_wrap=True)
+    return 0
+
+
+def _run(source: str, out: Path, options: Options) -> int:
     local = Path(source) if Path(source).is_dir() else None
     target = out.expanduser().resolve()
     if not options.dry_run and (local or not options.overwrite):

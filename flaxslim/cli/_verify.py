@@ -112,7 +112,7 @@ def _too_large(before: Checkpoint, after: Checkpoint) -> bool:
         return False
     messages.print(
         f"note: to run both models takes about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} "
-        "GB are free, so the proof goes layer by layer; --proof whole runs them all the same",
+        "GB are free, so the proof goes layer by layer; --whole runs them all the same",
         markup=False,
         soft_wrap=True,
     )

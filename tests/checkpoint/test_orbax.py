@@ -25,6 +25,7 @@ from flaxslim._errors import (
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import convert_orbax, is_orbax, orbax_abstract
 from flaxslim.checkpoint._chunks import regions
+from flaxslim.cli import main
 from flaxslim.specs import spec_for
 
 D, L, F, DEAD = 6, 3, 16, (5, 7, 9)  # wi (d, l, f), wo (f, l, d): scanned on axis 1
@@ -331,3 +332,17 @@ def test_a_tensor_that_is_gone_is_told_by_its_name(tmp_path):
     with pytest.raises(CorruptFileError, match="wo/kernel"):
         convert_orbax(source, tmp_path / "slim", MAXTEXT_FFN, CONFIG)
     assert _names(tmp_path) == ["dense"]
+
+
+def test_the_command_line_slims_a_checkpoint_of_maxtext(tmp_path, capsys):
+    dense = maxtext()
+    save(tmp_path / "dense", dense)
+    (tmp_path / "base.yml").write_text(YAML)
+    command = ["slim", str(tmp_path / "dense"), str(tmp_path / "slim"), "--config"]
+    assert main([*command, str(tmp_path / "base.yml")]) == 0
+    assert "no model was run" in capsys.readouterr().err
+    small = restore(tmp_path / "slim")
+    np.testing.assert_allclose(network(small), network(dense), rtol=1e-6)
+    assert f"base_mlp_dim:   {LEFT} " in (tmp_path / "slim.yml").read_text()
+    assert main([*command, str(tmp_path / "base.yml"), "--overwrite"]) == 1
+    assert "leave out" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from flaxslim.checkpoint import _msgpack, _stored, read, save, to_flax
 from flaxslim.checkpoint._atomic import fresh_folder
 from flaxslim.checkpoint._leaf import nest
 from flaxslim.checkpoint._names import spec_named
-from flaxslim.cli import entry, main
+from flaxslim.cli import _verify, entry, main
 
 LLAMA = {
     "model_type": "llama",
@@ -359,3 +359,37 @@ def test_the_shell_command_leaves_torch_alone(monkeypatch):
     monkeypatch.setenv("USE_TORCH", "AUTO")
     assert entry() == 1
     assert os.environ["USE_TORCH"] == "AUTO"  # whoever says something is heard
+
+
+# --- proved layer by layer ----------------------------------------------------------------------
+
+
+def test_the_proof_goes_layer_by_layer(tmp_path, source, capsys):
+    out = tmp_path / "out"
+    assert main(["slim", str(source), str(out), "--by-layer", "--width", "per_layer"]) == 0
+    assert "layer by layer" in capsys.readouterr().out
+    assert json.loads((out / "flaxslim.json").read_text())["proof"]["ok"]
+    assert main(["verify", str(source), str(out), "--by-layer"]) == 0
+    assert "same function" in capsys.readouterr().out
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    name = next(name for name in index if ".mlp.up_proj" in name)
+    one = out / index[name]
+    tensors = load_file(one)
+    tensors[name] = tensors[name][::-1].copy()
+    save_file(tensors, one, {"format": "pt"})
+    assert main(["verify", str(source), str(out), "--by-layer"]) == 4
+    assert "none of those before" in " ".join(capsys.readouterr().out.split())
+
+
+def test_also_where_both_models_would_not_fit(tmp_path, source, capsys, monkeypatch):
+    monkeypatch.setattr(_verify, "_free_memory", lambda: 1000)
+    assert main(["slim", str(source), str(tmp_path / "out")]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "so the proof goes layer by layer; --whole runs them all the same" in said
+
+
+def test_a_format_and_names_that_differ(tmp_path, source, capsys):
+    out = tmp_path / "out"
+    assert main(["slim", str(source), str(out), "--format", "flax", "--by-layer"]) == 0
+    assert main(["verify", str(source), str(out), "--by-layer"]) == 0
+    assert "layer by layer" in capsys.readouterr().out
