@@ -1,11 +1,17 @@
-"""`benchmarks/run.py`: nothing that failed is dropped, and nothing that is done is done again."""
+"""`benchmarks/run.py`: nothing that failed is dropped, and nothing that is done is done again.
+
+Also of `benchmarks/peers.py`: a peer that fails has its error in the table.
+"""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import peers
 import pytest
 import run
+from rich.console import Console
 
 SCRIPTS = {
     "broken": 'print("begun")\nraise ValueError("no such thing")',
@@ -109,3 +115,34 @@ def test_results_of_two_machines_are_not_mixed(
     monkeypatch.setattr(run, "machine", lambda: {**SETTING, "cores": "64"})
     with pytest.raises(SystemExit, match="another machine"):
         ran(place, "--again")
+
+
+def test_a_peer_that_fails_is_in_the_table_with_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "HERE", tmp_path)
+    (tmp_path / "works.py").write_text("print('a log')\nprint('{\"first\": 1}')")
+    (tmp_path / "fails.py").write_text("raise OSError('[Errno 5] no wheel')")
+    (tmp_path / "hangs.py").write_text("import time\ntime.sleep(100)")
+
+    def measured(script: str, *needs: str, limit: float = 50) -> Any:
+        contender = peers.Contender(script=script, needs=needs)
+        return peers.measured(contender, "BertModel", tmp_path, tmp_path, limit)
+
+    def not_installed(folder: Path, needs: Any) -> Path:
+        said = f"WARNING: slow\nERROR: no {needs[0]}\n[notice] a new pip"
+        raise subprocess.CalledProcessError(1, "pip", stderr=said)
+
+    monkeypatch.setattr(peers, "environment", not_installed)
+    assert measured("works.py") == {"first": 1}
+    results = {
+        "one": measured("fails.py"),
+        "other": measured("hangs.py", limit=1),
+        "third": measured("works.py", "nothing==1"),
+    }
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(peers.table("title", results))
+    assert "OSError: [Errno 5] no wheel" in shown.get()
+    assert "stopped after 1 s" in shown.get()
+    assert "ERROR: no nothing==1" in shown.get()
