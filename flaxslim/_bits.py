@@ -16,6 +16,7 @@ from jax.core import Tracer
 from flaxslim import _mesh
 from flaxslim._axes import Axes
 from flaxslim._errors import NonFiniteError, TracedError
+from flaxslim._lazy import Lazy
 from flaxslim._spec import Tensor
 
 # The unsigned integer of each width.
@@ -46,6 +47,11 @@ def set_along(leaf: Any, axes: Axes, over: tuple[int, ...]) -> np.ndarray:
     """`any_set` of an array that is split by its axes; of what lies on a mesh, the largest bits."""
     if _mesh.on_mesh(leaf):
         return axes.reduced(_mesh.BITS, leaf, over)
+    if (
+        isinstance(leaf, Lazy) and len(axes.factors) == leaf.ndim > 0
+    ):  # block by block, in the cache
+        parts = [any_set(unsigned(block), over) for block in leaf.blocks()]
+        return np.bitwise_or.reduce(parts) if 0 in over else np.concatenate(parts)
     return any_set(axes.split(unsigned(leaf)), over)
 
 

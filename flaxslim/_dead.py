@@ -32,6 +32,7 @@ from flaxslim import _bits, _mesh
 from flaxslim._activation import Activation
 from flaxslim._axes import WINDOW, Axes
 from flaxslim._errors import UnsupportedDtypeError
+from flaxslim._lazy import Lazy
 from flaxslim._lora import idle
 from flaxslim._spec import Site, Tensor
 
@@ -275,7 +276,7 @@ def _zero_firsts(leaf: Any, tensor: Tensor, site: Site) -> np.ndarray:
     if parts_of(site) is not None:
         left.add(part_position(axes))
     others = tuple(i for i in range(len(axes.factors)) if i not in left)
-    if _mesh.on_mesh(leaf):
+    if _mesh.on_mesh(leaf) or isinstance(leaf, Lazy):
         found = _bits.set_along(leaf, axes, others)
         return by_channel(site, tensor, found == 0, sorted(left))[..., 0]
     bits = axes.split(_bits.unsigned(leaf))

@@ -21,9 +21,13 @@ SLIMMABLE = [case for case in CASES if case.family != "bloom"]
 
 def _marked(cases):
     return [
-        pytest.param(case, id=str(case), marks=[] if case.ordinary else pytest.mark.long)
+        pytest.param(case, id=str(case), marks=[] if _ordinary(case) else pytest.mark.long)
         for case in cases
     ]
+
+
+def _ordinary(case: Case) -> bool:
+    return case.short and not case.twin
 
 
 def _stock(cls, folder):

@@ -53,13 +53,8 @@ class Case:
     length: int  # of token sequences, or frames of audio
 
     @property
-    def ordinary(self) -> bool:
-        """Whether the plainest of tests looks at it in every run: composites take long."""
-        return self.short and not (self.twin and "+" in self.variant)
-
-    @property
     def twin(self) -> bool:
-        """Whether it is looked at in long runs only, but for the plainest of tests."""
+        """Whether it is run in long runs only; `test_by_layer.py` looks at it in every one."""
         return self.family in TWINS
 
     @property

@@ -255,9 +255,14 @@ def _size(count: int) -> str:
 def _flush(folder: Path) -> None:
     for parent, _, files in os.walk(folder):
         for name in files:
-            with open(os.path.join(parent, name), "rb+") as file:
-                os.fsync(file.fileno())
+            flush(Path(parent, name))
         _flush_entry(Path(parent))
+
+
+def flush(path: Path) -> None:
+    """What was written to a file is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _flush_entry(folder: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from flaxslim._errors import FlaxslimError, UnsupportedFormatError
 from flaxslim._processes import written_by_one
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import _card, _folder, _msgpack, _safetensors
-from flaxslim.checkpoint._atomic import fresh_folder
+from flaxslim.checkpoint._atomic import flush, fresh_folder
 from flaxslim.checkpoint._config import config_text
 from flaxslim.checkpoint._journal import Journal
 from flaxslim.checkpoint._leaf import Leaf, Piece, is_floating
@@ -273,25 +274,27 @@ def _write_weights(
 ) -> None:
     stem, suffix = ("flax_model", "msgpack") if kind == "flax" else ("model", "safetensors")
     progress = progress or (lambda count: None)
-
-    def put(name: str, leaves: dict[str, Leaf]) -> None:
-        pieces = _pieces(kind, leaves)
-        if journal.has(name, pieces):
-            progress(sum(piece.nbytes for piece in pieces))
-        else:
+    count = len(shards)
+    names = [f"{stem}-{number:05d}-of-{count:05d}.{suffix}" for number in range(1, count + 1)]
+    names = names if count > 1 else [f"{stem}.{suffix}"]
+    with ThreadPoolExecutor(1) as pool:
+        flushed = []  # while the next one is written
+        for name, leaves in zip(names, shards, strict=True):
+            pieces = _pieces(kind, leaves)
+            if journal.has(name, pieces):
+                progress(sum(piece.nbytes for piece in pieces))
+                continue
             journal.add(name, pour(folder / name, pieces, progress))
-
-    if len(shards) == 1:
-        put(f"{stem}.{suffix}", shards[0])
-        return
-    weight_map: dict[str, str] = {}
-    for number, leaves in enumerate(shards, start=1):
-        name = f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
-        put(name, leaves)
-        weight_map.update(dict.fromkeys(leaves, name))
-    total = sum(leaf.nbytes for leaves in shards for leaf in leaves.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / f"{stem}.{suffix}.index.json", index)
+            flushed.append(pool.submit(flush, folder / name))
+        for future in flushed:
+            future.result()
+    if count > 1:
+        weight_map = {
+            tensor: name for name, leaves in zip(names, shards, strict=True) for tensor in leaves
+        }
+        total = sum(leaf.nbytes for leaves in shards for leaf in leaves.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / f"{stem}.{suffix}.index.json", index)
 
 
 # --- everything else --------------------------------------------------------------------------
