@@ -40,6 +40,12 @@ def is_apart(x: Any) -> bool:
     return spans_processes(x) and not x.is_fully_replicated
 
 
+def told(x: jax.Array) -> str:
+    """Where an array is that spans processes, for messages."""
+    here = f"{len(x.addressable_shards)} of them in process {jax.process_index()}"
+    return f"{x.shape} over {len(x.sharding.device_set)} devices, {here}"
+
+
 def host(x: Any) -> np.ndarray:
     """The values on the host, in every process; meant for vectors."""
     if is_apart(x):

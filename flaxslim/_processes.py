@@ -87,8 +87,7 @@ def written_by_one(leaves: Mapping[str, Any], write: Callable[[], Any]) -> Any:
             raise ProcessError(
                 "one process cannot write an array that spans several",
                 path=path,
-                seen=f"{leaf.shape} over {len(leaf.sharding.device_set)} devices, "
-                f"{len(leaf.addressable_shards)} of them in process {jax.process_index()}",
+                seen=_mesh.told(leaf),
                 mend="save it with Orbax, by which each process writes its own shards: "
                 "orbax.checkpoint.StandardCheckpointer().save(path, params)",
             )

@@ -9,13 +9,9 @@ What needs several devices runs in one process with eight of them: this file as 
 """
 
 import functools
-import json
 import math
-import os
 import re
-import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from eight_devices import outcomes, tell
 from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
@@ -694,19 +691,7 @@ ON_DEVICES_LONG = named(SHARDED_LONG)
 
 
 def in_a_process_with_eight_devices(*which: str) -> dict[str, str]:
-    """What went wrong in each place."""
-    here = os.path.dirname(__file__)
-    env = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
-        "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here), *sys.path]),
-    }
-    command = [sys.executable, __file__, *which]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return outcomes(__file__, *which, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
 
 
 @pytest.fixture(scope="module")
@@ -730,16 +715,5 @@ def test_eight_devices_prune_as_one_does_in_every_way(place, said_long):
     assert not said_long[place], said_long[place]
 
 
-def main(*which: str) -> None:
-    places = ON_DEVICES_LONG if which else ON_DEVICES
-    found = dict.fromkeys(places, "")
-    for place, run in places.items():
-        try:
-            run()
-        except Exception:
-            found[place] = traceback.format_exc()
-    print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    tell(ON_DEVICES_LONG if sys.argv[1:] else ON_DEVICES)

@@ -7,14 +7,11 @@ All of it runs in one process with eight devices: this file as a script.
 """
 
 import functools
-import json
 import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from eight_devices import outcomes, tell
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -332,20 +330,9 @@ CASES_LONG: dict[str, Callable[[], None]] = {
 
 def in_a_process_with_eight_devices(*which: str) -> dict[str, str]:
     """What went wrong in each case."""
-    here = os.path.dirname(__file__)
     with tempfile.TemporaryDirectory() as folder:
-        env = {
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_dump_hlo_as_text "
-            f"--xla_dump_to={folder}",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here), *sys.path]),
-            DUMP: folder,
-        }
-        command = [sys.executable, __file__, *which]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+        flags = f"--xla_dump_hlo_as_text --xla_dump_to={folder}"
+        return outcomes(__file__, *which, flags=flags, **{DUMP: folder})
 
 
 @pytest.fixture(scope="module")
@@ -369,16 +356,5 @@ def test_shards_stay_where_they_are_in_every_way(case, said_long):
     assert not said_long[case], said_long[case]
 
 
-def main(*which: str) -> None:
-    cases = CASES_LONG if which else CASES
-    found = dict.fromkeys(cases, "")
-    for case, run in cases.items():
-        try:
-            run()
-        except Exception:
-            found[case] = traceback.format_exc()
-    print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    tell(CASES_LONG if sys.argv[1:] else CASES)

@@ -186,6 +186,18 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise `CorruptFileError` for what Git LFS puts in the place of a large file."""
+    with path.open("rb") as file:
+        if file.read(8) != b"version ":
+            return
+    raise CorruptFileError(
+        "a Git LFS pointer lies where the weights should be",
+        path=str(path),
+        mend="run `git lfs pull` in that folder",
+    ) from None
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file; `CorruptFileError` if it is none."""
     try:

@@ -13,6 +13,7 @@ import ml_dtypes  # noqa: F401  (numpy knows "bfloat16" by name once this is imp
 import numpy as np
 
 from flaxslim._errors import CorruptFileError
+from flaxslim.checkpoint import _folder
 from flaxslim.checkpoint._leaf import Leaf, Piece, nest
 from flaxslim.checkpoint._stored import Stored
 
@@ -29,13 +30,8 @@ def stored(path: Path) -> dict[str, Any]:
     """
     import msgpack
 
+    _folder.refuse_pointer(path)
     with path.open("rb") as file:
-        if file.read(8) == b"version ":
-            raise CorruptFileError(
-                "a Git LFS pointer lies where the weights should be",
-                path=str(path),
-                mend="run `git lfs pull` in that folder",
-            )
         reader, size, problem = _Reader(file, path), path.stat().st_size, ""
         try:
             tree = _joined(reader.node())

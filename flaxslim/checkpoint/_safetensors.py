@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from flaxslim._errors import CorruptFileError, UnsupportedFormatError
+from flaxslim.checkpoint import _folder
 from flaxslim.checkpoint._leaf import Leaf, Piece
 from flaxslim.checkpoint._stored import Stored
 
@@ -53,13 +54,7 @@ def _validate(path: Path) -> dict[str, str]:
         with safe_open(path, framework="numpy") as file:
             return file.metadata() or {}
     except SafetensorError as error:
-        with path.open("rb") as raw:
-            if raw.read(8) == b"version ":
-                raise CorruptFileError(
-                    "a Git LFS pointer lies where the weights should be",
-                    path=str(path),
-                    mend="run `git lfs pull` in that folder",
-                ) from None
+        _folder.refuse_pointer(path)
         raise CorruptFileError(
             f"not a whole safetensors file: {error}",
             path=str(path),

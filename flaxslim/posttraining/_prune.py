@@ -335,8 +335,7 @@ def _refuse_apart(params: Any) -> None:
             raise CalibrationError(
                 "pruning without training refits layers on one host, and this array spans several",
                 path=path,
-                seen=f"{leaf.shape} over {len(leaf.sharding.device_set)} devices, "
-                f"{len(leaf.addressable_shards)} of them here",
+                seen=_mesh.told(leaf),
                 mend="prune in one process, with the model on its own devices or in its memory; "
                 "slim, plan, apply, shrink and pruning run across processes",
             )
