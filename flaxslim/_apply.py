@@ -1,6 +1,7 @@
 """A plan applied to a tree of parameters, and to a config."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -107,13 +108,18 @@ class CutLater(Lazy):
             yield taken(np.asarray(self.leaf), self.cut, self.tensor)
             return
         dimension, index = axes.flat(self.leaf.shape, self._axis, keep.reshape(-1))
-        at = 0
+        at, memory = 0, np.empty(0, self.dtype)
         for block in self.leaf.blocks():
             _bits.check_finite(block, self.tensor)
             own = index
             if dimension == 0:
                 own = index[slice(*np.searchsorted(index, (at, at + len(block))))] - at
-            yield np.take(block, own, axis=dimension)
+            shape = (*block.shape[:dimension], len(own), *block.shape[dimension + 1 :])
+            if memory.size < block.size:
+                memory = np.empty(block.size, self.dtype)
+            out = memory[: math.prod(shape)].reshape(shape)
+            # With the default mode numpy would write to a copy of `out`.
+            yield np.take(block, own, axis=dimension, out=out, mode="clip")
             at += len(block)
 
 

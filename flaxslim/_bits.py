@@ -19,6 +19,9 @@ from flaxslim._errors import NonFiniteError, TracedError
 from flaxslim._lazy import Lazy
 from flaxslim._spec import Tensor
 
+# How many entries along an axis are looked at before all of them are.
+_SAMPLE = 16
+
 # The unsigned integer of each width.
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 # Not among them: types whose NaN is the pattern of minus zero, and would read as zero.
@@ -43,16 +46,34 @@ def device_bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize])
 
 
-def set_along(leaf: Any, axes: Axes, over: tuple[int, ...]) -> np.ndarray:
-    """`any_set` of an array that is split by its axes; of what lies on a mesh, the largest bits."""
+def set_along(leaf: Any, axes: Axes, over: tuple[int, ...], *, sample: bool = False) -> np.ndarray:
+    """`any_set` of an array that is split by its axes; of what lies on a mesh, the largest bits.
+
+    With `sample` it may stop where all are set: only which are zero is right.
+    """
+    look = _sampled if sample else any_set
     if _mesh.on_mesh(leaf):
         return axes.reduced(_mesh.BITS, leaf, over)
-    if (
-        isinstance(leaf, Lazy) and len(axes.factors) == leaf.ndim > 0
-    ):  # block by block, in the cache
-        parts = [any_set(unsigned(block), over) for block in leaf.blocks()]
-        return np.bitwise_or.reduce(parts) if 0 in over else np.concatenate(parts)
-    return any_set(axes.split(unsigned(leaf)), over)
+    if not isinstance(leaf, Lazy) or len(axes.factors) != leaf.ndim or not leaf.ndim:
+        return look(axes.split(unsigned(leaf)), over)
+    parts = []  # block by block, in the cache
+    for block in leaf.blocks():
+        parts.append(look(unsigned(block), over))
+        if 0 in over:
+            parts = [np.bitwise_or.reduce(parts)]
+            if sample and parts[0].all():
+                break
+    return parts[0] if 0 in over else np.concatenate(parts)
+
+
+def _sampled(bits: Any, over: tuple[int, ...]) -> np.ndarray:
+    """`any_set` of the first entries, where these show all that is to be known.
+
+    What is not zero nearly always shows it there.
+    """
+    first = tuple(slice(_SAMPLE) if i in over else slice(None) for i in range(bits.ndim))
+    found = any_set(bits[first], over)
+    return found if found.all() else any_set(bits, over)
 
 
 def set_anywhere(leaf: Any) -> np.ndarray:
@@ -66,6 +87,10 @@ def any_set(bits: Any, axes: tuple[int, ...] | None = None) -> np.ndarray:
     """The bits that are set in any entry along some axes, but for the sign: 0 if all are zero."""
     sign_off = np.iinfo(bits.dtype).max >> 1
     if isinstance(bits, np.ndarray):
+        if axes is None and bits.nbytes % 8 == 0 and bits.flags.c_contiguous:
+            # As many at once as a word holds, then those of the one that is left.
+            word = np.bitwise_or.reduce(bits.reshape(-1).view(np.uint64))
+            bits = np.atleast_1d(word).view(bits.dtype)
         return np.bitwise_or.reduce(bits, axis=axes) & sign_off
     return np.asarray(_device_or(bits, axes)) & sign_off
 

@@ -32,7 +32,6 @@ from flaxslim import _bits, _mesh
 from flaxslim._activation import Activation
 from flaxslim._axes import WINDOW, Axes
 from flaxslim._errors import UnsupportedDtypeError
-from flaxslim._lazy import Lazy
 from flaxslim._lora import idle
 from flaxslim._spec import Site, Tensor
 
@@ -229,10 +228,6 @@ def _check_dtype(leaf: Any, tensor: Tensor) -> None:
         )
 
 
-# How many entries of a channel are looked at before all of them are.
-_SAMPLE = 16
-
-
 def _zero_seconds(leaf: Any, tensor: Tensor, site: Site) -> np.ndarray:
     """Which channels nothing reads: bool `(s, f)`."""
     axes, stack = tensor.axes, site.second.axes.stack
@@ -276,16 +271,7 @@ def _zero_firsts(leaf: Any, tensor: Tensor, site: Site) -> np.ndarray:
     if parts_of(site) is not None:
         left.add(part_position(axes))
     others = tuple(i for i in range(len(axes.factors)) if i not in left)
-    if _mesh.on_mesh(leaf) or isinstance(leaf, Lazy):
-        found = _bits.set_along(leaf, axes, others)
-        return by_channel(site, tensor, found == 0, sorted(left))[..., 0]
-    bits = axes.split(_bits.unsigned(leaf))
-    # A channel that reads something nearly always shows it in its first entries; only where one
-    # does not is the whole kernel looked at.
-    sample = tuple(slice(_SAMPLE) if i in others else slice(None) for i in range(bits.ndim))
-    found = _bits.any_set(bits[sample], others)
-    if not found.all():
-        found = _bits.any_set(bits, others)
+    found = _bits.set_along(leaf, axes, others, sample=True)
     return by_channel(site, tensor, found == 0, sorted(left))[..., 0]
 
 

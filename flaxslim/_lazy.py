@@ -21,7 +21,11 @@ class Lazy(abc.ABC):
 
     @abc.abstractmethod
     def blocks(self) -> Iterator[np.ndarray]:
-        """The values in order, some rows of the first axis at a time (a scalar: itself)."""
+        """The values in order, some rows of the first axis at a time (a scalar: itself).
+
+        Each is valid until the next is asked for, which may take its memory: fresh memory for every
+        block would cost more time than to read it.
+        """
 
     @property
     def ndim(self) -> int:

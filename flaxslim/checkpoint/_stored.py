@@ -32,10 +32,11 @@ class Stored(Lazy):
         length = self.shape[0] if self.shape else 1
         rows = max(1, BLOCK * length // max(self.nbytes, 1))
         at, ends = 0, np.cumsum([size for _, size in self.spans])
+        memory = np.empty((min(rows, length), *self.shape[1:]) if self.shape else (), self.dtype)
         with self.path.open("rb", buffering=0) as file:
             for start in range(0, length, rows):
                 count = min(rows, length - start)
-                values = np.empty((count, *self.shape[1:]) if self.shape else (), self.dtype)
+                values = memory[:count] if self.shape else memory
                 left = values.reshape(-1).view(np.uint8).data
                 while len(left):
                     span = int(np.searchsorted(ends, at, side="right"))
