@@ -1,4 +1,4 @@
-"""Runs the benchmarks, and writes down what they print: JSON, and a page of Markdown.
+"""Runs the benchmarks, and writes down what they print: JSON, and a part of a page of Markdown.
 
     python benchmarks/run.py                                   # all of them: many hours
     python benchmarks/run.py --quick                           # small, where a benchmark can be
@@ -8,7 +8,7 @@
 
 A benchmark is a script in this folder that can be run. Each has a process of its own, and is
 written down when it ends, also one that failed or was stopped after its time. The exit code is 1 if
-there is such a one.
+there is such a one. What the page has before its mark stays.
 """
 
 import argparse
@@ -43,6 +43,7 @@ QUICK = {
     "slim_speed": "bert",
     "training_overhead": "--layers 2 --batch 2 --rounds 2",
 }
+MARK = "<!-- What follows is written by benchmarks/run.py. -->"
 HOUR = 3600.0
 SECONDS = {"accuracy": 8 * HOUR}  # others have an hour
 PACKAGES = ("jax", "flax", "optax", "numpy", "transformers", "flaxslim")
@@ -129,9 +130,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def page(setting: dict[str, dict[str, str]], results: dict[str, Result]) -> str:
+def page(setting: dict[str, dict[str, str]], results: dict[str, Result], old: str = "") -> str:
     """The Markdown: a section for each benchmark, and the machine and versions."""
-    lines = ["# Benchmarks", "", f"Written by `python {FOLDER.name}/run.py`."]
+    kept, mark, _ = old.partition(MARK)
+    lines = [(kept if mark else "# Benchmarks\n\n") + MARK]
     for name, result in results.items():
         lines += ["", f"## {name}", "", "```sh", result.command, "```", "", result.outcome]
         lines += ["", "```text", result.text, "```"]
@@ -190,7 +192,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
             text = json.dumps({**setting, "benchmarks": stored}, indent=1, ensure_ascii=False)
             replace(ask.json, text + "\n")
     finally:
-        replace(ask.markdown, page(setting, results))
+        old = ask.markdown.read_text() if ask.markdown.is_file() else ""
+        replace(ask.markdown, page(setting, results, old))
     return int(any(result.exit_code != 0 for result in results.values()))
 
 

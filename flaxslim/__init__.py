@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flaxslim._discover import discover as discover
     from flaxslim._discover import explain as explain
     from flaxslim._draw import plan as plan
+    from flaxslim._errors import CalibrationWarning as CalibrationWarning
     from flaxslim._errors import ConfigKeptWarning as ConfigKeptWarning
     from flaxslim._errors import DeadKeptWarning as DeadKeptWarning
     from flaxslim._errors import DiscoveryWarning as DiscoveryWarning
@@ -25,16 +26,19 @@ if TYPE_CHECKING:
     from flaxslim._export import export as export
     from flaxslim._intercept import layout as layout
     from flaxslim._intercept import module as module
+    from flaxslim._pair import Pair as Pair
     from flaxslim._plan import Plan as Plan
     from flaxslim._prove import Proof as Proof
     from flaxslim._prove import verify as verify
     from flaxslim._slim import slim as slim
-    from flaxslim._spec import Pair as Pair
     from flaxslim._spec import Site as Site
     from flaxslim._spec import Spec as Spec
     from flaxslim.checkpoint import from_pretrained as from_pretrained
     from flaxslim.checkpoint import load as load
     from flaxslim.checkpoint import save as save
+    from flaxslim.plots._plan import plot_plan as plot_plan
+    from flaxslim.plots._sweep import plot_sweep as plot_sweep
+    from flaxslim.plots._training import plot_training as plot_training
     from flaxslim.posttraining._allocate import Budget as Budget
     from flaxslim.posttraining._method import Method as Method
     from flaxslim.posttraining._prune import prune as prune
@@ -157,6 +161,7 @@ _PUBLIC = {
     "_apply": ("apply",),
     "_compat": ("clip_compat",),
     "_errors": (
+        "CalibrationWarning",
         "ConfigKeptWarning",
         "DeadKeptWarning",
         "DiscoveryWarning",
@@ -169,10 +174,11 @@ _PUBLIC = {
     "_draw": ("plan",),
     "_export": ("export",),
     "_intercept": ("layout", "module"),
+    "_pair": ("Pair",),
     "_plan": ("Plan",),
     "_prove": ("Proof", "verify"),
     "_slim": ("slim",),
-    "_spec": ("Pair", "Site", "Spec"),
+    "_spec": ("Site", "Spec"),
     "checkpoint": ("from_pretrained", "load", "save"),
     "specs": ("spec_for",),
     "specs._ffn": (
@@ -266,6 +272,9 @@ _PUBLIC = {
         "TUNIX_FFN",
         "TUNIX_HEADS",
     ),
+    "plots._plan": ("plot_plan",),
+    "plots._sweep": ("plot_sweep",),
+    "plots._training": ("plot_training",),
     "posttraining._allocate": ("Budget",),
     "posttraining._method": ("Method",),
     "posttraining._prune": ("prune",),

@@ -124,7 +124,7 @@ class Axes:
 
     def reversed(self) -> "Axes":
         """The pattern of the transposed array, which is how PyTorch stores a linear layer."""
-        return dataclasses.replace(self, pattern=_format(self.dimensions[::-1]))
+        return dataclasses.replace(self, pattern=pattern_of(self.dimensions[::-1]))
 
     def only(self, names: Collection[str]) -> "Axes":
         """The pattern without the dimensions that name none of `names` (literal ones stay).
@@ -137,7 +137,7 @@ class Axes:
             for dim in self.dimensions
             if not (own := [f for f in dim if isinstance(f, str)]) or {*own} & {*names}
         )
-        return dataclasses.replace(self, pattern=_format(kept))
+        return dataclasses.replace(self, pattern=pattern_of(kept))
 
     def bias(self, names: Collection[str]) -> "Axes":
         """The pattern of a bias that has the axes `names` of this kernel.
@@ -151,7 +151,7 @@ class Axes:
         for number, dim in enumerate(self.dimensions):
             if {*dim} & {*self.stack} & {*names}:
                 dimensions.insert(number, dim)
-        return dataclasses.replace(self, pattern=_format(dimensions))
+        return dataclasses.replace(self, pattern=pattern_of(dimensions))
 
     def sizes(self, shape: Sequence[int], *, path: str | None = None) -> dict[str, int]:
         """The size of each named axis; `AxisPatternError` if the shape does not fit."""
@@ -340,7 +340,8 @@ def _resharded(y: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.device_put(y, sharding)
 
 
-def _format(dimensions: Sequence[Dimension]) -> str:
+def pattern_of(dimensions: Sequence[Dimension]) -> str:
+    """What `Axes` reads as these dimensions."""
     return " ".join(
         str(dim[0]) if len(dim) == 1 else f"({' '.join(map(str, dim))})" for dim in dimensions
     )
@@ -381,7 +382,7 @@ def _sizes(
             )
         if size % max(fixed, 1) or (not free and size != fixed):
             raise AxisPatternError(
-                f"a dimension of {size} is not {_format((factors,))}",
+                f"a dimension of {size} is not {pattern_of((factors,))}",
                 path=path,
                 seen=shape,
                 expected=expected,

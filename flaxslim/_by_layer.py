@@ -34,8 +34,8 @@ SAMPLES = 16  # inputs of each site
 def verify_by_layer(
     before: tuple[Any, Any],
     after: tuple[Any, Any],
-    spec: SpecLike = "all",
     *,
+    spec: SpecLike = "all",
     approximate: bool = False,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -58,7 +58,7 @@ def verify_by_layer(
     >>> from flaxslim import Pair, Spec, slim
     >>> spec = Spec(name="MLP", pairs=Pair(first="up", second="down", activation="relu"))
     >>> tree = {"up": {"kernel": np.ones((2, 3))}, "down": {"kernel": np.diag([1.0, 0.0, 1.0])}}
-    >>> proof = verify_by_layer((tree, None), slim(tree, None, spec), spec)
+    >>> proof = verify_by_layer((tree, None), slim(tree, None, spec), spec=spec)
     >>> proof.ok, proof.parameters
     (True, Change(before=15, after=10))
     """
@@ -141,7 +141,7 @@ def _compared(
     z, wrong = _outputs(small, new, act, seed, (site.size, kept))
     first = reference(site.second.path, y)
     row, control = compare(first, z), None
-    if wrong is not None and not row.fault:
+    if wrong is not None and wrong.any() and not row.fault:  # what is left may be dead, too
         control = ControlRow(
             site=site.second.path,
             channels=1,
@@ -165,7 +165,8 @@ def _marks(site: Site, leaves: Mapping[str, Any]) -> list[list[tuple[int, ...]]]
         front = [axes.position(name) for name in (*stack, axis)]
         values = np.moveaxis(values, front, range(len(front)))
         rows = 1 if not stack else site.rows
-        values = values.reshape(rows, values.shape[len(front) - 1], -1)
+        size, inside = values.shape[len(front) - 1], math.prod(values.shape[len(front) :])
+        values = values.reshape(rows, size, inside)  # of a site that died whole no -1 would follow
         found = [[hash(channel.tobytes()) for channel in row] for row in values]
         if axis == site.pair.group:
             found = [[row[owner] for owner in site.owners] for row in found]
@@ -253,7 +254,7 @@ def _first(site: Site, tensor: Tensor, leaf: Any) -> list[np.ndarray]:
     y = y.reshape(*y.shape[:3], *(values.shape[i] for i in rest))
     y = np.moveaxis(y, [3 + n for n in inner], range(3, 3 + len(inner)))
     inside = math.prod(y.shape[3 : 3 + len(inner)])
-    return list(y.reshape(*y.shape[:3], inside, -1))
+    return list(y.reshape(*y.shape[:3], inside, math.prod(y.shape[3 + len(inner) :])))
 
 
 def _second(site: Site, tensor: Tensor, leaf: Any) -> np.ndarray:
@@ -268,7 +269,8 @@ def _second(site: Site, tensor: Tensor, leaf: Any) -> np.ndarray:
     front = [axes.position(name) for name in (*stack, pair.axis, *inner)]
     values = np.moveaxis(values, front, range(len(front)))
     inside = math.prod(values.shape[len(stack) + 1 : len(front)])
-    return values.reshape(site.rows, values.shape[len(stack)], inside, -1)
+    outputs = math.prod(values.shape[len(front) :])
+    return values.reshape(site.rows, values.shape[len(stack)], inside, outputs)
 
 
 def _bias(site: Site, tensor: Tensor, values: np.ndarray) -> np.ndarray:

@@ -185,7 +185,9 @@ def _positive(cfg: Any, name: str, prefix: str) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, _NUMBERS) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int | np.integer):
+        return not isinstance(value, bool)  # `isfinite` makes a float of it, which may be too large
+    return isinstance(value, _NUMBERS) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

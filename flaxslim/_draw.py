@@ -1,16 +1,13 @@
 """`plan`: find the dead channels of a model, and choose which stay under a width policy."""
 
-import functools
-import math
 import numbers
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 
-from flaxslim import _bits, _config, _multiples, _processes, _record, _resize, _widths
+from flaxslim import _bits, _config, _multiples, _policy, _processes, _record, _resize, _widths
 from flaxslim._activation import activation, activation_name, named
 from flaxslim._dead import RULES, Marks, mark
 from flaxslim._errors import (
@@ -21,16 +18,12 @@ from flaxslim._errors import (
     WidthError,
 )
 from flaxslim._lazy import Lazy
-from flaxslim._multiples import Multiples
 from flaxslim._nnx import modules
-from flaxslim._plan import PER_LAYER, Cut, Plan, channels
+from flaxslim._plan import Cut, Plan, channels
 from flaxslim._scales import beside, companions
-from flaxslim._spec import Pair, Site, SpecLike
+from flaxslim._spec import Site, SpecLike
 from flaxslim._tree import flatten
-from flaxslim._widths import Cluster, Target
 from flaxslim.specs import chosen
-
-WIDTHS = ("uniform", "per_layer")
 
 
 def plan(
@@ -123,25 +116,18 @@ def draw(
         check_config(sites, cfg)
         shared = _resize.shared_keys(found, sites, params, cfg)
 
-    # By the path of the second kernel, which belongs to one site only; a Site is slow to hash.
-    def judged(site: Site) -> Marks:
-        act = activation(site.pair.activation, cfg, site.pair.config)
-        foldable = not _says(site.pair.fold_unless, site.pair, cfg)
-        return mark(site, leaves, act, threshold, foldable=foldable)
-
-    marks = dict(
-        zip((site.second.path for site in sites), _each(judged, sites, leaves), strict=True)
-    )
-
+    marks = _marked(sites, leaves, cfg, threshold)
     asked = {site.second.path: _multiples.on_mesh(site, leaves, beside) for site in sites}
     cuts: dict[str, Cut] = {}
     blocked: list[str] = []
-    for members in _groups(_clusters(sites, marks), width, sized):
+    for members in _policy.sharing(_policy.clusters(sites, marks), width, sized):
         # Nobody stands between an nnx class and its heads, by whose number it divides.
         least = int(in_nnx and members[0].sites[0].pair.axis == "h")
         own = [site for cluster in members for site in cluster.sites]
         multiples = _multiples.common(own, multiple_of, asked)
-        target, why = _target(members, cfg if sized else None, width, multiples, least, shared)
+        target, why = _policy.target(
+            members, cfg if sized else None, width, multiples, least, shared
+        )
         blocked += [why] if why else []
         for cluster in members:
             mask = _widths.keep(cluster, target)
@@ -183,6 +169,20 @@ def check_dead(plan: Plan, leaves: Mapping[str, Any]) -> None:
             )
 
 
+def _marked(
+    sites: Sequence[Site], leaves: Mapping[str, Any], cfg: Any, threshold: float
+) -> dict[str, Marks]:
+    """By the path of the second kernel, which belongs to one site only; a Site is slow to hash."""
+
+    def judged(site: Site) -> Marks:
+        act = activation(site.pair.activation, cfg, site.pair.config)
+        foldable = not _policy.says(site.pair.fold_unless, site.pair, cfg)
+        return mark(site, leaves, act, threshold, foldable=foldable)
+
+    paths = (site.second.path for site in sites)
+    return dict(zip(paths, _each(judged, sites, leaves), strict=True))
+
+
 def _each(judged: Any, sites: Sequence[Site], leaves: Mapping[str, Any]) -> Iterable[Marks]:
     """The verdicts on the sites; by two threads where tensors are read first."""
     if not any(isinstance(leaf, Lazy) for leaf in leaves.values()):
@@ -213,10 +213,10 @@ def _refuse_quantised(sites: Sequence[Site], cfg: Any, leaves: Mapping[str, Any]
 
 
 def _check_arguments(width: str, multiple_of: Any, threshold: float) -> None:
-    if width not in WIDTHS:
+    if width not in _policy.WIDTHS:
         raise WidthError(
             f"there is no width policy {width!r}",
-            expected=" or ".join(f'"{name}"' for name in WIDTHS),
+            expected=" or ".join(f'"{name}"' for name in _policy.WIDTHS),
             mend='"uniform" is what stock classes load by themselves, "per_layer" removes more',
         )
     entries = multiple_of if isinstance(multiple_of, Mapping) else {"f": multiple_of}
@@ -281,116 +281,6 @@ def _check_groups(site: Site, cfg: Any) -> None:
             expected=f"{said}, from {expression} of the config",
             mend="pass the config that was saved with these parameters",
         )
-
-
-def _says(condition: str | None, pair: Pair, cfg: Any) -> bool:
-    """Whether a config says a condition of a pair: `key`, or `key=value` with wildcards."""
-    if condition is None:
-        return False
-    key, _, value = condition.partition("=")
-    said = _config.read(cfg, pair.config + key) if _config.has(cfg, pair.config + key) else None
-    return fnmatchcase(str(said).lower(), value.lower()) if value else bool(said)
-
-
-# --- widths -----------------------------------------------------------------------------------
-
-
-def _clusters(sites: Sequence[Site], marks: Mapping[str, Marks]) -> list[Cluster]:
-    """Sites that must keep the same channels, together."""
-    tied: dict[Any, list[Site]] = {}
-    for number, site in enumerate(sites):
-        key = number if site.tied is None else (site.tied, site.size)
-        tied.setdefault(key, []).append(site)
-    return [
-        Cluster(
-            sites=tuple(members),
-            living=np.logical_or.reduce([~marks[site.second.path].dead for site in members]),
-            weak=np.logical_or.reduce([marks[site.second.path].weak for site in members]),
-        )
-        for members in tied.values()
-    ]
-
-
-def _groups(clusters: Sequence[Cluster], width: str, sized: bool) -> list[list[Cluster]]:
-    """The clusters that share a width."""
-    if width == "per_layer":
-        return [[cluster] for cluster in clusters]
-    groups: dict[Any, list[Cluster]] = {}
-    for cluster in clusters:
-        site = cluster.sites[0]
-        expression = site.pair.width_expression if sized else None
-        # Without a key nothing says which sites must agree: those of one pair and size do.
-        key = expression.label if expression else (site.pair, site.size)
-        groups.setdefault(key, []).append(cluster)
-    return list(groups.values())
-
-
-def _target(
-    members: Sequence[Cluster],
-    cfg: Any,
-    width: str,
-    multiples: Multiples,
-    least: int,
-    shared: Collection[str],
-) -> tuple[Target, str | None]:
-    """The common width of some clusters, and the reason if no config can say a smaller one.
-
-    `least` is what a layer keeps in any case if each has its own width. The keys in `shared` say
-    the widths of other sites, too.
-    """
-    site = members[0].sites[0]
-    grouped = bool(members[0].groups)
-    need = functools.partial(
-        _widths.need, multiple_of=multiples.channels, groups_of=multiples.groups
-    )
-    if _says(site.pair.scaled_by, site.pair, cfg):
-        dead = not all(cluster.living.all() for cluster in members)
-        why = f"this class scales its heads by their number ({site.pair.scaled_by}): none can go"
-        return Target(width=site.size), why if dead else None
-    if width == "per_layer":
-        # Groups of unequal size need a class that carries them, and a config to say them in.
-        alike = not site.pair.ragged or bool(site.stack) or cfg is None or multiples.groups > 1
-        return need(members, even=grouped and alike, least=least), None
-    sizes = {s.size for cluster in members for s in cluster.sites}
-    full = Target(width=max(sizes))
-    expression = site.pair.width_expression if cfg is not None else None
-    laid_out = f"{PER_LAYER} records it in a layout, which can say any"
-    if expression is not None and len(sizes) > 1:
-        if all(cluster.living.all() for cluster in members):
-            return full, None
-        return full, (
-            f"the layers differ in {expression} already, so that they cannot share one; {laid_out}"
-        )
-    # No stock class can be built at width 0, so one dead channel stays in that case.
-    wish = need(members, even=grouped, least=1)
-    if expression is None or wish.width == site.size:
-        return wish, None
-    if site.pair.fixed or expression.key is None:
-        how = "hard-codes its width"
-        if site.pair.fixed:
-            heads = site.pair.axis == "h"
-            how = "ties its heads to its hidden size" if heads else "ties this width to other sizes"
-        return full, (
-            f"this class {how} ({expression} = {site.size}): its config cannot say the "
-            f"{wish.width} {site.pair.unit} that are needed; {laid_out}"
-        )
-    if expression.key in shared:
-        return full, (
-            f"{expression} is the width of other layers, too, which the spec does not name: give "
-            f"the spec of them all; {laid_out}"
-        )
-    if grouped:
-        return wish, None
-    step = expression.step(cfg)
-    multiple = math.lcm(multiples.channels, step)
-    and_of = f", and the mesh or multiple_of asks for {multiple}" if multiple > step else ""
-    target = need(members, even=False, least=1, multiple_of=multiple)
-    if target.width == site.size:
-        return full, (
-            f"{wish.width} of {site.size} {site.pair.unit} are needed, but the config "
-            f"({expression}) can only say multiples of {step}{and_of}; {laid_out}"
-        )
-    return target, None
 
 
 def _cut(site: Site, marks: Marks, mask: np.ndarray, cfg: Any) -> Cut:

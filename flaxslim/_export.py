@@ -11,7 +11,6 @@ programs, inputs and outputs.
 import dataclasses
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ import numpy as np
 
 from flaxslim._compare import compare, reference
 from flaxslim._compat import parameter_shapes, stock_config
-from flaxslim._errors import ExportError, FlaxslimError, InputsError, ProofError, TargetError
+from flaxslim._errors import ExportError, FlaxslimError, InputsError, ProofError
 from flaxslim._inputs import inputs_for, model_class_for, positions
 from flaxslim._model import is_hugging_face, outputs, resolve
 from flaxslim._tree import flatten
@@ -85,8 +84,10 @@ def export(
 
     >>> export("model.jaxexport", *flaxslim.load("smaller"), batch=(1, 8))  # doctest: +SKIP
     """
+    from flaxslim.checkpoint._atomic import check_file
+
     path = Path(target).expanduser()
-    _check_target(path, overwrite=overwrite)
+    check_file(path, overwrite=overwrite, ours=is_export, what="an exported model")
     cls = model_class_for(cfg, params) if model is None else model
     params = own_parameters(params, cfg, cls)
     made = programs(params, cfg, cls, batch=batch, length=length, platforms=platforms)
@@ -305,25 +306,6 @@ def _check(program: Program, params: Any, cfg: Any, cls: type) -> None:
 # --- the file ---------------------------------------------------------------------------------
 
 
-def _check_target(path: Path, *, overwrite: bool) -> None:
-    if not path.exists():
-        return
-    if path.is_dir():
-        raise TargetError("the target is a folder", path=str(path), mend="name a file")
-    if not overwrite:
-        raise TargetError(
-            "the target exists",
-            path=str(path),
-            mend="name another file, or replace this one with overwrite=True (--overwrite)",
-        )
-    if not is_export(path):
-        raise TargetError(
-            "the target is something else than an exported model, and is not replaced",
-            path=str(path),
-            mend="name another file",
-        )
-
-
 def is_export(path: Path) -> bool:
     """Whether `export` has written a file."""
     from safetensors import SafetensorError, safe_open
@@ -337,6 +319,7 @@ def is_export(path: Path) -> bool:
 
 def _write(path: Path, flat: Mapping[str, Any], made: Sequence[Program], cls: type) -> None:
     import flaxslim
+    from flaxslim.checkpoint._atomic import fresh_file
     from flaxslim.checkpoint._leaf import Leaf
     from flaxslim.checkpoint._pour import pour
     from flaxslim.checkpoint._safetensors import pieces
@@ -360,18 +343,5 @@ def _write(path: Path, flat: Mapping[str, Any], made: Sequence[Program], cls: ty
         "flaxslim": flaxslim.__version__,
     }
     leaves = {name: Leaf(array=x) for name, x in {**flat, **data}.items()}
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with fresh_file(path) as new:
         pour(new, pieces(leaves, metadata), progress=lambda count: None)
-        with new.open("rb+") as file:
-            os.fsync(file.fileno())
-        new.replace(path)
-    except OSError as error:
-        raise TargetError(
-            "the file could not be written; nothing was kept",
-            path=str(path),
-            seen=error.strerror or error,
-        ) from error
-    finally:
-        new.unlink(missing_ok=True)

@@ -6,10 +6,8 @@ that was written for them. Interceptors act in one thread, and only on the trees
 are run inside: a dense model beside is not touched.
 """
 
-import copy
 import dataclasses
 import functools
-import inspect
 import threading
 import types
 from collections.abc import Iterator, Mapping
@@ -22,8 +20,9 @@ from flax import linen
 from flaxslim import _config, _record
 from flaxslim._compat import clip_compat, clips
 from flaxslim._errors import LayoutError
-from flaxslim._layout import Argument, Layout, Told
+from flaxslim._layout import Layout
 from flaxslim._spec import SpecLike
+from flaxslim._told import Told, set_sizes, tell
 from flaxslim.specs import chosen
 
 
@@ -68,7 +67,7 @@ class _Context:
             if found is None or (told is None and method != "setup"):
                 return next_fun(*args, **kwargs)
             if told is not None:
-                args, kwargs = _tell(module, told, method, args, kwargs)
+                args, kwargs = tell(module, told, method, args, kwargs)
             result = next_fun(*args, **kwargs)
             return _after(found, self.depth, module, told, method, result)
         finally:
@@ -109,7 +108,7 @@ def _running_at(context: _Context) -> Iterator[None]:
 
 
 @contextmanager
-def layout(cfg: Any = None, spec: SpecLike = None) -> Iterator[None]:
+def layout(cfg: Any = None, *, spec: SpecLike = None) -> Iterator[None]:
     """Stock Linen classes run at the sizes of their slimmed configs inside.
 
     For code that builds the stock class itself: a training script as it is, or
@@ -131,20 +130,7 @@ def layout(cfg: Any = None, spec: SpecLike = None) -> Iterator[None]:
         yield
 
 
-# --- what happens to one module ---------------------------------------------------------------
-
-
-def _tell(module: Any, told: Told, method: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Before a method runs: the module's sizes, and the arguments of its call."""
-    if (told.early or method != "setup") and vars(module).get(_TOLD) is not told:
-        _set(module, told)
-    if method == "__call__":
-        for argument in told.arguments:
-            args, kwargs = _cut_out(module, argument, args, kwargs)
-        if told.inputs is not None:
-            ahead = (slice(None),) * (-told.inputs - 1)
-            args = (args[0][(..., slice(0, 0), *ahead)], *args[1:])
-    return args, kwargs
+# --- after a method ---------------------------------------------------------------------------
 
 
 def _after(
@@ -153,7 +139,7 @@ def _after(
     """After it: what a setup has made is told its sizes; a layer without channels gives zeros."""
     if method == "setup":
         if told is not None:
-            _set(module, told)
+            set_sizes(module, told)
         _set_layers(found, depth, module)
     elif method == "__call__" and told is not None and told.outputs is not None:
         ahead = result.shape[: result.ndim - len(told.outputs)]
@@ -172,98 +158,7 @@ def _set_layers(found: Layout, depth: int, module: Any) -> None:
     for name in found.layers & vars(module).keys():
         child = getattr(module, name)
         if isinstance(child, linen.Module) and (told := found.at((*module.path[depth:], name))):
-            _set(child, told)
-
-
-_TOLD = "_flaxslim_told"  # on an instance of a module: what it was told already
-
-
-def _set(module: Any, told: Told) -> None:
-    object.__setattr__(module, _TOLD, told)
-    if told.dims:
-        _set_features(module, told.dims)
-    if told.empty and hasattr(module, "kernel_init"):
-        object.__setattr__(module, "kernel_init", linen.initializers.zeros)
-    for name, value in told.attributes:
-        optional, name = name.endswith("?"), name.removesuffix("?")
-        head, _, key = name.partition(".")
-        if not hasattr(module, head) or (key and not _config.has(getattr(module, head), key)):
-            if optional:
-                continue
-            raise LayoutError(
-                "a module has no such attribute to say its sizes by",
-                path=f"{'/'.join(module.path)}.{name}",
-                seen=f"a {type(module).__name__}",
-                mend="run the layout with a class of the family that it was made for",
-            )
-        old = getattr(module, head)
-        if key:
-            if _config.read(old, key) == value:
-                continue
-            value = _with(old, key, value)
-        # A Linen module is frozen but for setup; each trace makes its submodules anew.
-        object.__setattr__(module, head, value)
-
-
-def _with(cfg: Any, key: str, value: Any) -> Any:
-    """A shallow copy of a config with one key set: `_config.replace` copies all of it."""
-    if isinstance(cfg, Mapping) or dataclasses.is_dataclass(cfg):
-        return _config.replace(cfg, {key: value})
-    new = copy.copy(cfg)
-    setattr(new, key, value)
-    return new
-
-
-def _set_features(module: Any, dims: tuple[int | None, ...]) -> None:
-    """`features` (or the `shape` of an einsum layer) by the sizes of the kernel that change."""
-    if isinstance(module, linen.BatchNorm):
-        return  # it takes its size from its input
-    name = "features" if hasattr(module, "features") else "shape"
-    old = getattr(module, name, None)
-    if isinstance(old, int):
-        new = next((dim for dim in dims if dim is not None), old)
-    elif isinstance(old, tuple | list) and old:
-        tail = dims[-len(old) :]
-        new = tuple(a if b is None else b for a, b in zip(old, tail, strict=True))
-    else:
-        raise LayoutError(
-            "a layer has neither features nor a shape to say its sizes by",
-            path="/".join(module.path),
-            seen=f"a {type(module).__name__}",
-            mend="say in the spec what its class calls them: "
-            'Pair(modules={"layer": {"hidden": "f"}})',
-        )
-    object.__setattr__(module, name, new)
-
-
-def _cut_out(module: Any, argument: Argument, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The arguments with the heads that are left of one of them."""
-    names = _parameters(type(module))
-    if argument.name in kwargs:
-        kwargs = {**kwargs, argument.name: _heads_of(kwargs[argument.name], argument, module)}
-    elif argument.name in names and (at := names.index(argument.name)) < len(args):
-        args = (*args[:at], _heads_of(args[at], argument, module), *args[at + 1 :])
-    return args, kwargs
-
-
-@functools.cache
-def _parameters(cls: type) -> list[str]:
-    return list(inspect.signature(cls.__call__).parameters)[1:]  # without self
-
-
-def _heads_of(x: Any, argument: Argument, module: Any) -> Any:
-    if x is None or (argument.dense is None and x.shape[argument.axis] == 1):
-        return x
-    if argument.dense is not None and x.shape[argument.axis] != argument.dense:
-        raise LayoutError(
-            f"the argument {argument.name} has an entry for another number of heads",
-            path="/".join(module.path),
-            seen=f"shape {tuple(x.shape)}",
-            expected=f"{argument.dense} along axis {argument.axis}: all heads of the dense model, "
-            "of which those that are left are taken",
-            mend="pass a mask for the heads as the config counts them",
-        )
-    return jnp.take(x, argument.heads, axis=argument.axis, mode="clip")
+            set_sizes(child, told)
 
 
 # --- modules that run at a layout by themselves -----------------------------------------------

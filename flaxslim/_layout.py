@@ -17,50 +17,10 @@ from flaxslim import _config, _record, specs
 from flaxslim._axes import Axes
 from flaxslim._config import Width
 from flaxslim._errors import LayoutError, nearest
-from flaxslim._sites import beside, root_regex
-from flaxslim._spec import Pair, Spec, measure
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Argument:
-    """An argument of a module's call with an entry for each head, of which some are taken.
-
-    It has as many as the dense model has heads; or, where `dense` is None, as many as the layer
-    that it comes from, and all alike, so that one is taken for all.
-    """
-
-    name: str
-    axis: int
-    heads: np.ndarray
-    dense: int | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Told:
-    """What one module is told.
-
-    Attributes:
-      dims: of its kernel, the sizes that change; None for the others. Its features follow.
-      attributes: names (or "config.key") and values to be set.
-      early: set them before the module's setup, which makes tensors by them; else after it, so
-        that what it makes for others keeps its size.
-      empty: its kernel has no entries, which no initialiser of Linen can draw.
-      arguments: what is to be cut out of the arguments of its call.
-      outputs, inputs: of a site of width 0, which runs with one channel of zeros: the sizes of the
-        last dimensions that a layer puts out (none: whichever is empty is to be 1), and which of
-        the last dimensions that the second layer reads is emptied again.
-      wrong: two pairs contradict each other about it. Only if it is run: a spec also names what
-        not every model has (the one table of biases that all layers of a BEiT may share).
-    """
-
-    dims: tuple[int | None, ...] = ()
-    attributes: tuple[tuple[str, Any], ...] = ()
-    early: bool = False
-    empty: bool = False
-    arguments: tuple[Argument, ...] = ()
-    outputs: tuple[int, ...] | None = None
-    inputs: int | None = None
-    wrong: LayoutError | None = None
+from flaxslim._pair import Pair, measure
+from flaxslim._roots import beside, root_regex
+from flaxslim._spec import Spec
+from flaxslim._told import Argument, Told, both
 
 
 class Layout:
@@ -108,7 +68,7 @@ class Layout:
                 known.add((pair.config, name))
                 for path, what in _told(pair, cfg, name, place, size):
                     before = told.get(at := (pair.tree, path))
-                    told[at] = what if before is None else _both(before, what, path)
+                    told[at] = what if before is None else both(before, what, path)
             everywhere += _passed_on(pair) if found else ()
         _check_all_known(spec, cfg, known)
         return cls(told, everywhere) if told else None
@@ -238,64 +198,100 @@ def _told(
     pair: Pair, cfg: Any, name: str, place: str, size: _record.Recorded
 ) -> Iterator[tuple[str, Told]]:
     """The modules of one site by path, and what each is told."""
+    sizes = _Sizes.of(pair, cfg, name, size)
     heads = np.asarray(size, int) if isinstance(size, tuple) else None
-    width = size if isinstance(size, int) else len(size)
-    groups = _groups(pair, cfg, name, size)
-    sizes = {
-        name: Width(expression=expression, prefix=pair.config).read(cfg)
-        for name, expression in pair.sizes.items()
-    }
-    real = {**sizes, pair.axis: width, **({pair.group: len(groups)} if pair.group else {})}
-    # Attention that is dead as a whole is traced with one head of zeros, which no layer owns.
-    ghost = width == 0 and bool(pair.modules)
-    run = real if not ghost else {**real, pair.axis: 1, **({pair.group: 1} if pair.group else {})}
-    run_groups = (1,) if ghost and pair.group else groups
-    root = place.rstrip("/")
+    root = place.strip("/")
+    for path, what in (
+        *_writing(pair, sizes),
+        *_reading(pair, sizes),
+        *_sized(pair, cfg, sizes, heads),
+    ):
+        found = beside(root, path) if path else root
+        yield f"/{found}" if place.startswith("/") else found, what
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Sizes:
+    """The sizes of the axes of one site, and of its key/value groups.
+
+    Attention that is dead as a whole is traced with one head of zeros, which no layer owns: then
+    `run`, the sizes that it is traced with, differ from the real ones.
+    """
+
+    real: Mapping[str, int]
+    groups: tuple[int, ...]
+    run: Mapping[str, int]
+    run_groups: tuple[int, ...]
+    empty: bool
+
+    @classmethod
+    def of(cls, pair: Pair, cfg: Any, name: str, size: _record.Recorded) -> "_Sizes":
+        width = size if isinstance(size, int) else len(size)
+        groups = _groups(pair, cfg, name, size)
+        known = {
+            name: Width(expression=expression, prefix=pair.config).read(cfg)
+            for name, expression in pair.sizes.items()
+        }
+        own = {pair.axis: width} | ({pair.group: len(groups)} if pair.group else {})
+        ghost = width == 0 and bool(pair.modules)
+        return cls(
+            real=known | own,
+            groups=groups,
+            run=known | (dict.fromkeys(own, 1) if ghost else own),
+            run_groups=(1,) if ghost and pair.group else groups,
+            empty=width == 0,
+        )
+
+    @property
+    def ghost(self) -> bool:
+        return self.real != self.run
+
+
+def _owners(pair: Pair) -> dict[str, str]:
+    """The modules whose kernels are cut along their outputs, and the patterns of these."""
     tables = {_module_of(name): axes for name, axes in pair.tables.items()}
+    return {**dict.fromkeys(pair.firsts, pair.first_axes), **pair.also, **tables}
 
-    def at(path: str) -> str:
-        found = beside(root.lstrip("/"), path) if path else root.lstrip("/")
-        return f"/{found}" if place.startswith("/") else found
 
+def _writing(pair: Pair, sizes: _Sizes) -> Iterator[tuple[str, Told]]:
+    """What puts the channels out."""
     carried = {pair.axis, *pair.inner}
-    owners = {
-        **dict.fromkeys(pair.firsts, pair.first_axes),
-        **pair.also,
-        **tables,
-    }
-    for path, pattern in owners.items():
+    for path, pattern in _owners(pair).items():
         if path in pair.modules:
             continue
-        cut, outputs = pair.axis_in(pattern), None
-        if ghost:
-            outputs = tuple(d for d in _dims(pattern, pair, run, carried) if d is not None)
-        yield (
-            at(path),
-            Told(
-                dims=_dims(pattern, pair, real, {cut}),
-                early=True,
-                empty=width == 0,
-                outputs=outputs,
-            ),
-        )
+        outputs = None
+        if sizes.ghost:
+            outputs = tuple(d for d in _dims(pattern, pair, sizes.run, carried) if d is not None)
+        dims = _dims(pattern, pair, sizes.real, {pair.axis_in(pattern)})
+        yield path, Told(dims=dims, early=True, empty=sizes.empty, outputs=outputs)
+
+
+def _reading(pair: Pair, sizes: _Sizes) -> Iterator[tuple[str, Told]]:
+    """What reads them, where there are none."""
+    carried = {pair.axis, *pair.inner}
     reading = {pair.second: pair.second_axes, **pair.readers}
-    for path, pattern in reading.items() if width == 0 else ():
+    for path, pattern in reading.items() if sizes.empty else ():
         read = [dim for dim in Axes(pattern).dimensions if {*dim} & carried]
         inputs = next(i for i, dim in enumerate(read) if pair.axis in dim) - len(read)
-        yield at(path), Told(empty=True, inputs=inputs if ghost else None)
+        yield path, Told(empty=True, inputs=inputs if sizes.ghost else None)
+
+
+def _sized(
+    pair: Pair, cfg: Any, sizes: _Sizes, heads: np.ndarray | None
+) -> Iterator[tuple[str, Told]]:
+    """What has sizes of its own by name, or arguments with an entry for each head."""
+    owners = _owners(pair)
     for path in {*pair.modules, *pair.arguments}:
         early = path in owners
         # What makes tensors makes them without a head, and gives out one of zeros.
-        told_sizes = (real, groups) if early else (run, run_groups)
+        own = (sizes.real, sizes.groups) if early else (sizes.run, sizes.run_groups)
+        attributes = pair.modules.get(path, {})
         yield (
-            at(path),
+            path,
             Told(
-                attributes=tuple(
-                    (name, measure(expression, *told_sizes))
-                    for name, expression in pair.modules.get(path, {}).items()
-                ),
+                attributes=tuple((name, measure(size, *own)) for name, size in attributes.items()),
                 early=early,
-                outputs=() if early and ghost else None,
+                outputs=() if early and sizes.ghost else None,
                 arguments=tuple(_arguments(pair, cfg, path, heads)),
             ),
         )
@@ -334,53 +330,6 @@ def _dims(
         else:
             dims.append(None)
     return tuple(dims)
-
-
-def _both(a: Told, b: Told, path: str) -> Told:
-    """What two sites tell one module."""
-    try:
-        return _joined(a, b, path)
-    except LayoutError as error:
-        return Told(wrong=error)
-
-
-def _joined(a: Told, b: Told, path: str) -> Told:
-    def either(x: Any, y: Any, what: str) -> Any:
-        if x is None or y is None:
-            return y if x is None else x
-        if not _same(x, y):
-            raise LayoutError(
-                f"two pairs of the spec tell one module different {what}",
-                path=path,
-                seen=f"{x} and {y}",
-                mend="give a spec with only those pairs that this model has",
-            )
-        return x
-
-    def each(xs: Mapping[str, Any], ys: Mapping[str, Any], what: str) -> dict[str, Any]:
-        return {name: either(xs.get(name), ys.get(name), what) for name in {**xs, **ys}}
-
-    # Scanned layers have one dimension more, which their modules do not see.
-    short, long = sorted((a.dims, b.dims), key=len)
-    lacking = (None,) * (len(long) - len(short)) if short else ()
-    attributes = each(dict(a.attributes), dict(b.attributes), "sizes")
-    ours, theirs = ({x.name: x for x in told.arguments} for told in (a, b))
-    return Told(
-        dims=either(long, lacking + short or None, "dimensions"),
-        attributes=tuple(attributes.items()),
-        early=a.early or b.early,
-        empty=a.empty or b.empty,
-        arguments=tuple(each(ours, theirs, "arguments").values()),
-        outputs=either(a.outputs, b.outputs, "outputs"),
-        inputs=either(a.inputs, b.inputs, "inputs"),
-        wrong=a.wrong or b.wrong,
-    )
-
-
-def _same(x: Any, y: Any) -> bool:
-    if isinstance(x, Argument):
-        return all(np.array_equal(v, vars(y)[name]) for name, v in vars(x).items())
-    return np.array_equal(x, y)
 
 
 def _arguments(pair: Pair, cfg: Any, path: str, heads: np.ndarray | None) -> Iterator[Argument]:

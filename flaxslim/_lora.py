@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flaxslim import _bits
-from flaxslim._axes import Axes, _format
+from flaxslim._axes import Axes, pattern_of
 from flaxslim._errors import AxisPatternError, SiteShapeError
-from flaxslim._spec import Pair, Site, Tensor
+from flaxslim._pair import Pair
+from flaxslim._spec import Site, Tensor
 
 _NAME = re.compile(
     r"(?:(?P<folder>.+?)/)??(?:lora/)?(?:(?P<kernel>\w+)_)?"
@@ -180,7 +181,7 @@ def _patterns(kernel: Axes, names: set[str], *, first: bool) -> list[str]:
     orders = ("rank {}", "{} rank") if first else ("{} rank", "rank {}")
     flat = [order.format(inside) for order in orders for inside in (own.pattern, joined)]
     kept = {*own.dimensions, *((name,) for name in kernel.stack)}
-    in_place = _format([dim if dim in kept else ("rank",) for dim in kernel.dimensions])
+    in_place = pattern_of([dim if dim in kept else ("rank",) for dim in kernel.dimensions])
     if not kernel.stack:
         return [*flat, in_place]
     return [in_place, *(" ".join((*kernel.stack, pattern)) for pattern in flat)]

@@ -20,9 +20,9 @@ from flaxslim import _config
 from flaxslim._axes import Axes
 from flaxslim._config import Width
 from flaxslim._errors import LayoutError, PlanError, nearest
+from flaxslim._pair import measure
 from flaxslim._plan import Cut, Plan
-from flaxslim._sites import beside, table_path
-from flaxslim._spec import measure
+from flaxslim._roots import beside, table_path
 from flaxslim._tree import flatten, name_of
 
 

@@ -268,7 +268,7 @@ class Plan:
 
         try:
             data = json.loads(text)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise PlanError(
                 "this is not JSON", seen=str(error), expected="what Plan.to_json() writes"
             ) from error

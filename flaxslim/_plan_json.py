@@ -7,6 +7,7 @@ from typing import Any
 from flaxslim._axes import Axes
 from flaxslim._errors import PlanError
 from flaxslim._plan import Channels, Cut, Plan, Resize
+from flaxslim._record import LAYOUT, PER_LAYER
 from flaxslim._spec import Site, Spec, Tensor
 
 VERSION = 2
@@ -51,6 +52,7 @@ def from_dict(data: Mapping[str, Any]) -> Plan:
             )
         spec = Spec.from_dict(data["spec"])
         _check_kinds(data, _PLAN_KINDS, "the plan")
+        _check_values(data["values"])
         if len(data["cuts"]) != data["sites"]:
             raise PlanError(
                 "the plan has not all of its cuts",
@@ -58,6 +60,8 @@ def from_dict(data: Mapping[str, Any]) -> Plan:
                 expected=f"{data['sites']}, one for each site",
                 mend="make the plan anew: a width holds for all sites that share it",
             )
+        cuts = tuple(_cut(cut, list(spec)) for cut in data["cuts"])
+        _check_once(cuts)
         return Plan(
             spec=spec,
             threshold=data["threshold"],
@@ -65,7 +69,7 @@ def from_dict(data: Mapping[str, Any]) -> Plan:
             blocked=tuple(data["blocked"]),
             values=dict(data["values"]),
             resizes=tuple(_resize(resize) for resize in data["resizes"]),
-            cuts=tuple(_cut(cut, list(spec)) for cut in data["cuts"]),
+            cuts=cuts,
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, PlanError):
@@ -113,6 +117,25 @@ def _check_kinds(data: Mapping[str, Any], kinds: Mapping[str, Any], where: str) 
             )
 
 
+def _check_values(values: Mapping[str, Any]) -> None:
+    """What is to be written into a config: that of layouts has a form of its own."""
+    for key, value in values.items():
+        name = key.rpartition(".")[2]
+        if name == LAYOUT:
+            fine = isinstance(value, Mapping) and isinstance(value.get("sites"), Mapping)
+            fine = fine and isinstance(value.get("spec", {}), Mapping)
+        elif name == PER_LAYER:
+            fine = isinstance(value, Mapping) and all(
+                layer.isdecimal() and isinstance(own, Mapping) for layer, own in value.items()
+            )
+        else:
+            fine = value is None or isinstance(value, int | float | str)
+        if not fine:
+            raise PlanError(
+                "a value of the plan for the config is none", path=key, seen=repr(value)[:80]
+            )
+
+
 def _resize(data: Mapping[str, Any]) -> Resize:
     _check_kinds(data, _RESIZE_KINDS, "resizes")
     return Resize(**data)
@@ -133,6 +156,10 @@ def _tensor_to_list(tensor: Tensor | None) -> list[Any] | None:
 
 def _tensor(data: Sequence[Any]) -> Tensor:
     path, axes, shape, known = data
+    if not isinstance(path, str) or not all(type(n) is int and n >= 0 for n in shape):
+        raise PlanError(
+            "a tensor of the plan has no path, or no shape", seen=repr([path, shape])[:80]
+        )
     tensor = Tensor(path=path, axes=Axes(axes, tuple(known.items())), shape=tuple(shape))
     tensor.axes.sizes(tensor.shape, path=path)
     return tensor
@@ -160,15 +187,36 @@ def _site_to_dict(site: Site, pair: int) -> dict[str, Any]:
 
 
 def _check_size(site: Site) -> None:
-    """The second tensor has all the channels, and the groups of heads have them all."""
-    size = site.second.axes.sizes(site.second.shape).get(site.pair.axis)
-    if size != site.size or (site.groups and sum(site.groups) != size):
+    """Every tensor has all the channels, or all the groups; and the groups have all the heads."""
+    if site.groups and sum(site.groups) != site.size:
         raise PlanError(
-            "a site, or its groups, have another size than its second tensor",
+            "the groups of a site do not have its size",
             path=site.second.path,
             seen=f"size {site.size}, groups {list(site.groups)}",
-            expected=f"{size}, from the shape {site.second.shape}",
         )
+    for tensor in site.cut:
+        axis = site.axis(tensor)
+        whole = site.size if axis == site.pair.axis else len(site.groups)
+        if (size := tensor.axes.sizes(tensor.shape).get(axis)) != whole:
+            raise PlanError(
+                "a site has another size than its tensors",
+                path=tensor.path,
+                seen=f"size {site.size}, groups {list(site.groups)}",
+                expected=f"{size}, from the shape {tensor.shape}",
+            )
+    if len(site.first_biases) != len(site.first):
+        raise PlanError("a site has not one bias for each first layer", path=site.root)
+
+
+def _check_once(cuts: Sequence[Cut]) -> None:
+    """A tensor of two sites is cut along an axis of each."""
+    seen = set[tuple[str, int]]()
+    for cut in cuts:
+        for tensor in cut.site.cut:
+            place = tensor.path, tensor.axes.position(cut.site.axis(tensor))
+            if place in seen:
+                raise PlanError("a tensor would be cut twice along one axis", path=tensor.path)
+            seen.add(place)
 
 
 def _cut(data: Mapping[str, Any], pairs: Sequence[Any]) -> Cut:

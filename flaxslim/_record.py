@@ -34,7 +34,8 @@ import numpy as np
 from flaxslim import _config
 from flaxslim._axes import Axes
 from flaxslim._errors import FlaxslimError, LayoutError, UnknownFamilyError
-from flaxslim._spec import Pair, Spec
+from flaxslim._pair import Pair
+from flaxslim._spec import Spec
 from flaxslim.specs import known, spec_for
 
 LAYOUT, PER_LAYER = "flaxslim_layout", "per_layer_config"
@@ -186,7 +187,7 @@ def own_width(cfg: Any, pair: Pair, layer: int) -> int | None:
     value, step = own[key], expression.step(cfg)
     # A factor of the hidden size may be a fraction (DINOv2's); a width is none.
     kinds = (int,) if step == 1 else (int, float)
-    if type(value) not in kinds or not math.isfinite(value) or value < 0:
+    if type(value) not in kinds or (type(value) is float and not math.isfinite(value)) or value < 0:
         raise LayoutError(
             "per_layer_config has a width that is none",
             path=f"{pair.config}{PER_LAYER}.{layer}.{key}",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from flaxslim._axes import _format
+from flaxslim._axes import pattern_of
 from flaxslim._errors import PlanError
 from flaxslim._plan import Cut
 from flaxslim._spec import Site, Tensor
@@ -70,7 +70,7 @@ def tensor_of(path: str, shape: tuple[int, ...], kernel: Tensor, cut: Cut) -> Te
     if number not in dims:
         return None
     pattern = [
-        _format([kernel.axes.dimensions[i]]) if size == kernel.shape[i] else f"x{i}"
+        pattern_of([kernel.axes.dimensions[i]]) if size == kernel.shape[i] else f"x{i}"
         for i, size in zip(dims, shape, strict=True)
     ]
     axes = dataclasses.replace(kernel.axes, pattern=" ".join(pattern))

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flaxslim import _record
@@ -19,27 +19,10 @@ from flaxslim._errors import (
     nearest,
 )
 from flaxslim._lora import Loras, low_rank, matrices
-from flaxslim._spec import Pair, Site, Spec, Tensor, as_tuple
+from flaxslim._pair import Pair, as_tuple
+from flaxslim._roots import Root, find_roots, join, meant, site_name, table_path, whole_name
+from flaxslim._spec import Site, Spec, Tensor
 from flaxslim._tree import flatten
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Found:
-    """A root at which layers of a pair are: their kernels, and what its placeholders stand for."""
-
-    prefix: str
-    place: str
-    names: tuple[str, ...]
-    kernels: dict[str, str]
-
-    @property
-    def root(self) -> str:
-        return (self.prefix + self.place).rstrip("/")
-
-    @property
-    def stack(self) -> str:
-        """What all layers of one stack have in common."""
-        return "/".join([self.prefix, *(name for name in self.names if not name.isdigit())])
 
 
 def bind(spec: Spec, params: Any, cfg: Any) -> tuple[tuple[Site, ...], tuple[Pair, ...]]:
@@ -48,25 +31,25 @@ def bind(spec: Spec, params: Any, cfg: Any) -> tuple[tuple[Site, ...], tuple[Pai
     loras = matrices(leaves)
     sites: list[Site] = []
     unmatched: list[Pair] = []
-    partial: list[tuple[Pair, _Found]] = []
+    partial: list[tuple[Pair, Root]] = []
     misfits: list[tuple[set[str], FlaxslimError]] = []
     for pair in spec:
-        found = _find(pair, leaves)
+        found = find_roots(pair, leaves)
         complete = [f for f in found if len(f.kernels) == len(pair.layers)]
         partial += [(pair, f) for f in found if len(f.kernels) < len(pair.layers)]
-        fitting: list[tuple[Site, _Found]] = []
+        fitting: list[tuple[Site, Root]] = []
         for f in complete:
             try:
                 fitting.append((_site(pair, f, leaves, loras, cfg), f))
             except FlaxslimError as error:
-                misfits.append((_meant(pair, f, leaves), error))
+                misfits.append((meant(pair, f, leaves), error))
         sites += _tie(fitting, leaves)
         if not fitting:
             unmatched.append(pair)
     sites = _fullest(sites)
     claimed = {tensor.path for site in sites for tensor in site.tensors}
     # The same names may hold another layout, which another pair describes: scanned layers.
-    if unclaimed := [error for meant, error in misfits if not claimed >= meant]:
+    if unclaimed := [error for tensors, error in misfits if not claimed >= tensors]:
         # Of several, that of a pair whose patterns have as many dimensions at least.
         raise min(unclaimed, key=lambda error: isinstance(error, AxisPatternError))
     for pair, found in partial:
@@ -85,145 +68,99 @@ def _natural(path: str) -> list[tuple[int, str]]:
     return [(int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", path)]
 
 
-# --- which layers -----------------------------------------------------------------------------
-
-_ANYWHERE = r"(?:[^/]+/)*?"  # as few as will do: a layer's name may have several parts
-
-
-def root_regex(pair: Pair) -> str:
-    """A regular expression for everything before a layer's own name: groups `prefix`, `place`.
-
-    Of a place in `at`, the name that it stands for is a group too.
-    """
-    prefix = "" if pair.at.startswith("/") else _ANYWHERE
-    if pair.tree:
-        prefix = re.escape(pair.tree) + "/" + prefix
-    place = ""
-    for name in filter(None, pair.at.split("/")):
-        if name == "**":
-            place += _ANYWHERE
-        else:
-            pieces = re.split(r"(\{\w*\})", name)
-            place += "".join("([^/]+)" if p.startswith("{") else re.escape(p) for p in pieces)
-            place += "/"
-    return rf"(?P<prefix>{prefix})(?P<place>{place})"
-
-
-def site_name(pair: Pair, prefix: str, place: str) -> str:
-    """What a layout calls a site; see `flaxslim._record`."""
-    if place and not pair.at.startswith("/"):
-        return place.removeprefix("params/") + pair.second  # which "**" may stand for
-    return whole_name(pair, prefix + place)
-
-
-def whole_name(pair: Pair, root: str) -> str:
-    """The same by the whole path in the part of the tree that is the pair's."""
-    inside = root.lstrip("/").removeprefix(f"{pair.tree}/" if pair.tree else "")
-    # A Linen module does not know in which collection its parameters lie.
-    return "/" + inside.removeprefix("params/") + pair.second
-
-
-def _find(pair: Pair, leaves: Mapping[str, Any]) -> list[_Found]:
-    """Every root where at least one layer of the pair is."""
-    layers = "|".join(re.escape(name) for name in sorted(pair.layers, key=len, reverse=True))
-    regex = re.compile(rf"{root_regex(pair)}(?P<layer>{layers})(?:/{re.escape(pair.kernel)})?")
-    found: dict[str, _Found] = {}
-    for path in leaves:
-        if match := regex.fullmatch(path):
-            names = match.groups()[2:-1]  # between the prefix and place, and the layer
-            new = _Found(prefix=match["prefix"], place=match["place"], names=names, kernels={})
-            found.setdefault(new.root, new).kernels[match["layer"]] = path
-    return list(found.values())
-
-
-def _meant(pair: Pair, found: _Found, leaves: Mapping[str, Any]) -> set[str]:
-    """The tensors in the tree that a pair names: its kernels, and the biases by name."""
-    biases = (*as_tuple(pair.first_bias or ()), *as_tuple(pair.second_bias or ()))
-    paths = {_join(found.root, name.removesuffix("?")) for name in biases}
-    return {*found.kernels.values(), *(paths & leaves.keys())}
-
-
 # --- one site ---------------------------------------------------------------------------------
 
 
-def _join(*names: str) -> str:
-    return "/".join(filter(None, names))
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Tensors:
+    """The tensors of a pair at one of its roots; `known` are sizes that the shapes do not tell."""
 
+    pair: Pair
+    found: Root
+    leaves: Mapping[str, Any]
+    known: tuple[tuple[str, int], ...]
 
-def _site(
-    pair: Pair,
-    found: _Found,
-    leaves: Mapping[str, Any],
-    loras: Loras,
-    cfg: Any,
-) -> Site:
-    known = _known(pair, cfg)
+    def axes(self, pattern: str) -> Axes:
+        return Axes(pattern, self.known)
 
-    def tensor(path: str, axes: Axes) -> Tensor:
-        shape = getattr(leaves[path], "shape", None)
+    def at(self, path: str, axes: Axes) -> Tensor:
+        shape = getattr(self.leaves[path], "shape", None)
         if shape is None:
             raise SiteShapeError(
-                "a tensor of a pair is not an array", path=path, seen=type(leaves[path]).__name__
+                "a tensor of a pair is not an array",
+                path=path,
+                seen=type(self.leaves[path]).__name__,
             )
         axes.sizes(shape, path=path)
         return Tensor(path=path, axes=axes, shape=tuple(shape))
 
-    def bias(layer: str, given: str | None, axes: Axes) -> Tensor | None:
-        name = given.removesuffix("?") if given else f"{layer}/{pair.bias}"
-        path = _join(found.root, name)
-        if path in leaves and leaves[path] is not None:
-            return tensor(path, axes)
+    def kernel(self, layer: str, pattern: str) -> Tensor:
+        return self.at(self.found.kernels[layer], self.axes(pattern))
+
+    def bias(self, layer: str, given: str | None, axes: Axes) -> Tensor | None:
+        name = given.removesuffix("?") if given else f"{layer}/{self.pair.bias}"
+        path = join(self.found.path, name)
+        if self.leaves.get(path) is not None:
+            return self.at(path, axes)
         if given and not given.endswith("?"):
             raise IncompletePairError(
                 "the spec names a bias that is not in the tree",
                 path=path,
-                near=nearest(path, leaves),
+                near=nearest(path, self.leaves),
             )
         return None
 
-    first_axes, second_axes = Axes(pair.first_axes, known), Axes(pair.second_axes, known)
-    carried = {pair.axis, *pair.inner, *second_axes.stack}
-    given = as_tuple(pair.first_bias) if pair.first_bias else (None,) * len(pair.firsts)
-    first = tuple(tensor(found.kernels[name], first_axes) for name in pair.firsts)
-    first_biases = tuple(
-        bias(name, g, first_axes.bias(carried)) for name, g in zip(pair.firsts, given, strict=True)
-    )
-    second = tensor(found.kernels[pair.second], second_axes)
-    # What is in one dimension with the channels is summed over with them.
-    summed = second_axes.dimensions[second_axes.dimension(pair.axis)]
-    outside = {*second_axes.names} - {pair.axis, *pair.inner, *WINDOW, *summed}
-    # A second layer with one output, as a vector, has no axis that a bias could have.
-    second_bias = (
-        bias(pair.second, pair.second_bias, second_axes.bias(outside)) if outside else None
-    )
-    readers = tuple(
-        tensor(found.kernels[layer], Axes(pattern, known))
-        for layer, pattern in pair.readers.items()
-    )
-    also: list[Tensor] = []
-    for layer, pattern in pair.also.items():
-        axes = Axes(pattern, known)
-        also += [tensor(found.kernels[layer], axes)]
-        also += filter(None, [bias(layer, None, axes.bias(carried))])
-    for name, pattern in pair.tables.items():
-        path = table_path(found.root, name)
-        if path is not None and leaves.get(path) is not None:
-            also.append(tensor(path, Axes(pattern, known)))
+    def first_biases(self, carried: set[str]) -> tuple[Tensor | None, ...]:
+        pair = self.pair
+        axes = self.axes(pair.first_axes).bias(carried)
+        given = as_tuple(pair.first_bias) if pair.first_bias else (None,) * len(pair.firsts)
+        return tuple(
+            self.bias(layer, name, axes) for layer, name in zip(pair.firsts, given, strict=True)
+        )
 
+    def second_bias(self) -> Tensor | None:
+        pair, axes = self.pair, self.axes(self.pair.second_axes)
+        # What is in one dimension with the channels is summed over with them.
+        summed = axes.dimensions[axes.dimension(pair.axis)]
+        outside = {*axes.names} - {pair.axis, *pair.inner, *WINDOW, *summed}
+        # A second layer with one output, as a vector, has no axis that a bias could have.
+        return self.bias(pair.second, pair.second_bias, axes.bias(outside)) if outside else None
+
+    def also(self, carried: set[str]) -> Iterator[Tensor]:
+        for layer, pattern in self.pair.also.items():
+            yield self.kernel(layer, pattern)
+            bias = self.bias(layer, None, self.axes(pattern).bias(carried))
+            yield from filter(None, [bias])
+        for name, pattern in self.pair.tables.items():
+            path = table_path(self.found.path, name)
+            if path is not None and self.leaves.get(path) is not None:
+                yield self.at(path, self.axes(pattern))
+
+
+def _site(pair: Pair, found: Root, leaves: Mapping[str, Any], loras: Loras, cfg: Any) -> Site:
+    tensors = _Tensors(pair=pair, found=found, leaves=leaves, known=_known(pair, cfg))
+    stack = tensors.axes(pair.second_axes).stack
+    carried = {pair.axis, *pair.inner, *stack}
+    first = tuple(tensors.kernel(name, pair.first_axes) for name in pair.firsts)
+    first_biases = tensors.first_biases(carried)
+    second = tensors.kernel(pair.second, pair.second_axes)
+    second_bias = tensors.second_bias()
+    readers = tuple(tensors.kernel(layer, axes) for layer, axes in pair.readers.items())
+    also = tuple(tensors.also(carried))
     sizes = second.axes.sizes(second.shape)
-    number = re.fullmatch(r"\d+", found.names[0]) if len(found.names) == 1 else None
+    numbered = len(found.names) == 1 and re.fullmatch(r"\d+", found.names[0])
     site = Site(
-        root=found.root,
+        root=found.path,
         pair=pair,
         name=site_name(pair, found.prefix, found.place),
-        layer=int(found.names[0]) if number else None,
+        layer=int(found.names[0]) if numbered else None,
         size=sizes[pair.axis],
         first=first,
         first_biases=first_biases,
         second=second,
         second_bias=second_bias,
         readers=readers,
-        also=tuple(also),
+        also=also,
         lora=tuple(
             (t.path, matrix)
             for layers, reads in (((*first, *also), False), ((second, *readers), True))
@@ -231,32 +168,9 @@ def _site(
             if len(t.shape) > 1
             for matrix in low_rank(t, pair, loras, reads=reads)
         ),
-        stack=tuple(sizes[name] for name in second_axes.stack),
+        stack=tuple(sizes[name] for name in stack),
     )
     return _checked(dataclasses.replace(site, groups=_groups(site, cfg)), sizes)
-
-
-def beside(root: str, name: str) -> str:
-    """The path of a tensor that is named from a root, perhaps by way of ".."."""
-    parts = root.split("/") if root else []
-    for part in name.split("/"):
-        parts = parts[:-1] if part == ".." else [*parts, part]
-    return "/".join(parts)
-
-
-def table_path(root: str, name: str) -> str | None:
-    """The path of a table that a pair names; None if there can be none.
-
-    A root has the same path in another collection of Linen, where it lies in a collection at all.
-
-    >>> table_path("params/block_0", "batch_stats:bn/mean"), table_path("block_0", "../bias")
-    ('batch_stats/block_0/bn/mean', 'bias')
-    """
-    collection, colon, path = name.partition(":")
-    if not colon:
-        return beside(root, name)
-    top, _, place = root.partition("/")
-    return f"{collection}/{beside(place, path)}" if top == "params" else None
 
 
 def _known(pair: Pair, cfg: Any) -> tuple[tuple[str, int], ...]:
@@ -348,7 +262,7 @@ def _checked(site: Site, sizes: Mapping[str, int]) -> Site:
 # --- all sites --------------------------------------------------------------------------------
 
 
-def _tie(found: Sequence[tuple[Site, _Found]], leaves: Mapping[str, Any]) -> list[Site]:
+def _tie(found: Sequence[tuple[Site, Root]], leaves: Mapping[str, Any]) -> list[Site]:
     """The sites of one pair; those of a stack that shares a table are tied to each other.
 
     Such a table is cut once, with the first site that has it.
@@ -435,10 +349,10 @@ def _named(sites: Sequence[Site]) -> list[Site]:
 
 
 def _incomplete(
-    spec: Spec, pair: Pair, found: _Found, leaves: Mapping[str, Any]
+    spec: Spec, pair: Pair, found: Root, leaves: Mapping[str, Any]
 ) -> IncompletePairError:
     missing = [name for name in pair.layers if name not in found.kernels]
-    path = _join(found.root, missing[0], pair.kernel)
+    path = join(found.path, missing[0], pair.kernel)
     there = found.kernels.values()
     return IncompletePairError(
         f"half a pair of {spec.name}: {', '.join(there)} is there, {', '.join(missing)} is not",
@@ -453,10 +367,10 @@ def _incomplete(
 
 def _nothing(spec: Spec, leaves: Mapping[str, Any]) -> NothingMatchedError:
     pair = next(iter(spec))
-    wanted = _join(pair.at.replace("{i}", "0"), pair.firsts[0], pair.kernel)
+    wanted = join(pair.at.replace("{i}", "0"), pair.firsts[0], pair.kernel)
     return NothingMatchedError(
         f"spec {spec.name} matches nothing in this tree of {len(leaves)} tensors",
-        expected=" or ".join(_join(p.at or "**", n) for p in spec for n in (*p.firsts, p.second)),
+        expected=" or ".join(join(p.at or "**", n) for p in spec for n in (*p.firsts, p.second)),
         near=nearest(wanted, leaves),
         mend="check (a) that the spec is the one of this family (`flaxslim families`), "
         "(b) that the tree holds the layers and not just a head, "

@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flaxslim._spec import Pair, Spec
+from flaxslim._errors import FlaxslimError, SpecError
+from flaxslim._pair import Pair
+from flaxslim._spec import Spec
 
 _WIDTH = 100  # of a line of source
 
@@ -23,12 +25,21 @@ def to_dict(spec: Spec) -> dict[str, Any]:
 
 
 def from_dict(data: Mapping[str, Any]) -> Spec:
-    """The spec that `to_dict` wrote."""
-    pairs: list[dict[str, Any]] = [
-        {k: tuple(v) if isinstance(v, list) else v for k, v in pair.items()}
-        for pair in data["pairs"]
-    ]
-    return Spec(name=data["name"], pairs=tuple(Pair(**pair) for pair in pairs))
+    """The spec that `to_dict` wrote; a `FlaxslimError` for anything else."""
+    try:
+        pairs: list[dict[str, Any]] = [
+            {k: tuple(v) if isinstance(v, list) else v for k, v in pair.items()}
+            for pair in data["pairs"]
+        ]
+        return Spec(name=data["name"], pairs=tuple(Pair(**pair) for pair in pairs))
+    except FlaxslimError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SpecError(
+            "this is not the data of a spec",
+            seen=f"{type(error).__name__}: {error}",
+            expected="what Spec.to_dict() gives",
+        ) from error
 
 
 def _given(pair: Pair) -> dict[str, Any]:

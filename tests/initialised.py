@@ -15,7 +15,17 @@ import numpy as np
 from flax.traverse_util import path_aware_map
 from jax.core import Tracer
 
+from flaxslim._compat import parameter_shapes
+
 _init = nn.Module.init
+
+
+def drawn(cls: Any, cfg: Any, *, dtype: Any = np.float32) -> Any:
+    """Parameters of a class of transformers, all entries of which are normal."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape).astype(dtype), parameter_shapes(cls, cfg)
+    )
 
 
 def initialised_by_numpy() -> None:

@@ -20,7 +20,8 @@ from flaxslim._discover._atoms import Atom, Dim, Dims, roots
 from flaxslim._discover._function import Walked
 from flaxslim._discover._groups import Group
 from flaxslim._discover._place import Place
-from flaxslim._discover._rules import _IDENTITY, CALLS
+from flaxslim._discover._rules._elementwise import IDENTITY
+from flaxslim._discover._rules._table import CALLS
 from flaxslim._discover._trace import Seen, Walk, alive
 
 Kept = Mapping[Atom, np.ndarray]  # which indices of a class of axes are left
@@ -173,7 +174,7 @@ def _step(step: Step, args: list[Array], kept: Kept) -> Sequence[Any]:
         return [ELEMENTWISE[name](*op.aligned())]
     if name in _RULES:
         return _RULES[name](op)
-    if name in _IDENTITY:
+    if name in IDENTITY:
         return [array.x for array in args]
     return _by_jax(step.eqn, [array.x for array in args], {})
 

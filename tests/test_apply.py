@@ -2,16 +2,13 @@
 
 import copy
 import dataclasses
-import os
-import subprocess
-import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fake_devices import run_code
 from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict, freeze
@@ -178,17 +175,7 @@ def test_tensors_stay_on_their_devices():
         small, _ = slim(tree, {"hidden": 8}, SPEC)
         assert small["up"]["kernel"].sharding == tree["up"]["kernel"].sharding
     """
-    here = os.path.dirname(__file__)
-    env = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here), *sys.path]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_code(code, devices=2)
 
 
 # --- nnx modules ------------------------------------------------------------------------------

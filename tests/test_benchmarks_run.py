@@ -108,6 +108,16 @@ def test_what_was_interrupted_goes_on_with_what_is_missing(
     assert results["good"]["text"] == "fine"
 
 
+def test_what_a_person_wrote_before_the_mark_stays(place: Path) -> None:
+    page = place / "out" / "x.md"
+    page.parent.mkdir()
+    page.write_text(f"# Our own words\n\n{run.MARK}\n\n## good\n\nas it was\n")
+    _, _, text = ran(place, "--only", "good")
+    assert text.startswith(f"# Our own words\n\n{run.MARK}\n\n## good\n")
+    assert "as it was" not in text
+    assert "```text\nfine\n```" in text
+
+
 def test_results_of_two_machines_are_not_mixed(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

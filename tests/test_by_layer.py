@@ -85,9 +85,9 @@ def test_a_fault_is_named(fault: str):
     path, change, said = FAULTS[fault]
     tree = mlp()
     small, _ = slim(tree, None, SPEC)
-    verify_by_layer((tree, None), (small, None), SPEC).raise_if_failed()
+    verify_by_layer((tree, None), (small, None), spec=SPEC).raise_if_failed()
     wrong = replace(small, {path: change(flatten(small)[path])})
-    proof = verify_by_layer((tree, None), (wrong, None), SPEC)
+    proof = verify_by_layer((tree, None), (wrong, None), spec=SPEC)
     assert not proof.ok
     assert any(said in reason for reason in proof.reasons), proof.reasons
 
@@ -96,4 +96,6 @@ def test_a_tensor_that_is_missing_is_named():
     tree = mlp()
     small, _ = slim(tree, None, SPEC)
     del small["norm"]
-    assert "only the model before has it" in str(verify_by_layer((tree, None), (small, None), SPEC))
+    assert "only the model before has it" in str(
+        verify_by_layer((tree, None), (small, None), spec=SPEC)
+    )

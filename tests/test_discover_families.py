@@ -191,7 +191,7 @@ def test_a_jaxpr_runs_on_the_host_as_on_the_device(name):
     leaves = {path: np.asarray(x) for path, x in flatten(params).items()}
     ours = run(made.walked, leaves, made.function.inputs)
     inputs = inputs_for(cls, cfg, length=case.length)
-    theirs = jax.tree.leaves(_call(cls, cfg)(params, inputs))
+    theirs = jax.tree.leaves(jax.jit(_call(cls, cfg))(params, inputs))
     assert gap([np.asarray(x, np.float64) for x in theirs], ours) < 1e-5
 
 
@@ -205,9 +205,8 @@ KEYS = {
     "FlaxDinov2ForImageClassification-swiglu": {"swiglu(mlp_ratio*hidden_size)": None},
 }
 ORDINARY = (
-    "AlbertForMaskedLM", "BartForConditionalGeneration", "BloomForCausalLM", "CLIPModel",
-    "Dinov2ForImageClassification-mlp", "DistilBertForMaskedLM", "GPT2LMHeadModel-none",
-    "GPT2LMHeadModel-inner", "GemmaForCausalLM-grouped", "T5ForConditionalGeneration-gated",
+    "BartForConditionalGeneration", "BloomForCausalLM", "Dinov2ForImageClassification-mlp",
+    "GPT2LMHeadModel-none", "GPT2LMHeadModel-inner", "GemmaForCausalLM-grouped",
     "EncoderDecoderModel-bert+gpt2",
 )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """`discover` on random networks: what it says is exact is cut and compared, what it refuses tried.
 
-pytest tests/test_discover_fuzz.py -s            # 100 networks, and a table
+pytest tests/test_discover_fuzz.py -s            # 50 networks, and a table
 pytest tests/test_discover_fuzz.py -s -m long    # 2,000
 """
 
@@ -28,7 +28,7 @@ from flaxslim._discover._function import function
 from flaxslim._discover._groups import Group, Verdict
 from flaxslim._tree import flatten, replace
 
-FEW, MANY = 100, 2_000
+FEW, MANY = 50, 2_000
 
 
 @dataclasses.dataclass

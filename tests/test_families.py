@@ -1,6 +1,7 @@
 """Every family of transformers: dead channels go with no spec given, and nothing else changes."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from kill import Death, kill_by_every_rule
-from zoo import CASES, Case, build
+from zoo import CASES, Case, build, check_proven
 
 import flaxslim
+from flaxslim import Site
+from flaxslim._compat import parameter_shapes
 from flaxslim._errors import WidthError
 from flaxslim._inputs import inputs_for
 from flaxslim._tree import flatten
@@ -19,15 +22,28 @@ from flaxslim.specs import spec_for
 SLIMMABLE = [case for case in CASES if case.family != "bloom"]
 
 
+# One for each way in which a config says its widths. In the ordinary run the others are proven
+# layer by layer, and as a whole at widths of each layer's own (test_families_per_layer.py).
+WHOLE = (
+    "FlaxBartForConditionalGeneration",
+    "FlaxBertForMaskedLM",
+    "FlaxCLIPModel",
+    "FlaxDinov2ForImageClassification-mlp",
+    "FlaxDinov2ForImageClassification-swiglu",
+    "FlaxDistilBertForMaskedLM",
+    "FlaxEncoderDecoderModel-bert+gpt2",
+    "FlaxGPTNeoForCausalLM-none",
+    "FlaxLlamaForCausalLM",
+    "FlaxOPTForCausalLM",
+    "FlaxT5ForConditionalGeneration-gated",
+)
+
+
 def _marked(cases):
     return [
-        pytest.param(case, id=str(case), marks=[] if _ordinary(case) else pytest.mark.long)
+        pytest.param(case, id=str(case), marks=[] if str(case) in WHOLE else pytest.mark.long)
         for case in cases
     ]
-
-
-def _ordinary(case: Case) -> bool:
-    return case.short and not case.twin
 
 
 def _stock(cls, folder):
@@ -62,9 +78,21 @@ def _check_found(
     return dead
 
 
-@pytest.mark.parametrize("case", _marked(SLIMMABLE))
-def test_slimmed_model_is_the_same_function(case: Case, tmp_path, record_property):
-    cls, cfg, params = build(case)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slimmed:
+    """A model with dead channels, and what is left of it; `needed` channels by width."""
+
+    params: Any
+    cfg: Any
+    slimmed: Any
+    small: Any
+    sites: Sequence[Site]
+    needed: Mapping[str, int]
+
+
+def _slimmed(case: Case) -> Slimmed:
+    """With no spec given; each site has the width that was asked for."""
+    _, cfg, params = build(case)
     sites = spec_for(cfg).sites(params)
     params, deaths = kill_by_every_rule(params, sites)
     dead = _check_found(params, cfg, deaths)
@@ -79,17 +107,29 @@ def test_slimmed_model_is_the_same_function(case: Case, tmp_path, record_propert
         assert expression is not None
         step = expression.step(cfg)
         assert site.size == math.ceil(needed[str(expression)] / step) * step
+    return Slimmed(params=params, cfg=cfg, slimmed=slimmed, small=small, sites=sites, needed=needed)
 
-    inputs = inputs_for(cls, cfg, length=case.length)
-    proof = flaxslim.verify((params, cfg), (slimmed, small), cls, inputs=inputs, repeats=0)
+
+@pytest.mark.parametrize("case", [case for case in SLIMMABLE if case.short], ids=str)
+def test_each_slimmed_layer_is_the_same_and_the_stock_class_has_its_sizes(case: Case):
+    made = _slimmed(case)
+    proof = flaxslim.verify_by_layer((made.params, made.cfg), (made.slimmed, made.small))
     proof.raise_if_failed()
     assert proof.relative <= 1e-5
-    assert proof.control is not None
-    assert proof.control.smallest is not None
-    assert len(proof.control.rows) == len(sites)
-    # One wrong channel shows at every site, and at the best of them a thousand times over.
-    assert proof.control.smallest > max(100 * proof.relative, proof.tolerance)
-    assert max(row.relative for row in proof.control.rows) > 1000 * proof.relative
+    shapes = {path: x.shape for path, x in flatten(parameter_shapes(case.cls, made.small)).items()}
+    assert {path: np.shape(x) for path, x in flatten(made.slimmed).items()} == shapes
+
+
+@pytest.mark.parametrize("case", _marked(SLIMMABLE))
+def test_slimmed_model_is_the_same_function(case: Case, tmp_path, record_property):
+    made, cls = _slimmed(case), case.cls
+    slimmed, small = made.slimmed, made.small
+    inputs = inputs_for(cls, made.cfg, length=case.length)
+    before, after = (made.params, made.cfg), (slimmed, small)
+    proof = flaxslim.verify(before, after, cls, inputs=inputs, repeats=0)
+    control = check_proven(proof, len(made.sites))
+    # At the best of the sites it shows a thousand times over.
+    assert max(row.relative for row in control.rows) > 1000 * proof.relative
 
     for format in ("flax", "flax-safetensors"):
         folder = flaxslim.save(tmp_path / format, slimmed, small, format=format)
@@ -102,14 +142,14 @@ def test_slimmed_model_is_the_same_function(case: Case, tmp_path, record_propert
         (
             case.family,
             str(case),
-            f"{sites[0].size} -> {', '.join(str(n) for n in needed.values())}",
+            f"{made.sites[0].size} -> {', '.join(str(n) for n in made.needed.values())}",
             f"{proof.relative:.1e}",
-            f"{proof.control.smallest:.1e}",
+            f"{control.smallest:.1e}",
         ),
     )
 
 
-@pytest.mark.parametrize("case", _marked(case for case in CASES if case.family == "bloom"))
+@pytest.mark.parametrize("case", [case for case in CASES if case.family == "bloom"], ids=str)
 def test_bloom_is_refused_until_layouts_carry_its_width(case: Case):
     _, cfg, params = build(case)
     params, deaths = kill_by_every_rule(params, spec_for(cfg).sites(params))

@@ -148,9 +148,9 @@ def test_sites_that_are_tied_have_one_gate():
     }
     blocks["0"]["bias"] = {"embedding": np.ones((5, 2))}
     params = {"block": blocks}
-    assert [*flatten(gates(params, TIED, cfg))] == ["block/0/o/kernel"]
+    assert [*flatten(gates(params, TIED, cfg=cfg))] == ["block/0/o/kernel"]
     values = {"block": {"0": {"o": {"kernel": np.array([[0.25, 0.5]])}}}}
-    new = gated(params, values, TIED, cfg)["block"]
+    new = gated(params, values, TIED, cfg=cfg)["block"]
     for i in "01":
         np.testing.assert_array_equal(new[i]["o"]["kernel"][:, 0], [0.25, 0.25, 0.5, 0.5])
 
@@ -228,13 +228,13 @@ def test_heads_and_channels_of_bert_by_the_same_functions():
     }
     cls, cfg, params = build(dataclasses.replace(case, config=lambda: BertConfig(**sizes)))
     spec, rng = BERT_FFN + BERT_HEADS, np.random.default_rng(0)
-    log_alpha = gates(params, spec, cfg)
+    log_alpha = gates(params, spec, cfg=cfg)
     assert sorted(leaf.shape for leaf in jax.tree.leaves(log_alpha)) == [(1, 4), (1, 24)]
     ends = jax.tree.map(
         lambda a: rng.permuted(np.linspace(-4, 4, a.size, dtype=np.float32))[None], log_alpha
     )
     values = open_gates(ends)
-    model = gated(params, values, spec, cfg)
+    model = gated(params, values, spec, cfg=cfg)
     small, new = slim(model, cfg, spec, width="per_layer")
     for site in spec.sites(small, new):
         assert site.size == (np.asarray(flatten(values)[site.second.path]) > 0).sum()

@@ -15,11 +15,13 @@ from flaxslim._inputs import inputs_for, model_class_for
 FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
+# Tokens with pixels, and audio. The others run on theirs where they are cut and compared.
+ORDINARY = ("FlaxCLIPModel", "FlaxWav2Vec2ForCTC")
+
+
 def params_of(cases):
     return [
-        pytest.param(
-            case, id=str(case), marks=[] if case.short and not case.twin else pytest.mark.long
-        )
+        pytest.param(case, id=str(case), marks=[] if str(case) in ORDINARY else pytest.mark.long)
         for case in cases
     ]
 

@@ -50,7 +50,7 @@ def _penalty(channels: np.ndarray) -> float:
 
 
 def _lasso(params: Any, spec: Spec, cfg: Any = None) -> Any:
-    return jax.jit(lambda p: group_lasso(p, spec, cfg))(params)
+    return jax.jit(lambda p: group_lasso(p, spec, cfg=cfg))(params)
 
 
 def _stepped(tx: Any, params: Any, grads: Any = None) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import pickle
 import threading
@@ -61,7 +62,21 @@ class Slimmed:
     folder: Any
 
     def expected(self, **kwargs: Any) -> Any:
-        return self.dense(IDS, params=self.zeroed, **kwargs)
+        return outputs(self.dense, self.zeroed, **kwargs)
+
+    @functools.cached_property
+    def states(self) -> Any:
+        """The last states of the zeroed model."""
+        return hidden(self.dense, params=self.zeroed)
+
+    @functools.cached_property
+    def small(self) -> Any:
+        """Those of the instance that was cut."""
+        return hidden(self.model)
+
+    @functools.cached_property
+    def gradient(self) -> Any:
+        return gradient(self.model, self.model.params)
 
 
 def make(cls: type, cfg: Any, folder: Any, seed: int = 0) -> Slimmed:
@@ -106,10 +121,18 @@ def alike(theirs: Any, ours: Any) -> None:
         np.testing.assert_allclose(ours[path], gradient, atol=1e-5 * scale, err_msg=path)
 
 
+def outputs(model: Any, params: Any, ids: Any = IDS, **kwargs: Any) -> Any:
+    """All of them, compiled: op by op it takes longer."""
+    return jax.jit(lambda p, i: model(i, params=p, **kwargs))(params, ids)
+
+
 def hidden(model: Any, ids: Any = IDS, params: Any = None, **kwargs: Any) -> Any:
-    """The last states, compiled: op by op it takes longer."""
-    run = jax.jit(lambda p, i: model(i, params=p, **kwargs).last_hidden_state)
-    return run(model.params if params is None else params, ids)
+    params = model.params if params is None else params
+    return outputs(model, params, ids, **kwargs).last_hidden_state
+
+
+def gradient(model: Any, params: Any) -> Any:
+    return jax.jit(jax.grad(lambda p: (hidden(model, params=p) ** 2).mean()))(params)
 
 
 # --- what an instance can do ------------------------------------------------------------------
@@ -122,7 +145,7 @@ def test_it_is_an_instance_of_the_stock_class_with_sizes_that_differ(bert):
     heads = [layers[str(i)]["attention"]["self"]["query"]["kernel"].shape[1] // 8 for i in range(3)]
     assert len(set(widths)) == 3
     assert len(set(heads)) > 1
-    close(hidden(bert.dense, params=bert.zeroed), hidden(bert.model))
+    close(bert.states, bert.small)
 
 
 TRANSFORMED: dict[str, Callable[[Any, Any], Any]] = {
@@ -150,31 +173,26 @@ TRANSFORMED: dict[str, Callable[[Any, Any], Any]] = {
 def test_it_runs_under(name, bert):
     if name == "shard_map" and not hasattr(jax, name):
         pytest.skip("jax < 0.7 has no jax.shard_map")
-    close(hidden(bert.dense, params=bert.zeroed), TRANSFORMED[name](bert.model, bert.model.params))
-
-
-def _gradient(model: Any, params: Any) -> Any:
-    return jax.grad(lambda p: (hidden(model, params=p) ** 2).mean())(params)
+    close(bert.states, TRANSFORMED[name](bert.model, bert.model.params))
 
 
 def test_gradients_are_those_of_the_zeroed_model(bert):
     """Of what is left; what was cut is held at zero in the zeroed model."""
     plan = flaxslim.plan(bert.zeroed, bert.dense.config, "all", width="per_layer")
-    theirs = flaxslim.apply(plan, _gradient(bert.dense, bert.zeroed), fold=False)
-    alike(theirs, _gradient(bert.model, bert.model.params))
+    theirs = flaxslim.apply(plan, gradient(bert.dense, bert.zeroed), fold=False)
+    alike(theirs, bert.gradient)
 
 
 def test_gradient_checkpointing_keeps_the_layout(bert):
     model = from_pretrained(FlaxBertModel, bert.folder)
-    plain = _gradient(model, model.params)
     model.enable_gradient_checkpointing()
-    assert "remat" in str(jax.make_jaxpr(lambda p: _gradient(model, p))(model.params))
-    alike(plain, _gradient(model, model.params))
+    assert "remat" in str(jax.make_jaxpr(lambda p: gradient(model, p))(model.params))
+    alike(bert.gradient, gradient(model, model.params))
 
 
 def test_without_initialisation_it_comes_with_its_parameters(bert):
     model, params = from_pretrained(FlaxBertModel, bert.folder, _do_init=False)
-    close(hidden(bert.model), hidden(model, params=params))
+    close(bert.small, hidden(model, params=params))
     with pytest.raises(ValueError, match="_do_init=False"):
         _ = model.params
     fresh = model.init_weights(jax.random.key(0), (1, 1))
@@ -188,9 +206,9 @@ def test_without_initialisation_it_comes_with_its_parameters(bert):
 )
 def test_it_can_be_copied(again, bert):
     twin = again(bert.model)
-    close(hidden(bert.model), hidden(twin))
+    close(bert.small, hidden(twin))
     twin.enable_gradient_checkpointing()
-    close(hidden(bert.model), hidden(twin))
+    close(bert.small, hidden(twin))
 
 
 def test_parameters_can_be_cast_and_set(bert):
@@ -199,13 +217,13 @@ def test_parameters_can_be_cast_and_set(bert):
     assert {x.dtype for x in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}
     out = hidden(model)
     assert out.dtype == jnp.bfloat16
-    close(hidden(bert.model), out, 0.2)
+    close(bert.small, out, 0.2)
 
 
 def test_it_saves_and_reloads_by_itself(bert, tmp_path):
     bert.model.save_pretrained(tmp_path / "again")
     model = from_pretrained(FlaxBertModel, tmp_path / "again")
-    np.testing.assert_array_equal(hidden(bert.model), hidden(model))
+    np.testing.assert_array_equal(bert.small, hidden(model))
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert config["flaxslim_layout"]["version"] == 1
 
@@ -214,7 +232,7 @@ def test_a_head_class_reads_a_base_checkpoint_and_the_other_way_round(bert, tmp_
     qa = from_pretrained(FlaxBertForQuestionAnswering, bert.folder)
     qa.save_pretrained(tmp_path / "qa")
     base = from_pretrained(FlaxBertModel, tmp_path / "qa", add_pooling_layer=False)
-    np.testing.assert_array_equal(hidden(bert.model), hidden(base))
+    np.testing.assert_array_equal(bert.small, hidden(base))
 
 
 def test_threads_run_different_layouts_at_once(bert, tmp_path):
@@ -235,8 +253,8 @@ def test_threads_run_different_layouts_at_once(bert, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    close(hidden(bert.dense, params=bert.zeroed), found["one"])
-    close(hidden(other.dense, params=other.zeroed), found["two"])
+    close(bert.states, found["one"])
+    close(other.states, found["two"])
     np.testing.assert_allclose(hidden(bert.dense), found["dense"], rtol=1e-4, atol=1e-5)
 
 
@@ -257,8 +275,9 @@ def test_a_teacher_may_run_beside_its_student_in_one_trace(bert):
 def test_a_head_mask_has_an_entry_for_each_head_of_the_dense_model(bert):
     mask = np.ones((3, 4), np.int32)
     mask[0, 0] = mask[1, 2] = mask[2, 3] = mask[2, 1] = 0
-    close(bert.expected(head_mask=mask).last_hidden_state, hidden(bert.model, head_mask=mask))
-    assert np.abs(hidden(bert.model, head_mask=mask) - hidden(bert.model)).max() > 1e-2
+    masked = hidden(bert.model, head_mask=mask)
+    close(bert.expected(head_mask=mask).last_hidden_state, masked)
+    assert np.abs(masked - bert.small).max() > 1e-2
 
 
 def test_a_head_mask_of_another_size_is_refused(bert):
@@ -270,7 +289,7 @@ def test_a_head_mask_of_another_size_is_refused(bert):
 
 def test_attentions_that_are_put_out_are_those_of_the_heads_that_are_left(bert):
     theirs = bert.expected(output_attentions=True).attentions
-    ours = bert.model(IDS, output_attentions=True).attentions
+    ours = outputs(bert.model, bert.model.params, output_attentions=True).attentions
     sites = bert.model.config.flaxslim_layout["sites"]
     for i, (a, b) in enumerate(zip(theirs, ours, strict=True)):
         left = sites.get(f"encoder/layer/{i}/attention/output/dense", range(4))
@@ -320,7 +339,7 @@ def test_groups_of_key_value_heads_may_be_ragged(dead, tmp_path):
     # A key/value group goes when all its query heads are dead.
     assert attention["k_proj"]["kernel"].shape == (48, 8 * len({head // 2 for head in kept}))
     model: Any = from_pretrained(FlaxLlamaForCausalLM, flaxslim.save(tmp_path / "s", params, small))
-    close(dense(IDS, params=zeroed).logits, model(IDS).logits)
+    close(outputs(dense, zeroed).logits, outputs(model, model.params).logits)
     if dead != [0, 2, 3]:  # one is enough of what takes longest to compile
         return
     sequences = [
@@ -355,7 +374,7 @@ def test_a_config_that_is_given_says_the_layout(bert):
     model = from_pretrained(
         FlaxBertModel, bert.folder / "flax_model.msgpack", config=bert.model.config
     )
-    close(hidden(bert.model), hidden(model))
+    close(bert.small, hidden(model))
 
 
 def test_a_config_from_before_the_cut_is_not_saved_with_the_tensors_after_it(bert, tmp_path):

@@ -1,7 +1,7 @@
 """A width for each layer in the stock PyTorch classes: the example loads what `save` writes.
 
-It runs as a script on a folder of every family with one stack of layers, against outputs of Flax:
-with the transformers 4 of this environment, if torch is here, and with the transformers 5.14 or
+It runs on a folder of every family with one stack of layers, against outputs of Flax: with the
+transformers 4 of this environment, if torch is here, and as a script with the transformers 5.14 or
 later of another one, whose Python the variable FLAXSLIM_TORCH_PYTHON names.
 
 Left out: DINOv2, whose config has no key for most widths, and BLOOM, whose has none at all.
@@ -15,8 +15,7 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import torch_claims
 from kill import kill
 from zoo import CASES, Case, build
 
@@ -43,28 +43,10 @@ FAMILIES = (
 )
 # fmt: on
 SHORT = ("bert", "clip", "gpt2", "llama", "vit")  # all others in the long run
+# Of twelve layers in every run, of two besides in the long one.
 DEEP = ("FlaxBertForMaskedLM", "FlaxLlamaForCausalLM")
 # The head of the latter has an FFN of its own outside of the stack.
 BIG_BIRD, REFUSED = "FlaxBigBirdForMaskedLM-full", "FlaxBigBirdForQuestionAnswering-full"
-
-ATTEMPT = """
-import json, pathlib, sys, transformers
-sys.path.insert(0, sys.argv[1])
-from per_layer_in_torch import load_per_layer
-
-def attempt(how, folder):
-    config = json.loads((pathlib.Path(folder) / "config.json").read_text())
-    cls = getattr(transformers, config["architectures"][0])
-    load = load_per_layer if how == "per_layer" else cls.from_pretrained
-    arguments = (cls, folder) if how == "per_layer" else (folder,)
-    try:
-        load(*arguments)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "loaded"
-
-print(json.dumps({folder: attempt(sys.argv[2], folder) for folder in sys.argv[3:]}))
-"""
 
 
 def _deep(case: Case) -> Case:
@@ -79,11 +61,12 @@ def _deep(case: Case) -> Case:
 
 
 def _cases(*, short: bool) -> list[Case]:
-    families = [family for family in FAMILIES if (family in SHORT) == short]
-    one_each = [case for case in CASES if case.short and case.family in families]
-    deep = [_deep(case) for case in one_each if str(case) in DEEP]
-    big_bird = [case for case in CASES if str(case) == BIG_BIRD and not short]
-    return [*one_each, *deep, *big_bird]
+    one_each = [case for case in CASES if case.short and case.family in FAMILIES]
+    few = [case for case in one_each if case.family in SHORT]
+    if short:
+        return [_deep(case) if str(case) in DEEP else case for case in few]
+    rest = [case for case in one_each if case not in few or str(case) in DEEP]
+    return [*rest, *(case for case in CASES if str(case) == BIG_BIRD)]
 
 
 def _inputs(case: Case, cls: type, cfg: Any) -> dict[str, np.ndarray]:
@@ -101,59 +84,81 @@ def _outputs(cls: type, cfg: Any, params: Any, inputs: Any) -> dict[str, np.ndar
     return {name: x for name, x in arrays.items() if x.dtype.kind == "f"}
 
 
-def _folder(parent: Path, case: Case) -> Path:
+def _save(folder: Path, case: Case) -> None:
     """A slimmed checkpoint with PyTorch names, and what the Flax model gives for some inputs."""
     cls, cfg, params = build(case)
     if case.family == "mistral":  # the Flax class lets one token more into its window
         cfg.sliding_window = 4 * case.length
     params, _ = kill(params, spec_for(cfg).sites(params))
     slimmed, small = flaxslim.slim(params, cfg, width="per_layer")
-    folder = flaxslim.save(parent / str(case), slimmed, small, format="torch")
+    flaxslim.save(folder, slimmed, small, format="torch")
     inputs = _inputs(case, cls, cfg)
     outputs = _outputs(cls, small, slimmed, inputs)
     arrays: dict[str, Any] = {f"inputs/{name}": x for name, x in inputs.items()}
     arrays |= {f"outputs/{name}": x for name, x in outputs.items()}
     np.savez(folder / "expected.npz", **arrays)
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory) -> Callable[[Case], Path]:
+    """The folder of a case, which is made once."""
+    parent = tmp_path_factory.mktemp("per-layer")
+
+    def folder(case: Case) -> Path:
+        if not (parent / str(case)).exists():
+            _save(parent / str(case), case)
+        return parent / str(case)
+
     return folder
-
-
-def _run(python: str, *arguments: object) -> subprocess.CompletedProcess:
-    # Tiny tensors: more threads only cost time.
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    env.pop("PYTHONPATH", None)
-    return subprocess.run(
-        [python, *map(str, arguments)],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def _attempts(python: str, how: str, folders: Sequence[Path]) -> dict[str, str]:
-    """What a person sees who loads the folders: the error's name and text, or "loaded"."""
-    done = _run(python, "-c", ATTEMPT, EXAMPLE.parent, how, *folders)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module", params=["here", VARIABLE])
-def python(request) -> str:
-    """The Python of an environment with torch."""
-    if request.param == "here":
-        pytest.importorskip("torch", reason="PyTorch is not installed")
-        return sys.executable
-    if not (path := os.environ.get(VARIABLE)):
-        pytest.skip(f"{VARIABLE} names no Python with torch and transformers >= 5.14")
-    return path
 
 
 @pytest.fixture(
     scope="module", params=[True, pytest.param(False, marks=pytest.mark.long)], ids=["few", "rest"]
 )
-def folders(tmp_path_factory, request) -> list[Path]:
-    parent = tmp_path_factory.mktemp("per-layer")
-    return [_folder(parent, case) for case in _cases(short=request.param)]
+def folders(folder_of, request) -> list[Path]:
+    return [folder_of(case) for case in _cases(short=request.param)]
+
+
+@pytest.fixture(scope="module")
+def llama(folder_of) -> Path:
+    """Twelve layers, all of which keep the config that they were built from."""
+    (case,) = (case for case in CASES if str(case) == "FlaxLlamaForCausalLM")
+    return folder_of(_deep(case))
+
+
+@pytest.fixture(scope="module", params=["here", VARIABLE])
+def where(request) -> ModuleType | str:
+    """The example as a module, or the Python of another environment with torch."""
+    if request.param == "here":
+        return request.getfixturevalue("example")
+    if not (path := os.environ.get(VARIABLE)):
+        pytest.skip(f"{VARIABLE} names no Python with torch and transformers >= 5.14")
+    return path
+
+
+@pytest.fixture(scope="module")
+def seen(where, folders, llama, folder_of) -> dict[str, Any]:
+    """What comes of loading the folders there."""
+    (refused,) = (case for case in CASES if str(case) == REFUSED)
+    card = (llama / "README.md").read_text(encoding="utf-8")
+    (code,) = (text for text in re.findall(r"```python\n(.*?)```", card, re.S) if "mock" in text)
+    work = {
+        "card": [code.replace("this/folder", str(llama)), str(llama)],
+        "example": [*map(str, folders)],
+        "per_layer": [str(folder_of(refused))],
+        "plain": [*map(str, folders)],
+    }
+    return _seen_by(where, work) if isinstance(where, str) else torch_claims.seen(where, work)
+
+
+def _seen_by(python: str, work: Mapping[str, Any]) -> dict[str, Any]:
+    # Tiny tensors: more threads only cost time.
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env.pop("PYTHONPATH", None)
+    command = [python, torch_claims.__file__, str(EXAMPLE.parent), json.dumps(work)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -170,19 +175,12 @@ def example() -> Iterator[ModuleType]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    """Twelve layers, all of which keep the config that they were built from."""
-    (case,) = (case for case in CASES if str(case) == "FlaxLlamaForCausalLM")
-    return _folder(tmp_path_factory.mktemp("llama"), _deep(case))
-
-
-def test_stock_classes_give_the_outputs_of_flax(python, folders, record_property):
-    done = _run(python, EXAMPLE, *folders)
-    assert done.returncode == 0, done.stdout + done.stderr
-    release, *lines = done.stdout.splitlines()
+def test_stock_classes_give_the_outputs_of_flax(where, seen, folders, record_property):
+    code, out = seen["example"]
+    assert code == 0, out
+    release, *lines = out.splitlines()
     record_property("release", release)
-    if python != sys.executable:
+    if isinstance(where, str):
         numbers = re.findall(r"\d+", release)[:2]
         assert (int(numbers[0]), int(numbers[1])) >= (5, 14), release
     shown = {line.split(" ")[0]: line for line in lines if "outputs differ by" in line}
@@ -193,32 +191,23 @@ def test_stock_classes_give_the_outputs_of_flax(python, folders, record_property
     assert all("generates alike" in line for line in generating)
 
 
-def test_the_card_of_a_folder_says_how_to_load_it(python, llama):
-    card = (llama / "README.md").read_text(encoding="utf-8")
-    (code,) = (text for text in re.findall(r"```python\n(.*?)```", card, re.S) if "mock" in text)
-    code = code.replace("this/folder", str(llama)) + (
-        f"\nimport pathlib, sys\nsys.path.insert(0, {str(EXAMPLE.parent)!r})\n"
-        "from per_layer_in_torch import difference, expected\n"
-        f"print(difference(model, *expected(pathlib.Path({str(llama)!r}))))"
-    )
-    done = _run(python, "-c", code)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.splitlines()[-1]) <= 1e-5
+def test_the_card_of_a_folder_says_how_to_load_it(seen):
+    assert seen["card"] <= 1e-5
 
 
-def test_plain_from_pretrained_refuses_them(python, folders):
+def test_plain_from_pretrained_refuses_them(where, seen, folders):
     """If it does not any more, the model card may say so."""
-    wanted = "size mismatch" if python == sys.executable else "is a per-layer attribute"
-    for folder, seen in _attempts(python, "plain", folders).items():
-        assert re.match(r"RuntimeError|AmbiguousGlobalPerLayerAttributeError", seen), folder
-        assert wanted in seen, folder
+    wanted = "is a per-layer attribute" if isinstance(where, str) else "size mismatch"
+    assert seen["plain"].keys() == {str(folder) for folder in folders}
+    for folder, text in seen["plain"].items():
+        assert re.match(r"RuntimeError|AmbiguousGlobalPerLayerAttributeError", text), folder
+        assert wanted in text, folder
 
 
-def test_a_width_outside_of_the_layers_is_refused(python, tmp_path):
-    (case,) = (case for case in CASES if str(case) == REFUSED)
-    seen = _attempts(python, "per_layer", [_folder(tmp_path, case)])
-    wanted = "size mismatch" if python == sys.executable else "is a per-layer attribute"
-    assert all(wanted in text for text in seen.values()), seen
+def test_a_width_outside_of_the_layers_is_refused(where, seen):
+    wanted = "is a per-layer attribute" if isinstance(where, str) else "size mismatch"
+    (text,) = seen["per_layer"].values()
+    assert wanted in text
 
 
 def test_a_difference_would_show(example, llama, tmp_path, capsys):

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from fake_devices import environment
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pruning_models import Net, mlp
@@ -205,18 +206,11 @@ def said_by(count: int, devices: int, folder: Path) -> list[dict[str, list[str]]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    here = os.path.dirname(__file__)
-    env = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here), *sys.path]),
-    }
     with (folder / "errors").open("w") as errors:
         children = [
             subprocess.Popen(
                 [sys.executable, __file__, str(i), str(count), port, str(folder)],
-                env=env,
+                env=environment(devices),
                 stdout=errors,
                 stderr=errors,
             )

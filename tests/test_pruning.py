@@ -43,12 +43,8 @@ OPTIMIZERS = {
     "clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2)),
     "accumulated": optax.MultiSteps(optax.adam(1e-2), 2),
 }
-# All of them in a long run; otherwise schedules and optimizers take turns, two for each score.
-TURNS = {
-    (score, list(SCHEDULES)[(i + turn) % 7], list(OPTIMIZERS)[(i + 3 * turn) % 6])
-    for i, score in enumerate(SCORES)
-    for turn in (0, 3)
-}
+# All of them in a long run; otherwise schedules and optimizers take turns, one for each score.
+TURNS = {(score, list(SCHEDULES)[i % 7], list(OPTIMIZERS)[i % 6]) for i, score in enumerate(SCORES)}
 ALL = [
     pytest.param(*own, marks=() if own in TURNS else pytest.mark.long)
     for own in itertools.product(SCORES, SCHEDULES, OPTIMIZERS)
@@ -129,8 +125,16 @@ def test_sparsity_is_as_scheduled_and_what_is_dead_is_zero(score, schedule, opti
     assert flaxslim.sparsity(state).total == expected / 10
 
 
-@pytest.mark.parametrize("kind", ["global", "fade", "regrow", "lock"])
-@pytest.mark.parametrize("name", NETS)
+# All of them in a long run; otherwise two kinds of each network, and two networks of each kind.
+KINDS = ("global", "fade", "regrow", "lock")
+PAIRS = [
+    pytest.param(name, kind, marks=() if (i - j) % 4 < 2 else pytest.mark.long)
+    for i, name in enumerate(NETS)
+    for j, kind in enumerate(KINDS)
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_what_is_dead_can_be_cut_exactly_in_every_layout(name, kind):
     net, data = NETS[name](), batches(1)
     options: dict[str, Any] = {
@@ -452,7 +456,7 @@ def test_tied_sites_share_a_table_as_long_as_one_of_them_uses_it():
         blocks[name]["o"]["kernel"] = blocks[name]["o"]["kernel"].at[rows].set(0.0)
     params, cfg = {"block": blocks}, {"heads": 3, "size": 2}
     assert len({site.tied for site in TIED.sites(params, cfg)}) == 1
-    mask = flaxslim.channel_mask(params, TIED, cfg)
+    mask = flaxslim.channel_mask(params, TIED, cfg=cfg)
     assert mask["block"]["0"]["bias"]["embedding"].all()
     tx: Any = flaxslim.pruning(
         optax.sgd(0.0), TIED, flaxslim.one_shot(1 / 3, at=1), cfg=cfg, lock=True

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from eight_devices import outcomes, tell
+from fake_devices import outcomes, tell
 from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
@@ -272,7 +272,7 @@ def test_an_nnx_optimizer_lets_channels_of_its_module_die(transformed):
 
 
 def labels(net: Net) -> Any:
-    return prunable(net.params, net.spec, net.cfg)
+    return prunable(net.params, net.spec, cfg=net.cfg)
 
 
 def is_(net: Net, label: str) -> Any:

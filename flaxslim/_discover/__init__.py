@@ -8,7 +8,7 @@ from flax import nnx
 
 from flaxslim._discover._discovery import discovered
 from flaxslim._discover._function import function
-from flaxslim._discover._rules import axis_rule
+from flaxslim._discover._rules._table import axis_rule
 from flaxslim._errors import DiscoveryError, DiscoveryWarning
 from flaxslim._spec import Spec
 

@@ -11,7 +11,7 @@ from flaxslim._discover._atoms import size_of
 from flaxslim._discover._groups import Group
 from flaxslim._discover._pairs import Paired
 from flaxslim._errors import ConfigError, DiscoveryError
-from flaxslim._spec import Pair
+from flaxslim._pair import Pair
 from flaxslim._tree import flatten
 
 # A config, and the shapes of the parameters of the model that it stands for.

@@ -15,8 +15,9 @@ from flaxslim._discover._function import Walked
 from flaxslim._discover._groups import Group, Verdict
 from flaxslim._discover._writer import Unwritable, pair_of
 from flaxslim._errors import FlaxslimError
-from flaxslim._sites import root_regex
-from flaxslim._spec import Pair, Spec
+from flaxslim._pair import Pair
+from flaxslim._roots import root_regex
+from flaxslim._spec import Spec
 
 # A pair, and the groups that it stands for.
 Paired = tuple[Pair, tuple[Group, ...]]

@@ -142,7 +142,8 @@ class Walk:
         self, jaxpr: Any, consts: Sequence[Value], args: Sequence[Value], around: Dim = ()
     ) -> list[Value]:
         """The outputs of an open jaxpr on some values; `around` are axes scanned around it."""
-        from flaxslim._discover._rules import CALLS, looked_along, rule_for
+        from flaxslim._discover._rules import call_for, rule_for
+        from flaxslim._discover._rules._looked_along import looked_along
 
         outer, self._around = self._around, (*self._around, *around)
         env: dict[Any, Value] = {}
@@ -154,7 +155,7 @@ class Walk:
             place = Place(primitive=eqn.primitive.name, source=source.source_info)
             inputs = tuple(self._read(env, var, place) for var in eqn.invars)
             equation = Equation(self, eqn, inputs, place)
-            if (call := CALLS.get(equation.name)) is not None:
+            if (call := call_for(equation.name)) is not None:
                 outputs = call(equation)
             else:
                 for at, axis in looked_along(equation):

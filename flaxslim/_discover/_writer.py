@@ -7,10 +7,10 @@ from flaxslim._discover._atoms import Atom, all_roots, roots, size_of
 from flaxslim._discover._formula import formula
 from flaxslim._discover._function import Walked
 from flaxslim._discover._groups import Group
-from flaxslim._discover._rules import SCANNED
-from flaxslim._discover._rules import WINDOW as WINDOW_REASON
+from flaxslim._discover._rules._calls import SCANNED
+from flaxslim._discover._rules._sums import WINDOW as WINDOW_REASON
 from flaxslim._discover._usable import bias_of, layer_of, usable
-from flaxslim._spec import Pair
+from flaxslim._pair import Pair
 
 # The collection of Linen beside which others hold tensors of the same layers.
 _PARAMS = "params"

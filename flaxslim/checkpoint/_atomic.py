@@ -1,10 +1,10 @@
-"""A folder that appears whole or not at all."""
+"""A folder, or a file, that appears whole or not at all."""
 
 import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def fresh_folder(
     made = _make_parents(target.parent)
     new, old = (target.parent / f".{target.name}.{word}" for word in ("new", "old"))
     try:
-        with _alone(new, target):
+        with alone(new, target):
             _recover(old, target)
             if not Journal.of(new, resume).found:
                 _empty(new)
@@ -60,7 +60,7 @@ def fresh_folder(
     except FlaxslimError:
         raise
     except OSError as error:
-        raise _explain(target, error, need) from error
+        raise explain(target, error, need) from error
     finally:
         for parent in made:
             if parent.is_dir() and not any(parent.iterdir()):
@@ -68,9 +68,12 @@ def fresh_folder(
 
 
 @contextmanager
-def _alone(new: Path, target: Path) -> Iterator[None]:
-    """Makes the folder and holds it against other processes; the system lets go of a dead one's."""
-    new.mkdir(exist_ok=True)
+def alone(new: Path, target: Path, make: Callable[..., None] = Path.mkdir) -> Iterator[None]:
+    """Makes a folder, or a file, for what will be `target`, and holds it against other processes.
+
+    The system lets go of a dead one's. Raises `TargetError` if another one has it.
+    """
+    make(new, exist_ok=True)
     with _held(new) as held:
         if not held:
             raise TargetError(
@@ -84,7 +87,7 @@ def _alone(new: Path, target: Path) -> Iterator[None]:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """A lock on a folder; False if another process has it, or has put the folder elsewhere."""
+    """A lock on a folder or a file; False if another process has it, or has put it elsewhere."""
     if fcntl is None:  # on Windows two runs into one target are not kept apart
         yield True
         return
@@ -109,10 +112,26 @@ def _recover(old: Path, target: Path) -> None:
 
 def _empty(folder: Path) -> None:
     for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        remove(entry)
+
+
+def remove(path: Path) -> None:
+    """A file, a link, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """A folder that is whole becomes `target`, at once where the system can do that."""
+    _flush(new)
+    _put_in_place(new, target.with_name(f".{target.name}.old"), target)
+
+
+def recover_folder(target: Path) -> None:
+    """What `replace_folder` of a process that was killed had put aside goes back, or away."""
+    _recover(target.with_name(f".{target.name}.old"), target)
 
 
 def _put_in_place(new: Path, old: Path, target: Path) -> None:
@@ -198,13 +217,63 @@ def _check_apart(target: Path, source: Path) -> None:
         )
 
 
+def check_file(target: Path, *, overwrite: bool, ours: Callable[[Path], bool], what: str) -> None:
+    """Raise `TargetError` if a file may not be written there.
+
+    Only an earlier file of the same kind is replaced: `ours` knows it, `what` is its name.
+    """
+    if not target.exists():
+        return
+    if target.is_dir():
+        raise TargetError("the target is a folder", path=str(target), mend="name a file")
+    if not overwrite:
+        raise TargetError(
+            "the target exists",
+            path=str(target),
+            mend="name another file, or replace this one with overwrite=True (--overwrite)",
+        )
+    if not ours(target):
+        raise TargetError(
+            f"the target is something else than {what}, and is not replaced",
+            path=str(target),
+            mend="name another file",
+        )
+
+
+@contextmanager
+def fresh_file(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write to, which takes its place when the block ends well.
+
+    What went wrong leaves no file behind, and the old one as it was. Only a process that is killed
+    leaves the new one, which the next one writes over. Raises `TargetError` if the disk does not
+    take it, or if another process is writing the same target.
+    """
+    target = target.expanduser().resolve()
+    new = target.with_name(f".{target.name}.new")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with alone(new, target, Path.touch):
+            try:
+                yield new
+                flush(new)
+                new.replace(target)
+            except BaseException:
+                new.unlink(missing_ok=True)
+                raise
+        _flush_entry(target.parent)
+    except FlaxslimError:
+        raise
+    except OSError as error:
+        raise explain(target, error) from error
+
+
 def _make_parents(parent: Path) -> list[Path]:
     """Make the folders above the target; return those that were made, the deepest first."""
     missing = [place for place in (parent, *parent.parents) if not place.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _explain(parent, error, 0) from error
+        raise explain(parent, error, 0) from error
     return missing
 
 
@@ -224,14 +293,15 @@ def _check_room(folder: Path, need: int) -> None:
         )
 
 
-def _explain(target: Path, error: OSError, need: int) -> TargetError:
+def explain(target: Path, error: OSError, need: int = 0) -> TargetError:
+    """What the system said, in our words; `need` is the number of bytes that were to be written."""
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return TargetError(
             "the disk ran full; nothing was kept",
             path=str(target),
             seen=reason,
-            expected=f"{_size(need)} for the checkpoint",
+            expected=f"{_size(need)} for the checkpoint" if need else None,
             mend="free some space, or name a folder on another disk",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

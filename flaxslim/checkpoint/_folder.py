@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from flaxslim._errors import CorruptFileError, FlaxslimError, MissingFileError, UnsafePathError
 
@@ -172,7 +173,15 @@ def inside(folder: Path, name: str) -> Path:
             mend="correct the index; if it came from the Hub, do not trust that repository",
         )
     path, root = folder / name, folder.resolve()
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (ValueError, RuntimeError) as error:  # a NUL or half a character; links in a circle
+        raise CorruptFileError(
+            "a name leads to no file",
+            path=str(folder),
+            seen=f"{name!r}: {error}",
+            mend="correct the index, or copy the folder again",
+        ) from error
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
@@ -202,13 +211,28 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file; `CorruptFileError` if it is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        _check_depth(value)
+    except (ValueError, RecursionError) as error:
         raise CorruptFileError(
             "not JSON", path=str(path), seen=str(error), mend="download or copy the file again"
         ) from None
     if not isinstance(value, dict):
         raise CorruptFileError("not a JSON object", path=str(path), seen=type(value).__name__)
     return value
+
+
+def _check_depth(value: Any) -> None:
+    """Raise `ValueError` for what those who look into it, or copy it, would not come to the end of.
+
+    The limit is that of the safetensors library for its headers.
+    """
+    nodes = [value]
+    for _ in range(128):
+        inner = [node for node in nodes if isinstance(node, dict | list)]
+        nodes = [x for node in inner for x in (node.values() if isinstance(node, dict) else node)]
+        if not nodes:
+            return
+    raise ValueError("it is nested more than 128 deep")
 
 
 def shards(folder: Path, index: str) -> dict[str, list[str]]:

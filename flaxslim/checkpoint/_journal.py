@@ -30,7 +30,7 @@ class Journal:
 
         A run that cannot be gone on with (`what` is None) keeps none.
         """
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             kept = json.loads((folder / _NAME).read_text(encoding="utf-8"))
             if what is not None and kept["what"] == what:
                 return cls(folder=folder, what=what, found=dict(kept["found"]))
@@ -38,7 +38,9 @@ class Journal:
 
     def has(self, name: str, pieces: Sequence[Piece]) -> bool:
         """Whether a file is there as it was finished."""
-        return name in self.found and checksum(self.folder / name, pieces) == self.found[name]
+        known = self.found.get(name)
+        # Of a file that is not there the checksum is None, and so may be what a journal says.
+        return isinstance(known, str) and checksum(self.folder / name, pieces) == known
 
     def add(self, name: str, sum: str) -> None:
         self.found[name] = sum

@@ -4,6 +4,7 @@ An array is an extension of type 1 that holds (shape, name of the dtype, bytes);
 2^30 bytes is a map of several of these (flax/serialization.py).
 """
 
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -81,11 +82,11 @@ class _Reader:
         shape, name = self._small(
             lambda unpacker: (unpacker.read_array_header(), unpacker.unpack(), unpacker.unpack())
         )[1:]
-        dtype = np.dtype(name.decode() if isinstance(name, bytes) else name)
-        if kind not in _ARRAYS or dtype.hasobject or dtype.names:
-            raise ValueError(f"an array of {dtype} in an extension of type {kind}")
-        shape, count = tuple(shape), self._sized({0xC4: "B", 0xC5: "H", 0xC6: "I"})
-        if count != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize or self.at + count != end:
+        dtype = _dtype(name)
+        if kind not in _ARRAYS:
+            raise ValueError(f"an array in an extension of type {kind}")
+        shape, count = _shape(shape), self._sized({0xC4: "B", 0xC5: "H", 0xC6: "I"})
+        if count != math.prod(shape) * dtype.itemsize or self.at + count != end:
             raise ValueError(f"{count} bytes of {dtype} {shape}")
         if end > self.size:
             raise ValueError(f"an array ends at byte {end}")
@@ -117,7 +118,8 @@ class _Reader:
     def _small(self, read: Any) -> Any:
         import msgpack
 
-        unpacker = msgpack.Unpacker()
+        # Room is made for what a header says; there is no more than has been read.
+        unpacker = msgpack.Unpacker(max_array_len=_PEEK, max_map_len=_PEEK)
         self.file.seek(self.at)
         unpacker.feed(self.file.read(_PEEK))
         value = read(unpacker)
@@ -132,20 +134,40 @@ class _Reader:
         return found
 
 
+def _shape(sizes: Any) -> tuple[int, ...]:
+    if not isinstance(sizes, list | tuple) or not all(type(n) is int and n >= 0 for n in sizes):
+        raise ValueError(f"a shape is {sizes!r}"[:80])
+    return tuple(sizes)
+
+
+def _dtype(name: Any) -> np.dtype:
+    import jax.numpy as jnp
+
+    text = name.decode() if isinstance(name, bytes) else name
+    if not isinstance(text, str):  # for None numpy has a dtype, too
+        raise ValueError(f"a dtype is {name!r}"[:80])
+    dtype = np.dtype(text)
+    if not dtype.isnative or not (dtype == np.bool_ or jnp.issubdtype(dtype, np.number)):
+        raise ValueError(f"an array of {dtype}")
+    return dtype
+
+
 def _joined(node: Any) -> Any:
     """The tree with arrays in place of the maps of their chunks."""
     if not isinstance(node, dict):
         return node
     if _CHUNKED not in node:
         return {key: _joined(child) for key, child in node.items()}
-    shape, chunks = (list(node[name].values()) for name in ("shape", "chunks"))
+    shape, chunks = ([*dict(node[name]).values()] for name in ("shape", "chunks"))
+    if not chunks or not all(isinstance(chunk, Stored) for chunk in chunks):
+        raise ValueError("chunks that are no arrays")
     whole = Stored(
         path=chunks[0].path,
         spans=tuple(span for chunk in chunks for span in chunk.spans),
-        shape=tuple(shape),
+        shape=_shape(shape),
         dtype=chunks[0].dtype,
     )
-    if whole.nbytes != sum(size for _, size in whole.spans):
+    if math.prod(whole.shape) * whole.dtype.itemsize != sum(size for _, size in whole.spans):
         raise ValueError(f"chunks that are no array of shape {whole.shape}")
     return whole
 

@@ -8,9 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxslim._errors import CorruptFileError, MissingFileError, UnsupportedFormatError
+from flaxslim._errors import (
+    CorruptFileError,
+    FlaxslimError,
+    MissingFileError,
+    UnsupportedFormatError,
+)
 from flaxslim._tree import flatten, name_of
 from flaxslim.checkpoint._chunks import Stored
+from flaxslim.checkpoint._folder import read_json
 
 _ITEMS = ("params", "items", "default", "state")  # as CheckpointManagers call what they save
 _METADATA = "_METADATA"
@@ -33,18 +39,26 @@ def read_orbax(source: str | os.PathLike) -> StoredTree:
     Raises `MissingFileError` if there is none, or several to choose from.
     """
     folder = item_folder(address(source))
-    import orbax.checkpoint as ocp
-
-    handler = ocp.PyTreeCheckpointHandler()
+    if os.path.isdir(folder):
+        for path in (*Path(folder).glob("*/.zarray"), *Path(folder).glob("*/zarr.json")):
+            read_json(path)  # TensorStore ends the process where one is nested too deep
     try:
-        metadata = handler.metadata(folder)
-    except (ValueError, KeyError, OSError) as error:
+        return _read(folder)
+    except FlaxslimError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise whatever a file leads them to
         raise CorruptFileError(
             "Orbax cannot read the metadata of the checkpoint",
             path=str(folder),
-            seen=str(error).splitlines()[0],
+            seen=(str(error).splitlines() or [type(error).__name__])[0],
             mend="copy the checkpoint again",
         ) from error
+
+
+def _read(folder: Any) -> StoredTree:
+    import orbax.checkpoint as ocp
+
+    metadata = ocp.PyTreeCheckpointHandler().metadata(folder)
     ocdbt = ocp.type_handlers.is_ocdbt_checkpoint(folder)
     context = ocp.type_handlers.get_ts_context(use_ocdbt=ocdbt)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from flaxslim._errors import ConfigError, CorruptFileError
 
+_MOST = 100_000  # values in a config
+
 
 def values_of(text: str, path: str) -> dict[str, Any]:
     """The mapping that a YAML text says; `CorruptFileError` if it says none."""
@@ -13,11 +15,30 @@ def values_of(text: str, path: str) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    # Of numbers and dates that are none it raises what their classes raise.
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise CorruptFileError("the config is no YAML", path=path, seen=str(error)) from error
     if not isinstance(values, dict):
         raise CorruptFileError("the config is no mapping", path=path, seen=type(values).__name__)
+    _check_size(values, path)
     return values
+
+
+def _check_size(values: Any, path: str) -> None:
+    """Some lines of anchors can stand for more values than can be looked at."""
+    count, left = 0, [values]
+    while left:
+        value = left.pop()
+        count += 1
+        if count > _MOST:
+            raise CorruptFileError(
+                "the config has too many values",
+                path=path,
+                expected=f"at most {_MOST:,}, where anchors count as what they stand for",
+                mend="write the values out",
+            )
+        left += value.values() if isinstance(value, dict) else ()
+        left += value if isinstance(value, list) else ()
 
 
 def rewritten(text: str, old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> str:

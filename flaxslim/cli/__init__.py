@@ -1,11 +1,12 @@
-"""The command line: `flaxslim inspect | slim | verify | prune | sweep | run | export | ...`.
+"""The command line: `flaxslim inspect | slim | verify | prune | sweep | run | report | ...`.
 
 Nothing heavy is imported until a command needs it, so that `--help` answers at once.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flaxslim._errors import FlaxslimError, ProofError
@@ -25,16 +26,17 @@ NOTHING_DEAD, NOT_PROVEN, INTERRUPTED = 3, 4, 130
 
 
 def _by_name() -> dict[str, Callable[..., Any]]:
-    from flaxslim.cli import _commands
+    from flaxslim.cli import _commands, _prune_commands
 
     return {
         "inspect": _commands.inspect,
         "slim": _commands.slim,
         "verify": _commands.verify,
         "families": _commands.families,
-        "prune": _commands.prune,
-        "sweep": _commands.sweep,
+        "prune": _prune_commands.prune,
+        "sweep": _prune_commands.sweep,
         "run": _commands.run,
+        "report": _commands.report,
         "export": _commands.export,
         "demo": _commands.demo,
     }
@@ -51,18 +53,20 @@ def entry() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    import tyro
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    run = tyro.extras.subcommand_cli_from_dict  # parses, calls, and exits with 2 if it cannot
     try:
-        code = run(
-            _by_name(),
-            prog="flaxslim",
-            description="Make a Flax checkpoint smaller without changing what it computes: cut "
-            "the FFN channels and attention heads that contribute nothing.\n\n" + EXIT_CODES,
-            args=arguments,
-        )
+        with _interruptible():
+            import tyro
+
+            # Parses, calls, and exits with 2 if it cannot.
+            code = tyro.extras.subcommand_cli_from_dict(
+                _by_name(),
+                prog="flaxslim",
+                description="Make a Flax checkpoint smaller without changing what it computes: "
+                "cut the FFN channels and attention heads that contribute nothing.\n\n"
+                + EXIT_CODES,
+                args=arguments,
+            )
     except ProofError as error:
         return _complain(error, NOT_PROVEN)
     except FlaxslimError as error:
@@ -72,6 +76,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _unexpected(error)
     return int(code or 0)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is heard also where Python drops exceptions: in callbacks of the garbage collector.
+
+    JAX has one, which runs often. What was dropped there comes again a moment later.
+    """
+    import _thread
+    import signal
+    import threading
+
+    stock, here = sys.unraisablehook, threading.get_ident()
+
+    def again() -> None:
+        if hasattr(signal, "pthread_kill"):  # which ends a wait of the system's, too
+            signal.pthread_kill(here, signal.SIGINT)
+        else:
+            _thread.interrupt_main()
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(0.01, again).start()
+        else:
+            stock(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = stock
 
 
 def _unexpected(error: Exception) -> int:

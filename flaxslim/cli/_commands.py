@@ -1,4 +1,7 @@
-"""The commands and their help. Each returns its exit code."""
+"""The commands and their help. Each returns its exit code.
+
+`prune` and `sweep` are in `_prune_commands.py`, what several commands take in `_options.py`.
+"""
 
 import json as json_module
 from pathlib import Path
@@ -6,81 +9,19 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-Source = Annotated[
-    Positional[str],
-    arg(metavar="SOURCE", help="a folder, or the id of a repository on the Hub (org/name)"),
-]
-Revision = Annotated[str | None, arg(help="branch, tag or commit of a Hub repository")]
-Threshold = Annotated[
-    float,
-    arg(
-        help="also cut channels whose second row has at most this norm, relative to the largest "
-        "of the layer; 0 is exact, anything above is approximate"
-    ),
-]
-MultipleOf = Annotated[
-    int, arg(help="round FFN widths up to a multiple of this (128 suits most accelerators)")
-]
-HeadsMultipleOf = Annotated[
-    int, arg(help="round numbers of heads up to a multiple of this, with --heads")
-]
-Width = Annotated[
-    Literal["uniform", "per_layer"],
-    arg(
-        help="uniform: one width for each config key, which stock classes load by themselves; "
-        "per_layer: each layer its own, so that all that is dead goes (flaxslim.from_pretrained "
-        "loads it into the stock class)"
-    ),
-]
-Heads = Annotated[
-    bool,
-    arg(help="cut dead attention heads too; most families need --width per_layer for it"),
-]
-ByLayer = Annotated[
-    bool,
-    arg(
-        help="the proof one layer at a time: each before and after the cut on random inputs, and "
-        "every tensor compared. It takes the memory of one layer, and is what happens anyway where "
-        "both models do not fit into the memory that is free"
-    ),
-]
-Whole = Annotated[bool, arg(help="run both models, however much memory is free")]
-Calibration = Annotated[
-    Path,
-    arg(
-        help="some hundred samples of what the model will see: text (.txt, one a line), JSON lines "
-        "or a table (with --fields), an .npz of arrays, or a folder of images"
-    ),
-]
-Fields = Annotated[
-    tuple[str, ...],
-    arg(help="names of the texts in JSON lines; names or numbers of columns; arrays of an .npz"),
-]
-Samples = Annotated[int, arg(help="how many of them to use")]
-Length = Annotated[int, arg(help="tokens of a sample at most; of each window for causal models")]
-BatchSize = Annotated[int, arg(help="samples of a batch; latency is measured at one")]
-Packed = Annotated[
-    Literal["auto", "yes", "no"],
-    arg(
-        help="join the texts and cut them into windows of --length tokens; auto: for causal models"
-    ),
-]
-Preset = Literal["fast", "balanced", "best", "fisher"]
-AnyHeads = Annotated[
-    bool, arg(help="prune attention heads too; most families need --width per_layer for it")
-]
-LowMemory = Annotated[
-    bool, arg(help="the statistics of one layer at a time; as many passes over the data as layers")
-]
-Evaluate = Annotated[
-    str | None,
-    arg(
-        help="measure before and after: perplexity, lambada or stsb (on --evaluation), or "
-        "module:function, called with (params, config)"
-    ),
-]
-Evaluation = Annotated[Path | None, arg(help="the data that --evaluate reads")]
-Seed = Annotated[int, arg(help="of all that is random; the same seed gives the same bytes")]
+from flaxslim.cli._options import (
+    ByLayer,
+    Heads,
+    HeadsMultipleOf,
+    Json,
+    MultipleOf,
+    Overwrite,
+    Revision,
+    Source,
+    Threshold,
+    Whole,
+    Width,
+)
 
 
 def inspect(
@@ -99,7 +40,7 @@ def inspect(
             "for each axis that cannot be cut, and the spec as Python for slim(params, cfg, spec)"
         ),
     ] = False,
-    json: Annotated[bool, arg(help="print JSON instead of tables")] = False,
+    json: Json = False,
     revision: Revision = None,
 ) -> int:
     """Show the prunable sites of a checkpoint, what of them is dead, and how much would go.
@@ -164,9 +105,7 @@ def slim(
             "flax_model.msgpack, torch PyTorch-named safetensors"
         ),
     ] = "as-read",
-    overwrite: Annotated[bool, arg(help="replace OUT if it exists, once the new one is whole")] = (
-        False
-    ),
+    overwrite: Overwrite = False,
     verify: Annotated[
         bool, arg(help="run both models on the same inputs and refuse to write unless they agree")
     ] = True,
@@ -223,7 +162,7 @@ def verify(
     ] = False,
     by_layer: ByLayer = False,
     whole: Whole = False,
-    json: Annotated[bool, arg(help="print JSON instead of tables")] = False,
+    json: Json = False,
 ) -> int:
     """Run two checkpoints on the same inputs and show whether they compute the same function.
 
@@ -254,164 +193,6 @@ def families() -> int:
 
     console.print(_table.families())
     return 0
-
-
-def prune(
-    source: Source,
-    out: Annotated[Positional[Path], arg(metavar="OUT", help="the folder to write")],
-    *,
-    calibration: Calibration,
-    keep: Annotated[
-        float | None, arg(help="the share of the channels that stays in each layer, such as 0.7")
-    ] = None,
-    target: Annotated[str | None, arg(help="how many times as fast as it is here: 1.5x")] = None,
-    max_params: Annotated[str | None, arg(help="parameters in all, such as 15M")] = None,
-    max_bytes: Annotated[str | None, arg(help="bytes in all, such as 60MB")] = None,
-    max_flops: Annotated[float | None, arg(help="share of the dense model's FLOPs: 0.6")] = None,
-    max_latency: Annotated[str | None, arg(help="time of a batch on this machine: 4ms")] = None,
-    preset: Annotated[
-        Preset,
-        arg(
-            help="fast: by activations, refitted; balanced: greedy by exact error, refitted; best: "
-            "the same, then tuned against the dense model; fisher: Kwon et al. 2022"
-        ),
-    ] = "balanced",
-    width: Width = "uniform",
-    heads: AnyHeads = False,
-    multiple_of: MultipleOf = 1,
-    heads_multiple_of: HeadsMultipleOf = 1,
-    samples: Samples = 128,
-    length: Length = 128,
-    batch_size: BatchSize = 16,
-    fields: Fields = (),
-    packed: Packed = "auto",
-    evaluate: Evaluate = None,
-    evaluation: Evaluation = None,
-    plot: Annotated[
-        Path | None, arg(help="draw the widths that are left to this file (.png, .svg)")
-    ] = None,
-    low_memory: LowMemory = False,
-    seed: Seed = 0,
-    overwrite: Annotated[bool, arg(help="replace OUT if it exists, once the new one is whole")] = (
-        False
-    ),
-    revision: Revision = None,
-) -> int:
-    """Prune a checkpoint without training it, by what it does on some data, and write it to OUT.
-
-    Give one wish: --keep, --target, --max-params, --max-bytes, --max-flops or --max-latency. What
-    is left makes up for what goes, so the function is nearly the same, not exactly; both models are
-    run and compared. OUT loads in the stock class, with --width per_layer by
-    flaxslim.from_pretrained.
-    Example: flaxslim prune path/to/folder smaller --calibration texts.txt --keep 0.7
-    """
-    from flaxslim.cli import _prune
-
-    budget = {
-        "speedup": target,
-        "params": max_params,
-        "bytes": max_bytes,
-        "flops": max_flops,
-        "latency": max_latency,
-    }
-    return _prune.run(
-        source,
-        out,
-        _prune.Data(
-            calibration=calibration,
-            samples=samples,
-            length=length,
-            batch_size=batch_size,
-            fields=fields,
-            packed=packed,
-            seed=seed,
-        ),
-        _prune.How(
-            preset=preset,
-            width=width,
-            heads=heads,
-            multiple_of=multiple_of,
-            heads_multiple_of=heads_multiple_of,
-            low_memory=low_memory,
-            seed=seed,
-        ),
-        keep=keep,
-        budget=budget,
-        evaluate=evaluate,
-        evaluation=evaluation,
-        plot=plot,
-        overwrite=overwrite,
-        revision=revision,
-    )
-
-
-def sweep(
-    source: Source,
-    *,
-    calibration: Calibration,
-    keep: Annotated[str, arg(help="shares of the channels that stay, with commas between")] = (
-        "0.9,0.7,0.5,0.3"
-    ),
-    presets: Annotated[
-        str,
-        arg(
-            help="presets to compare, with commas between; also what the literature compares "
-            "with: random, magnitude, wanda, magnitude+ls, wanda+ls, obs"
-        ),
-    ] = "fast,balanced,magnitude,wanda",
-    width: Width = "uniform",
-    heads: AnyHeads = False,
-    multiple_of: MultipleOf = 1,
-    heads_multiple_of: HeadsMultipleOf = 1,
-    samples: Samples = 128,
-    length: Length = 128,
-    batch_size: BatchSize = 16,
-    fields: Fields = (),
-    packed: Packed = "auto",
-    evaluate: Evaluate = None,
-    evaluation: Evaluation = None,
-    low_memory: LowMemory = False,
-    seed: Seed = 0,
-    csv: Annotated[Path | None, arg(help="write the table to this file")] = None,
-    plot: Annotated[Path | None, arg(help="draw it to this file (.png, .svg)")] = None,
-    revision: Revision = None,
-) -> int:
-    """Prune at several sizes by several presets, and show what each keeps of the model.
-
-    Writes no model. The error is the distance of the outputs from those of the dense model, on
-    calibration data that were held out.
-    Example: flaxslim sweep path/to/folder --calibration texts.txt --keep 0.9,0.7,0.5
-    """
-    from flaxslim.cli import _prune
-
-    return _prune.sweep(
-        source,
-        _prune.Data(
-            calibration=calibration,
-            samples=samples,
-            length=length,
-            batch_size=batch_size,
-            fields=fields,
-            packed=packed,
-            seed=seed,
-        ),
-        _prune.How(
-            preset="",
-            width=width,
-            heads=heads,
-            multiple_of=multiple_of,
-            heads_multiple_of=heads_multiple_of,
-            low_memory=low_memory,
-            seed=seed,
-        ),
-        keep=keep,
-        presets=presets,
-        evaluate=evaluate,
-        evaluation=evaluation,
-        csv_file=csv,
-        plot=plot,
-        revision=revision,
-    )
 
 
 def run(
@@ -476,6 +257,40 @@ def run(
     return _execute.execute(read, overwrite=overwrite, json=json)
 
 
+def report(
+    out: Annotated[
+        Positional[Path],
+        arg(metavar="OUT", help="a folder that flaxslim slim, prune or run has written"),
+    ],
+    *,
+    html: Annotated[
+        Path | None,
+        arg(help="write the report to this file: one page that needs no network and no script"),
+    ] = None,
+    overwrite: Annotated[
+        bool, arg(help="replace the file if it exists, and is an earlier report")
+    ] = False,
+) -> int:
+    """Show what was cut from a checkpoint, and what was measured: widths, proof, sizes, speed.
+
+    All of it is read from OUT: its flaxslim.json, its config, and the report.json of a run. No
+    model is run.
+    Example: flaxslim report smaller --html report.html
+    """
+    from flaxslim.cli import _page, _slimming, _table
+    from flaxslim.cli._console import console, messages
+
+    if html is not None:
+        _page.check(html, overwrite=overwrite)
+    found = _slimming.read(out)
+    if html is None:
+        console.print(_table.slimming(found))
+    else:
+        _page.write(found, html)
+        messages.print(f"written to {html}", markup=False, soft_wrap=True)
+    return 0
+
+
 def export(
     source: Source,
     out: Annotated[
@@ -509,9 +324,9 @@ def export(
     """Write a checkpoint, dense or slimmed, as a file that runs without transformers and Flax.
 
     FILE holds the parameters (it is a safetensors file) and, as StableHLO by jax.export, what the
-    class computes. A dozen lines with jax and safetensors load it: see "Run it without
-    transformers" in the README. Numbers in place of symbolic sizes give programs that a compiler
-    can make more of, and serve classes that cannot be traced without numbers.
+    class computes. A dozen lines with jax and safetensors load it: see docs/guides/serving.md.
+    Numbers in place of symbolic sizes give programs that a compiler can make more of, and serve
+    classes that cannot be traced without numbers.
     Example: flaxslim export smaller model.jaxexport --batch 1,8 --length 128
     """
     from flaxslim.cli import _export

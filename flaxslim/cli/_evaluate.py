@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from flaxslim._errors import CalibrationError, CalibrationWarning, nearest
+from flaxslim.posttraining._text import decoded, lines
+from flaxslim.posttraining._tokens import load_tokenizer
 
 # (class, params, cfg, folder of the tokenizer) -> numbers by name.
 Metric = Callable[[Any, Any, Any, Path], Mapping[str, float]]
@@ -118,9 +120,7 @@ def _lambada(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[
 
     Paperno et al. 2016 (arXiv 1606.06031). The beginning of a passage that is too long is left out.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     passages = [text for text in _passages(data) if len(text.split()) > 1]
     if not passages:
         raise CalibrationError(
@@ -144,13 +144,13 @@ def _lambada(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[
 
 def _passages(data: Path) -> Iterator[str]:
     """Of JSON lines the field "text"; of other files each line."""
-    for number, line in enumerate(data.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in lines(decoded(data)):
         if data.suffix not in (".jsonl", ".json"):
             yield line.strip()
             continue
         try:
             yield str(json.loads(line)["text"]).strip()
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CalibrationError(
                 "this line holds no passage",
                 path=f"{data}:{number}",
@@ -161,21 +161,17 @@ def _passages(data: Path) -> Iterator[str]:
 
 def _stsb(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[str, float]:
     """Spearman x 100 of the cosine of mean-pooled embeddings with the score, column 5."""
-    import csv
-
     from scipy.stats import spearmanr
-    from transformers import AutoTokenizer
 
-    with data.open(encoding="utf-8") as file:
-        table = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        rows = [row for row in table if len(row) >= 7 and _is_number(row[4])]
+    table = (line.split("\t") for _, line in lines(decoded(data)))
+    rows = [row for row in table if len(row) >= 7 and _is_number(row[4])]
     if not rows:
         raise CalibrationError(
             "this is no table of the STS benchmark",
             path=str(data),
             expected="a score in column 5 and sentences in columns 6 and 7, separated by tabs",
         )
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     texts = [row[5] for row in rows] + [row[6] for row in rows]
     run, vectors = _model(cls, params, cfg), np.empty((len(texts), cfg.hidden_size))
     tokens = [tokenizer(text, truncation=True, max_length=128).input_ids for text in texts]

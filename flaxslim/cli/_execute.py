@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxslim._errors import RecipeError
-from flaxslim.cli import INTERRUPTED, _commands, _output, _recipe_prune, _table
+from flaxslim.cli import INTERRUPTED, _output, _prune_commands, _recipe_prune, _table
 from flaxslim.cli._console import console, messages
 from flaxslim.cli._recipe_book import Book
 from flaxslim.cli._recipe_read import Read
@@ -95,7 +95,7 @@ def prune(
         _say_missing(book)
         console.print(shlex.join(["flaxslim", *given]), markup=False, soft_wrap=True)
         return 0
-    return tyro.cli(_commands.prune, prog="flaxslim prune", args=given[1:])
+    return tyro.cli(_prune_commands.prune, prog="flaxslim prune", args=given[1:])
 
 
 def _say_missing(read: Read | Book) -> None:

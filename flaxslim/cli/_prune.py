@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,15 +15,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import flaxslim
 from flaxslim._errors import BudgetError, CalibrationWarning, FlaxslimError, TargetError
 from flaxslim._inputs import model_class_for
+from flaxslim._prove import Proof
 from flaxslim._prove import verify as prove
 from flaxslim.checkpoint import Checkpoint, read, save
-from flaxslim.checkpoint._atomic import check_target
+from flaxslim.checkpoint._atomic import check_target, fresh_file
 from flaxslim.checkpoint._names import unused
 from flaxslim.checkpoint._write import refuse_loss
-from flaxslim.cli import _evaluate, _prune_plot, _table
+from flaxslim.cli import _evaluate, _table
 from flaxslim.cli._console import console, messages
 from flaxslim.cli._report import sizes
 from flaxslim.cli._slim import as_flax
+from flaxslim.plots import _style
 from flaxslim.posttraining._allocate import Budget
 from flaxslim.posttraining._budget import shown
 from flaxslim.posttraining._data import CalibrationData, read_calibration
@@ -125,7 +128,7 @@ def pruned(
             low_memory=how.low_memory,
             statistics=statistics,
             seed=how.seed,
-            told=told,
+            progress=told,
             report=reports.append,
             **wish,
         )
@@ -146,24 +149,14 @@ def run(
     overwrite: bool,
     revision: str | None,
 ) -> int:
-    """Prune a checkpoint and write it; returns the exit code. Until all is done, nothing is
-    written."""
+    """Prune a checkpoint and write it once all is done; returns the exit code."""
     began = time.perf_counter()
     given = {name: value for name, value in budget.items() if value is not None}
-    wished = given if keep is None else {"keep": keep, **given}
-    if len(wished) != 1:
-        raise BudgetError(
-            "how small is it to be?",
-            seen=", ".join(_FLAGS[name] for name in wished) or "no wish",
-            expected=f"one of {', '.join(_FLAGS.values())}",
-            mend="--keep 0.7 keeps 70% of the channels of each layer; --target 1.5x makes it 1.5 "
-            "times as fast on this machine",
-        )
-    wish: dict[str, Any] = {"keep": keep} if keep is not None else {"budget": Budget(**given)}
+    wish = _wish(keep, given)
     measure = _evaluate.metric(evaluate, evaluation)
     if plot is not None:
-        _prune_plot.check(plot)
-    local = Path(source) if Path(source).is_dir() else None
+        _style.check(plot)
+    local = Path(source) if os.path.isdir(source) else None
     target = out.expanduser().resolve()
     check_target(target, overwrite=overwrite, source=local)
     model = opened(source, data, revision)
@@ -172,18 +165,7 @@ def run(
         with messages.status("measuring the dense model"):
             scores["dense"] = measure(model.cls, *model.dense, model.checkpoint.folder)
     kept = Kept(target.with_name(f"{target.name}.statistics"))
-    earlier = kept.folder.exists()
-    try:
-        params, cfg, report = pruned(model, how, kept.folder, **wish)
-    except KeyboardInterrupt:
-        if kept.folder.is_dir():
-            text = f"the statistics are kept in {kept.folder}: the same command goes on from there"
-            messages.print(text, markup=False, soft_wrap=True)
-        raise
-    except FlaxslimError:
-        if not earlier:  # what a run that was stopped left is not lost by a wrong wish
-            kept.clear()
-        raise
+    params, cfg, report = _resumable(model, how, kept, wish)
     console.print(str(report), markup=False, soft_wrap=True)
     with messages.status("measuring both models"):
         proof = prove(
@@ -208,13 +190,46 @@ def run(
             cfg,
             like=model.checkpoint,
             overwrite=overwrite,
-            record=_record(source, how, wish, report, scores, model.data),
+            record=_record(source, how, wish, report, scores, model.data, proof),
         )
     kept.clear()
     if plot is not None:
-        _prune_plot.widths(report, plot, title=f"{Path(source).name or source}, {how.preset}")
+        title = f"{Path(source).name or source}, {how.preset}"
+        _style.write(flaxslim.plot_plan(report, title=title), plot)
     messages.print(f"written to {out} in {time.perf_counter() - began:.0f} s", markup=False)
     return 0
+
+
+def _wish(keep: float | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `prune` is asked for, which is one thing."""
+    wished = given if keep is None else {"keep": keep, **given}
+    if len(wished) != 1:
+        raise BudgetError(
+            "how small is it to be?",
+            seen=", ".join(_FLAGS[name] for name in wished) or "no wish",
+            expected=f"one of {', '.join(_FLAGS.values())}",
+            mend="--keep 0.7 keeps 70% of the channels of each layer; --target 1.5x makes it 1.5 "
+            "times as fast on this machine",
+        )
+    return {"keep": keep} if keep is not None else {"budget": Budget(**given)}
+
+
+def _resumable(
+    model: Model, how: How, kept: Kept, wish: Mapping[str, Any]
+) -> tuple[Any, Any, Report]:
+    """`pruned`, which goes on where the same command was stopped."""
+    earlier = kept.folder.exists()
+    try:
+        return pruned(model, how, kept.folder, **wish)
+    except KeyboardInterrupt:
+        if kept.folder.is_dir():
+            text = f"the statistics are kept in {kept.folder}: the same command goes on from there"
+            messages.print(text, markup=False, soft_wrap=True)
+        raise
+    except FlaxslimError:
+        if not earlier:  # what a run that was stopped left is not lost by a wrong wish
+            kept.clear()
+        raise
 
 
 def _said_of_cost(report: Report, given: Mapping[str, Any], proof: Any) -> str:
@@ -238,9 +253,10 @@ def _record(
     report: Report,
     scores: Mapping[str, Any],
     data: CalibrationData,
+    proof: Proof,
 ) -> dict[str, Any]:
     """What `flaxslim.json` keeps, and what the model card says."""
-    name = Path(source).name if Path(source).is_dir() else source
+    name = Path(source).name if os.path.isdir(source) else source
     after = sum(row.after for row in report.rows)
     before = sum(row.before for row in report.rows)
     said = {k: str(v) for k, v in wish.items()}
@@ -253,6 +269,7 @@ def _record(
             "report": report.to_dict(),
             "scores": dict(scores),
             "calibration": data.source,
+            "measured": proof.to_dict(),
         },
         "card": f"{before - after:,} of {before:,} channels and heads were cut from `{name}` by "
         f"flaxslim {flaxslim.__version__} without training (preset {how.preset}, "
@@ -280,7 +297,7 @@ def sweep(
     """Prune at several shares by several presets, and print what each costs and gives."""
     measure = _evaluate.metric(evaluate, evaluation)
     if plot is not None:
-        _prune_plot.check(plot)
+        _style.check(plot)
     if csv_file is not None and not csv_file.resolve().parent.is_dir():
         raise TargetError("there is no such folder", path=str(csv_file.resolve().parent))
     shares, names = _shares(keep), [name.strip() for name in presets.split(",")]
@@ -313,14 +330,14 @@ def sweep(
             )
     console.print(_table.swept(rows))
     if csv_file is not None:
-        with csv_file.open("w", newline="", encoding="utf-8") as file:
+        with fresh_file(csv_file) as new, new.open("w", newline="", encoding="utf-8") as file:
             names = dict.fromkeys(name for row in rows for name in row)
             writer = csv.DictWriter(file, fieldnames=list(names))
             writer.writeheader()
             writer.writerows(rows)
         messages.print(f"written to {csv_file}", markup=False)
     if plot is not None:
-        _prune_plot.sweep(rows, plot, title=Path(source).name or source)
+        _style.write(flaxslim.plot_sweep(rows, title=Path(source).name or source), plot)
         messages.print(f"written to {plot}", markup=False)
     return 0
 

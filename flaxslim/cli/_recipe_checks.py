@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def _flax_classes() -> list[str]:
 def _data(recipe: Recipe, book: Book) -> Iterable[RecipeError]:
     for field in dataclasses.fields(recipe.data):
         value = getattr(recipe.data, field.name)
-        if isinstance(value, Path) and not value.is_file():
+        if isinstance(value, Path) and not os.path.isfile(value):
             book.missing.append(
                 book.mistake(
                     ("data", field.name),
@@ -174,7 +175,7 @@ def _shrink(recipe: Recipe, book: Book) -> Iterator[RecipeError]:
 
 def _output(recipe: Recipe, book: Book) -> Iterator[RecipeError]:
     folder = recipe.output.folder
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         yield book.mistake(
             ("output", "folder"), "the output is a file", seen=str(folder), mend="name a folder"
         )

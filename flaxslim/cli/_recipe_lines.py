@@ -34,7 +34,7 @@ def parsed(text: str) -> dict[str, Any] | None:
     """The text as TOML; None if it is none."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -1,12 +1,13 @@
 """Recipes for `flaxslim prune`: a TOML file with `command = "prune"` whose keys are its flags."""
 
 import inspect
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flaxslim._errors import RecipeError, nearest
-from flaxslim.cli import _commands
+from flaxslim.cli import _prune_commands
 from flaxslim.cli._recipe_book import Book, beside
 from flaxslim.cli._recipe_read import raise_mistakes
 
@@ -21,7 +22,7 @@ def arguments(tree: Mapping[str, Any], book: Book, *, files: bool = True) -> lis
     What a flag takes is left to the command line, which says so by its own name. Raises
     `RecipeError` for all other mistakes; missing files are among them if `files`.
     """
-    known = inspect.signature(_commands.prune).parameters
+    known = inspect.signature(_prune_commands.prune).parameters
     if tree[COMMAND] != "prune":
         book.note(
             (COMMAND,), "there is no such command", seen=repr(tree[COMMAND]), expected="prune"
@@ -58,11 +59,11 @@ def _placed(name: str, value: Any, book: Book) -> Any:
         return value
     path = book.base((name,)) / Path(value).expanduser()
     if name == "source":
-        local = path.is_dir() or value.startswith((".", "/", "~"))
-        if local and not path.is_dir():
+        local = os.path.isdir(path) or value.startswith((".", "/", "~"))
+        if local and not os.path.isdir(path):
             book.missing.append(_missing(book, name, path))
         return path if local else value
-    if name in _FILES and not path.exists():
+    if name in _FILES and not os.path.exists(path):
         book.missing.append(_missing(book, name, path))
     return path if name in (*_FILES, "out") else value
 

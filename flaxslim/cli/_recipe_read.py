@@ -5,6 +5,7 @@ All mistakes of a recipe are told at once, each with its line.
 
 import dataclasses
 import difflib
+import os
 import re
 import tomllib
 import types
@@ -66,7 +67,7 @@ def parse(text: str, path: Path, overrides: Sequence[str] = (), *, files: bool =
 def _load(text: str, path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Book]:
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         line = re.search(r"at line (\d+)", str(error))
         where = f"{path}:{line[1] if line else len(text.splitlines())}"
         raise RecipeError(
@@ -260,7 +261,7 @@ class _Values:
     def source(self, value: str, key: Key) -> str:
         """A folder as a path, or the id of a repository on the Hub. Raises `_Wrong`."""
         folder = self.book.base(key) / Path(value).expanduser()
-        if folder.is_dir() or value == START:
+        if os.path.isdir(folder) or value == START:
             return value if value == START else str(folder)
         if value.startswith((".", "/", "~")):
             self.book.missing.append(

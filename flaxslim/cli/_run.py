@@ -10,6 +10,7 @@ import functools
 import json
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ import optax
 
 import flaxslim
 from flaxslim._errors import FlaxslimError
-from flaxslim.cli import _build, _metrics, _output, _plot, _table
+from flaxslim.cli import _build, _metrics, _output, _table
 from flaxslim.cli._console import messages
 from flaxslim.cli._program import (
     Program,
@@ -32,6 +33,7 @@ from flaxslim.cli._program import (
 from flaxslim.cli._recipe import Recipe
 from flaxslim.cli._report import Report, Shrunk, change, channels, sizes, speed
 from flaxslim.cli._tasks import TASKS, Task
+from flaxslim.plots import _style
 from flaxslim.specs import chosen
 
 
@@ -42,8 +44,15 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> Report:
     Raises `TargetError` if the folder exists, `DivergedError` if the loss is no number,
     `ProofError` if a shrunk model does not compute the same; and what reading and saving raise.
     """
+    with _output.fresh_partial(recipe.output.folder, overwrite=overwrite) as partial:
+        report = _told(recipe, partial)
+        _output.publish(partial, recipe.output.folder)
+    return report
+
+
+def _told(recipe: Recipe, partial: Path) -> Report:
+    """Do it in a folder."""
     began = time.perf_counter()
-    partial = _output.fresh_partial(recipe.output.folder, overwrite=overwrite)
     (partial / _output.RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
     with messages.status("reading model and data"):
         kind = TASKS[recipe.task]()
@@ -54,7 +63,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> Report:
         ended = story.tell(params, cfg)
     model = partial / _output.MODEL
     with messages.status("saving, reloading, and measuring"):
-        flaxslim.save(model, ended.params, ended.cfg, record=_record(story))
+        flaxslim.save(model, ended.params, ended.cfg, record=_record(story, ended))
         task.save_beside(model)
         reloaded: Any = flaxslim.from_pretrained(cls, model)
         story.scores["slimmed, reloaded" if recipe.prunes else "reloaded"] = story.evaluate(
@@ -64,15 +73,16 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> Report:
     if recipe.output.plot:
         try:
             shrunk = [recipe.train.dense_steps + one.step for one in story.shrunk]
-            _plot.plot(metrics.rows, partial / _plot.FILE, title=recipe.task, shrunk=shrunk)
+            rows = [dataclasses.asdict(row) for row in metrics.rows]
+            figure = flaxslim.plot_training(rows, shrunk=shrunk, title=recipe.task)
+            _style.write(figure, partial / _output.PICTURE)
         except FlaxslimError as error:  # all else is there: not worth a failure
             messages.print(f"note: {error}", markup=False, soft_wrap=True)
     (partial / _output.REPORT).write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
-    _output.publish(partial, recipe.output.folder)
     return report
 
 
-def _record(story: "_Story") -> dict[str, Any]:
+def _record(story: "_Story", ended: "_Point") -> dict[str, Any]:
     """What `flaxslim.json` of the model keeps."""
     proof = next((one.proof for one in reversed(story.shrunk) if one.proof), None)
     pruned = f"{sum(one.removed for one in story.shrunk):,} channels were removed while training"
@@ -80,10 +90,26 @@ def _record(story: "_Story") -> dict[str, Any]:
         "flaxslim": flaxslim.__version__,
         "exact": True,
         "proof": proof and proof.to_dict(),
+        "sites": _widths(story, ended),
         "card": f"Trained by flaxslim {flaxslim.__version__} on the task "
         f"{story.recipe.task!r}; {pruned}. The recipe is in {_output.RECIPE}, what was measured in "
         f"{_output.REPORT}.",
     }
+
+
+def _widths(story: "_Story", ended: "_Point") -> list[dict[str, Any]]:
+    """Each site by the path of its second kernel, with its width at first and at the end."""
+    spec = chosen(story.recipe.pruning.spec, ended.cfg)
+    after = {site.second.path: site.size for site in spec.sites(ended.params, ended.cfg)}
+    return [
+        {
+            "path": (path := site.second.path),
+            "unit": site.pair.unit,
+            "before": site.size,
+            "after": after.get(path, 0),
+        }
+        for site in spec.sites(story.dense_shapes, story.dense_cfg)
+    ]
 
 
 # --- the story --------------------------------------------------------------------------------
@@ -113,6 +139,7 @@ class _Story:
     skipped: int = 0
     dense: Program | None = None
     dense_shapes: Any = None
+    dense_cfg: Any = None
 
     def tell(self, params: Any, cfg: Any) -> _Point:
         """Train, dense and while channels die; returns the model at the end."""
@@ -128,7 +155,7 @@ class _Story:
         if self.recipe.distils:
             with messages.status("asking the teacher"):
                 teacher = make_teacher(self.recipe, self.task, self.cls, params, cfg)
-        self.dense_shapes = jax.eval_shape(lambda: params)
+        self.dense_shapes, self.dense_cfg = jax.eval_shape(lambda: params), cfg
         point = self._begin(params, cfg, train.steps, prunes=self.recipe.prunes)
         self.dense = point.program
         what = "pruning" if self.recipe.prunes else "training"

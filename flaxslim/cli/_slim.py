@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import threading
 import warnings
 from collections import Counter
@@ -117,7 +118,7 @@ def _orbax(source: str, out: str, config: Path, options: Options) -> int:
 
 
 def _run(source: str, out: Path, options: Options) -> int:
-    local = Path(source) if Path(source).is_dir() else None
+    local = Path(source) if os.path.isdir(source) else None
     target = out.expanduser().resolve()
     if not options.dry_run and (local or not options.overwrite):
         check_target(target, overwrite=options.overwrite, source=local)
@@ -232,7 +233,7 @@ def record(source: str, chosen: Plan, proof: Any) -> dict[str, Any]:
     what = " and ".join(f"{count:,} {name}" for name, count in counts.items() if count)
     card = (
         f"{what} ({chosen.removed_parameters:,} parameters) were cut from "
-        f"`{Path(source).name if Path(source).is_dir() else source}` by flaxslim "
+        f"`{Path(source).name if os.path.isdir(source) else source}` by flaxslim "
         f"{flaxslim.__version__}. {_widths(chosen)}"
     )
     if chosen.exact:

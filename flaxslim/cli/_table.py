@@ -56,30 +56,40 @@ def _ratio(before: float, after: float) -> str:
     return f"{before / after:.2f}x" if after else ""
 
 
-def _changes(table: Table, report: Any) -> None:
-    """Rows for whatever has sizes before and after."""
-    formats = {
-        "parameters": "{:,.0f}".format,
-        "bytes": lambda n: decimal(int(n), precision=2),
-        "flops": "{:,.0f}".format,
-    }
-    for name, show in formats.items():
-        change = getattr(report, name)
-        if change.before is not None and change.after is not None:
-            label = {"flops": "FLOPs, one forward pass"}.get(name, name)
-            table.add_row(
-                label, show(change.before), show(change.after), _ratio(change.before, change.after)
-            )
+# What can change, by the name of its `Change`: how it is called, and shown.
+_AMOUNTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "parameters": ("parameters", "{:,.0f}".format),
+    "bytes": ("bytes", lambda n: decimal(int(n), precision=2)),
+    "flops": ("FLOPs, one forward pass", "{:,.0f}".format),
+    "step_flops": ("FLOPs, one training step", "{:,.0f}".format),
+    "step_milliseconds": ("training step", "{:.1f} ms".format),
+    "milliseconds": ("latency", "{:.1f} ms".format),
+    "latency": ("latency", "{:.1f} ms".format),
+}
 
 
-def before_after(proof: Any) -> Table:
-    """What slimming changed."""
-    table = _table("", "before", "after", "ratio")
-    _changes(table, proof)
-    ms = proof.milliseconds
-    if ms.before is not None and ms.after is not None:
-        table.add_row("latency", f"{ms.before:.1f} ms", f"{ms.after:.1f} ms", _ratio(*_pair(ms)))
+def amounts(report: Any) -> Iterator[tuple[str, str, str, str]]:
+    """What changed, before, after, and the ratio, of whatever has sizes or times before and after.
+
+    What could not be measured is left out.
+    """
+    for name, (label, show) in _AMOUNTS.items():
+        change = getattr(report, name, None)
+        if change is not None and change.before is not None and change.after is not None:
+            ratio = _ratio(change.before, change.after)
+            yield label, show(change.before), show(change.after), ratio
+
+
+def _changes(report: Any, *columns: str) -> Table:
+    table = _table("", *columns)
+    for row in amounts(report):
+        table.add_row(*row)
     return table
+
+
+def before_after(report: Any) -> Table:
+    """What slimming changed."""
+    return _changes(report, "before", "after", "ratio")
 
 
 def verdict(proof: Any) -> str:
@@ -95,10 +105,6 @@ def verdict(proof: Any) -> str:
             f" or more, at each of {len(proof.control.rows)} sites"
         )
     return "\n".join(lines)
-
-
-def _pair(change: Any) -> tuple[float, float]:
-    return change.before, change.after
 
 
 def discovery(found: Any) -> str:
@@ -129,7 +135,8 @@ def inspection(report: Any) -> Group:
             f"{resize.after:,}" if same else f"{resize.least:,} to {resize.after:,}",
             _ratio(resize.before, resize.after) if same else "",
         )
-    _changes(totals, report)
+    for row in amounts(report):
+        totals.add_row(*row)
     notes = [f"note: {note}" for note in report.all_notes]
     if known and not asked and (dead := sum(cut.dead for cut in heads)):
         notes.append(f"note: {dead} heads are dead; --heads --width per_layer cuts them")
@@ -187,19 +194,22 @@ def scores(results: Mapping[str, Mapping[str, float]], show: Callable[[float], s
 
 def trained(report: Any) -> Table:
     """What a run has done to size and speed."""
-    table = _table("", "dense", "slim", "ratio")
-    rows = (
-        ("parameters", report.parameters, "{:,.0f}".format),
-        ("bytes", report.bytes, lambda n: decimal(int(n), precision=2)),
-        ("FLOPs, one training step", report.step_flops, "{:,.0f}".format),
-        ("training step", report.step_milliseconds, "{:.1f} ms".format),
-        ("latency", report.latency, "{:.1f} ms".format),
-    )
-    for label, change, show in rows:
-        if change.before is not None and change.after is not None:
-            ratio = _ratio(change.before, change.after)
-            table.add_row(label, show(change.before), show(change.after), ratio)
-    return table
+    return _changes(report, "dense", "slim", "ratio")
+
+
+def slimming(found: Any) -> Group:
+    """What the record of a checkpoint says."""
+    table = _table("second layer", "unit", "before", "after")
+    for site in found.widths:
+        table.add_row(site.path, site.unit, f"{site.before:,}", f"{site.after:,}")
+    parts = [
+        Text(found.title),
+        *([table] if found.widths else []),
+        *([before_after(found.changes)] if any(amounts(found.changes)) else []),
+        *(map(Text, found.verdict.splitlines())),
+        *(Text(f"note: {note}") for note in found.notes),
+    ]
+    return Group(*parts)
 
 
 def step_time(report: Any) -> str | None:

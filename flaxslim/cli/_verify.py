@@ -87,7 +87,7 @@ def prove_checkpoints(
             return verify_by_layer(
                 (before.params, before.config),
                 (after.params, after.config),
-                spec,
+                spec=spec,
                 approximate=not exact,
                 progress=progress,
             )

@@ -105,7 +105,7 @@ def items_of(
     """What gets one number of units: (sites, numbers that are possible, error at each).
 
     Sites that share a width get one number under `width="uniform"`, else only those that are tied.
-    Errors are relative to the energy of a site's output.
+    Errors are those of the model's outputs, as far as the rankings know (`Ranking.effects`).
     """
     groups: dict[Any, list[Site]] = {}
     for own in together([ranking.site for ranking in rankings.values()]):
@@ -121,8 +121,7 @@ def items_of(
         grid = numbers[::-step][::-1]
         errors = np.zeros(len(grid))
         for site in own:
-            ranking = rankings[site.second.path]
-            errors += ranking.errors[count_of(site) - grid] / max(ranking.energy, 1e-30)
+            errors += rankings[site.second.path].effects[count_of(site) - grid]
         found.append((tuple(own), grid, errors))
     return found
 

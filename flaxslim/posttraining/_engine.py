@@ -14,6 +14,7 @@ from flaxslim._errors import CalibrationWarning
 from flaxslim._spec import Site
 from flaxslim.posttraining import _allocate, _fisher
 from flaxslim.posttraining._calibration import Calibration, Seen
+from flaxslim.posttraining._distance import Distance
 from flaxslim.posttraining._gradient import Objective, gradient_rows
 from flaxslim.posttraining._method import Method
 from flaxslim.posttraining._rank import (
@@ -27,14 +28,17 @@ from flaxslim.posttraining._rank import (
 )
 from flaxslim.posttraining._refit import Moments, energy, error, kernels, read_matrix, refit
 from flaxslim.posttraining._report import Row
+from flaxslim.posttraining._tune import split
 from flaxslim.training._channels import together
 
 # (what is done, how much of it, of how much)
-Told = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 _RIDGE = 1e-2
 _STAGES = 3  # of a sequential refit: each is a pass over the data
 _ENOUGH = 128  # outputs, to tell which of four ridges is best
+_TRIED = 8  # batches on which the effect of a site is measured
+_NOTHING = 1e-9  # a relative error that rounding makes too
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -51,8 +55,9 @@ class Engine:
     leaves: Mapping[str, Any]
     objective: Objective | None
     seed: int
-    told: Told
+    told: Progress
     low_memory: bool
+    distance: Distance | None = None  # of the outputs, where errors of sites are to be compared
     positions: int = 0
     seen: Seen | None = None  # in the first pass, where that is not all that is read
     alive: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -84,8 +89,9 @@ class Engine:
             seen = self._moments(part, self.dense)
             for site in part:
                 self.told("ranking", len(found), len(sites))
-                moments = self._of(seen, site)[2]
-                found[site.second.path] = self._rank(site, moments, rows.get(site.second.path))
+                own, path = self._of(seen, site), site.second.path
+                ranking = self._rank(site, own[2], rows.get(path))
+                found[path] = dataclasses.replace(ranking, effect=self._effect(ranking, own))
             if not self.low_memory and self.method.sequential == "no":
                 self.seen = seen
         self.told("ranking", len(sites), len(sites))
@@ -148,6 +154,18 @@ class Engine:
         return tree, rows
 
     # --- in the first pass --------------------------------------------------------------------
+
+    def _effect(self, ranking: Ranking, own: Any) -> float:
+        """By trying: a quarter of the units of this site alone goes, and it is refitted."""
+        site = ranking.site
+        if self.distance is None or count_of(site) < 2:
+            return 1.0
+        apart = dataclasses.replace(self, biases={})
+        new, error, _ = apart._compensated(site, own, ranking.kept(-(-count_of(site) * 3 // 4)))
+        if error <= _NOTHING:
+            return 1.0
+        batches = (split(self.calibration)[1] or self.calibration.batches)[:_TRIED]
+        return self.distance.mean(_tree.replace(self.dense, new), self.dense, batches) / error
 
     def _by_masks(self, sites: Sequence[Site]) -> dict[str, Ranking]:
         count = len(self.calibration.batches)

@@ -1,5 +1,6 @@
 """Calibration images: a folder of them, as the model's own image processor gives them."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from flaxslim._errors import CalibrationError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_MOST_PIXELS = 50 * 10**6  # of an image: its header alone says how much memory it takes
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -64,6 +66,8 @@ def pixel_reader(folder: Path, channels: int) -> Callable[[Sequence[Path]], np.n
     def one(path: Path) -> Any:
         try:
             with Image.open(path) as image:
+                if (pixels := math.prod(image.size)) > _MOST_PIXELS:
+                    raise ValueError(f"{pixels:,} pixels, where {_MOST_PIXELS:,} are the most")
                 return image.convert(_MODES.get(channels, "RGB"))
         # Pillow raises OSError, SyntaxError, ValueError and its own, as the format has it.
         except Exception as error:

@@ -6,7 +6,7 @@ parameters of the dense shapes, in which the rows of what goes are zero; `slim` 
 """
 
 import logging
-import numbers
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,29 @@ import numpy as np
 from flax import nnx
 
 from flaxslim import _mesh, _tree
-from flaxslim._draw import draw
-from flaxslim._errors import BudgetError, CalibrationError, WidthError, nearest
+from flaxslim._errors import CalibrationError, nearest
 from flaxslim._multiples import with_mesh
-from flaxslim._plan import PER_LAYER
-from flaxslim._slim import mend_blocked, slim
-from flaxslim._spec import Site, Spec, SpecLike
+from flaxslim._slim import slim
+from flaxslim._spec import Site, SpecLike
 from flaxslim.posttraining import _allocate
 from flaxslim.posttraining._allocate import Budget
 from flaxslim.posttraining._calibration import Calibration, Mask
-from flaxslim.posttraining._cost import Whole, first_units, within
+from flaxslim.posttraining._checks import (
+    check_asked,
+    check_sayable,
+    refuse_adapters,
+    refuse_apart,
+    shares_of,
+)
+from flaxslim.posttraining._cost import Whole, within
 from flaxslim.posttraining._distance import Distance, Loss
-from flaxslim.posttraining._engine import Engine, Told
+from flaxslim.posttraining._engine import Engine, Progress
 from flaxslim.posttraining._function import function_of
 from flaxslim.posttraining._gradient import Objective
 from flaxslim.posttraining._kept import Kept
 from flaxslim.posttraining._latency import default_cache
 from flaxslim.posttraining._method import PRESETS, REFERENCES, Method
-from flaxslim.posttraining._rank import GRADIENTS, alive_of, takes_gradients
+from flaxslim.posttraining._rank import Ranking
 from flaxslim.posttraining._report import Report, Row
 from flaxslim.posttraining._tune import split, tune
 from flaxslim.specs import chosen
@@ -58,9 +63,9 @@ def prune(
     loss: Loss | None = None,
     objective: Objective | None = None,
     low_memory: bool = False,
-    statistics: str | Path | None = None,
+    statistics: str | os.PathLike | None = None,
     seed: int = 0,
-    told: Told = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None,
     report: Callable[[Report], None] | None = None,
 ) -> tuple[Any, Any]:
     """Prune a model without training it, by what its layers read on calibration data; then slim.
@@ -89,7 +94,7 @@ def prune(
       statistics: a folder in which they stay, for a call that goes on where this one was stopped,
         or that prunes the same model by the same data to another size. Yours to delete.
       seed: of all that is random. The same seed gives the same bytes.
-      told: is called with what is done, how much of it, and of how much.
+      progress: is called with what is done, how much of it, and of how much.
       report: is called with the `Report`.
 
     Returns: `(params, cfg)`, smaller.
@@ -126,7 +131,7 @@ def prune(
         low_memory=low_memory,
         kept=None if statistics is None else Kept(Path(statistics)),
         seed=seed,
-        told=told,
+        told=progress,
     )
     if report is not None:
         report(told_of)
@@ -168,34 +173,20 @@ def zero(
     low_memory: bool,
     kept: Kept | None,
     seed: int,
-    told: Told,
+    told: Progress,
 ) -> tuple[Any, Report]:
     """The parameters in their own shapes, with zeros where channels are to go."""
-    if (keep is None) == (budget is None):
-        raise BudgetError(
-            "how small is it to be?",
-            seen="neither keep= nor budget=" if keep is None else "both keep= and budget=",
-            expected="one of them",
-            mend="keep=0.7 keeps 70% of the channels of each site; "
-            "budget=Budget(speedup=1.5) chooses by what the whole model may cost",
-        )
+    check_asked(keep, budget, method, objective)
     found = chosen(spec, cfg)
     bound, _ = found.bind(params, cfg)
     sites = tuple(site for site in bound if site.size)
-    _refuse(sites)
-    _refuse_apart(params)
+    refuse_adapters(sites)
+    refuse_apart(params)
     multiple_of = with_mesh(multiple_of, sites, _tree.flatten(params))
-    shares = None if keep is None else _shares(keep, sites)
-    if objective is not None and not takes_gradients(method.score):
-        raise CalibrationError(
-            "objective= is for scores that take its gradient",
-            seen=f"score={method.score!r}",
-            expected=", ".join(sorted(GRADIENTS)),
-            mend="leave it out; loss= is what tuning makes small",
-        )
+    shares = None if keep is None else shares_of(keep, sites)
 
     def check(counts: Mapping[str, int]) -> None:
-        _check_sayable(params, cfg, found, sites, counts, width=width, multiple_of=multiple_of)
+        check_sayable(params, cfg, found, sites, counts, width=width, multiple_of=multiple_of)
 
     # Before hours are spent on what no config can say.
     first = _allocate.by_share(sites, shares or 0.5, multiple_of=multiple_of)
@@ -205,6 +196,7 @@ def zero(
         function_of(fn, params, cfg), batches, params=tree, mask=mask, kept=kept
     )
     ordered = _in_order(sites, calibration)
+    distance = Distance(calibration, ordered, cfg, loss)
     engine = Engine(
         calibration=calibration,
         method=method,
@@ -214,45 +206,16 @@ def zero(
         seed=seed,
         told=told,
         low_memory=low_memory,
+        distance=distance if shares is None or method.allocation == "global" else None,
     )
-    cost: Mapping[str, float] = {}
-    rankings = {}
-    if shares is None or method.allocation == "global" or not engine.in_turn(ordered):
-        rankings = engine.rankings(ordered)
-    if shares is not None and method.allocation == "site":
-        counts = first
-    elif shares is not None:
-        counts = engine.shared(rankings, shares, width=width, multiple_of=multiple_of)
-    else:
-        assert budget is not None
-        counts, cost = within(
-            budget,
-            rankings,
-            Whole(fn=fn, params=params, cfg=cfg, spec=found, batch=calibration.batches[0]),
-            width=width,
-            multiple_of=multiple_of,
-            told=told,
-            cache=default_cache(),
-        )
+    whole = Whole(fn=fn, params=params, cfg=cfg, spec=found, batch=calibration.batches[0])
+    rankings, counts, cost = _counted(
+        engine, ordered, first, shares, budget, whole, width=width, multiple_of=multiple_of
+    )
     if counts != first:
         check(counts)
     new, rows = engine.pruned(ordered, rankings, counts)
-    distance = Distance(calibration, ordered, cfg, loss)
-    tuned: Mapping[str, float] = {}
-    if method.tune is not None:
-        steps = method.tune.steps
-        new, tuned = tune(
-            calibration,
-            new,
-            tree,
-            ordered,
-            engine.alive,
-            only=_parameters(params),
-            how=method.tune,
-            distance=distance,
-            seed=seed,
-            told=lambda done: told("tuning", done, steps),
-        )
+    new, tuned = _tuned(engine, new, ordered, distance, only=_parameters(params))
     report = Report(
         rows=tuple(rows[site.second.path] for site in sites),
         samples=calibration.samples,
@@ -268,38 +231,67 @@ def zero(
 # --- what it is made of -------------------------------------------------------------------------
 
 
-def _check_sayable(
-    params: Any,
-    cfg: Any,
-    spec: Spec,
-    sites: Sequence[Site],
-    counts: Mapping[str, int],
+def _counted(
+    engine: Engine,
+    ordered: Sequence[Site],
+    first: Mapping[str, int],
+    shares: Mapping[str, float] | None,
+    budget: Budget | None,
+    whole: Whole,
     *,
     width: str,
     multiple_of: int | Mapping[str, int],
-) -> None:
-    """Raise `WidthError` unless so many units of each site can be cut, and the config say so.
+) -> tuple[Mapping[str, Ranking], Mapping[str, int], Mapping[str, float]]:
+    """The rankings, how many units stay at each site, and what these cost by the budget.
 
-    And whatever `slim` refuses: a config that contradicts the tensors, quantised kernels.
+    `first` are as many as the shares give where each site has the same.
     """
-    trial = draw(
-        first_units(params, sites, counts), cfg, spec, width=width, multiple_of=multiple_of
+    allocation = engine.method.allocation
+    rankings = {}
+    if shares is None or allocation == "global" or not engine.in_turn(ordered):
+        rankings = engine.rankings(ordered)
+    if shares is not None and allocation == "site":
+        return rankings, first, {}
+    if shares is not None:
+        counts = engine.shared(rankings, shares, width=width, multiple_of=multiple_of)
+        return rankings, counts, {}
+    assert budget is not None
+    counts, cost = within(
+        budget,
+        rankings,
+        whole,
+        width=width,
+        multiple_of=multiple_of,
+        told=engine.told,
+        cache=default_cache(),
     )
-    if trial.blocked:
-        raise WidthError("; ".join(trial.blocked), mend=mend_blocked(trial))
-    by_path = {site.second.path: site for site in sites}
-    for cut in trial.cuts:
-        if (site := by_path.get(cut.site.second.path)) is None:
-            continue
-        wanted = int(alive_of(site, [np.arange(counts[site.second.path])])[0].sum())
-        if cut.width > wanted:  # fewer, where some are dead already
-            raise WidthError(
-                f"{wanted} of {site.size} {site.pair.unit} cannot be said here, {cut.width} can",
-                path=site.second.path,
-                seen=f"width={width!r}, multiple_of={multiple_of!r}",
-                mend=f"multiple_of={{{site.pair.axis!r}: ...}} that gives such a number, "
-                f"or {PER_LAYER}",
-            )
+    return rankings, counts, cost
+
+
+def _tuned(
+    engine: Engine,
+    new: Any,
+    sites: Sequence[Site],
+    distance: Distance,
+    *,
+    only: Collection[str] | None,
+) -> tuple[Any, Mapping[str, float]]:
+    """As the method says: tuned, with the loss before and after, or as it is."""
+    how = engine.method.tune
+    if how is None:
+        return new, {}
+    return tune(
+        engine.calibration,
+        new,
+        engine.dense,
+        sites,
+        engine.alive,
+        only=only,
+        how=how,
+        distance=distance,
+        seed=engine.seed,
+        told=lambda done: engine.told("tuning", done, how.steps),
+    )
 
 
 def _parameters(params: Any) -> Collection[str] | None:
@@ -316,50 +308,6 @@ def _notes(rows: Iterable[Row]) -> Iterator[str]:
             f"nothing went at {len(whole)} sites (such as {whole[0].path}): the share that goes "
             "is less than one unit of them, or what they lose is missed more than elsewhere"
         )
-
-
-def _refuse(sites: Sequence[Site]) -> None:
-    for site in sites:
-        if site.lora:
-            raise CalibrationError(
-                "a kernel of this site has a low-rank matrix beside it",
-                path=site.lora[0][1].path,
-                mend="merge the adapters into the kernels first",
-            )
-
-
-def _refuse_apart(params: Any) -> None:
-    """Raise `CalibrationError` for arrays that no process sees all of."""
-    for path, leaf in _tree.flatten(params).items():
-        if _mesh.is_apart(leaf):
-            raise CalibrationError(
-                "pruning without training refits layers on one host, and this array spans several",
-                path=path,
-                seen=_mesh.told(leaf),
-                mend="prune in one process, with the model on its own devices or in its memory; "
-                "slim, plan, apply, shrink and pruning run across processes",
-            )
-
-
-def _shares(keep: float | Mapping[str, float], sites: Sequence[Site]) -> dict[str, float]:
-    axes = list(dict.fromkeys(site.pair.axis for site in sites))
-    given = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(axes, keep)
-    for axis, share in given.items():
-        if axis not in axes:
-            raise BudgetError(
-                "keep= names an axis that the spec does not prune",
-                seen=repr(axis),
-                expected=" or ".join(map(repr, axes)),
-                mend='pass spec="all" for the heads ("h") too',
-            )
-        if not isinstance(share, numbers.Real) or not 0 < float(share) <= 1:
-            raise BudgetError(
-                "keep= is the share of the channels that stays",
-                seen=repr(share),
-                expected="above 0, up to 1; 0.7 keeps 70%",
-                mend="for 30% keep=0.3; to keep a percentage, divide it by 100",
-            )
-    return {axis: float(given.get(axis, 1.0)) for axis in axes}
 
 
 def _on_device(params: Any) -> Any:

@@ -74,12 +74,20 @@ class Ranking:
       orders: `(s, u)`: the units of each row, the first to go first.
       errors: `(u + 1,)`: the squared error of the output after 0, 1, ... have gone in every row.
       energy: mean |h W|^2, to which an error is relative.
+      effect: the distance of the model's outputs that a relative error of this site makes, for one
+        of 1; by it errors of different sites are compared.
     """
 
     site: Site
     orders: np.ndarray
     errors: np.ndarray
     energy: float
+    effect: float = 1.0
+
+    @property
+    def effects(self) -> np.ndarray:
+        """`(u + 1,)`: what the errors are expected to do to the model's outputs."""
+        return self.effect * self.errors / max(self.energy, 1e-30)
 
     def kept(self, count: int) -> list[np.ndarray]:
         """The units that are left in each row when `count` stay, ascending."""

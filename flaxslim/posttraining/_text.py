@@ -29,7 +29,7 @@ def read_texts(path: Path, fields: Sequence[str] = ()) -> list[tuple[str, ...]]:
     Raises `CalibrationError` for a file that is empty or no text, and for fields that are not
     there.
     """
-    text = _decoded(path)
+    text = decoded(path)
     kind = path.suffix.lower()
     if kind in (".csv", ".tsv"):
         samples = _table(path, text, fields)
@@ -44,7 +44,7 @@ def read_texts(path: Path, fields: Sequence[str] = ()) -> list[tuple[str, ...]]:
             mend="leave fields out, or name the file .jsonl, .csv or .tsv if it is one",
         )
     else:
-        samples = ((line,) for _, line in _lines(text))
+        samples = ((line,) for _, line in lines(text))
     # Tokenizers take no lone surrogate, which JSON can write as \ud800.
     clean = (tuple(t.encode(errors="replace").decode() for t in sample) for sample in samples)
     found = [sample for sample in clean if any(t.strip() for t in sample)]
@@ -53,7 +53,8 @@ def read_texts(path: Path, fields: Sequence[str] = ()) -> list[tuple[str, ...]]:
     return found
 
 
-def _decoded(path: Path) -> str:
+def decoded(path: Path) -> str:
+    """The text of a file in UTF-8; `CalibrationError` if it is none, or is empty."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -84,7 +85,8 @@ def _decoded(path: Path) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
+def lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers."""
     # Not splitlines: JSON strings and prose may hold U+2028, which is no end of a line there.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -92,7 +94,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _objects(path: Path, text: str, fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    for number, line in _lines(text):
+    for number, line in lines(text):
         where = f"{path}, line {number}"
         try:
             value = json.loads(line)

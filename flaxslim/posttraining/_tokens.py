@@ -16,9 +16,11 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        tokenizer("a", verbose=False)  # a wrong value in its config is seen only now
+        return tokenizer
     except Exception as error:  # transformers raises whatever the missing file leads to
         raise CalibrationError(
             "the model's folder has no tokenizer that can be loaded",
@@ -121,7 +123,7 @@ def check(batches: Sequence[dict[str, np.ndarray]], cfg: Any, source: str) -> No
     for batch in batches:
         if (ids := batch.get("input_ids")) is None:
             return
-        if vocabulary is not None and not (ids.min() >= 0 and ids.max() < vocabulary):
+        if isinstance(vocabulary, int) and not (ids.min() >= 0 and ids.max() < vocabulary):
             raise CalibrationError(
                 "a token is not in the model's vocabulary",
                 path=source,

@@ -3,7 +3,8 @@
 Facts checked against the classes themselves; a family that equals another is the same spec.
 """
 
-from flaxslim._spec import Pair, Spec
+from flaxslim._pair import Pair
+from flaxslim._spec import Spec
 
 
 def _bert_like(name: str, *more: Pair) -> Spec:

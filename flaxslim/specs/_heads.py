@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flaxslim._spec import Pair, Spec
+from flaxslim._pair import Pair
+from flaxslim._spec import Spec
 
 _HEAD = {"k": "hidden_size/num_attention_heads"}
 _BERT_MODULE = {"config.num_attention_heads": "h", "config.hidden_size": "(h k)"}

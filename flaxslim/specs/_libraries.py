@@ -12,7 +12,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flaxslim._spec import Pair, Spec
+from flaxslim._pair import Pair
+from flaxslim._spec import Spec
 
 
 def _scanned(pair: Pair, axis: int, **changes: Any) -> Pair:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flaxslim._sites import table_path
+from flaxslim._roots import table_path
 from flaxslim._spec import Site, Tensor
 
 Rows = jax.Array

@@ -12,11 +12,11 @@ How many are closed is a constraint, not a penalty to be tuned: two multipliers 
 holds. One loss serves all three, and each has its optimizer::
 
     def loss(trained, key, batch):
-        model = gated(trained["model"], sample_gates(trained["gates"], key), spec, cfg)
+        model = gated(trained["model"], sample_gates(trained["gates"], key), spec, cfg=cfg)
         bound = gate_lagrangian(trained["gates"], trained["multipliers"], target=0.5)
         return task_loss(model, batch) + bound
 
-    trained = {"model": params, "gates": gates(params, spec, cfg), "multipliers": jnp.zeros(2)}
+    trained = {"model": params, "gates": gates(params, spec, cfg=cfg), "multipliers": jnp.zeros(2)}
     tx = optax.multi_transform(
         {
             "model": optax.adamw(3e-5),
@@ -26,7 +26,7 @@ holds. One loss serves all three, and each has its optimizer::
         {"model": "model", "gates": "gates", "multipliers": "multipliers"},
     )
     ...
-    params = gated(trained["model"], open_gates(trained["gates"]), spec, cfg)
+    params = gated(trained["model"], open_gates(trained["gates"]), spec, cfg=cfg)
     params, cfg = flaxslim.slim(params, cfg, spec)
 
 References: Louizos, Welling and Kingma 2018, Learning Sparse Neural Networks through L0
@@ -55,7 +55,7 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 _SHIFT = BETA * math.log(-GAMMA / ZETA)
 
 
-def gates(params: Any, spec: SpecLike, cfg: Any = None, *, chance: float = 0.9) -> dict[str, Any]:
+def gates(params: Any, spec: SpecLike, *, cfg: Any = None, chance: float = 0.9) -> dict[str, Any]:
     """The log_alpha of each channel's gate: float32 `(s, f)`, nested as the second kernels are.
 
     `chance` is that of each gate to be open (not 0) at the start, between 0 and 1. Sites that are
@@ -111,7 +111,7 @@ def open_gates(log_alpha: Any) -> Any:
     return jax.tree.map(value, log_alpha)
 
 
-def gated(params: Any, values: Any, spec: SpecLike, cfg: Any = None) -> Any:
+def gated(params: Any, values: Any, spec: SpecLike, *, cfg: Any = None) -> Any:
     """The parameters, with what reads each channel multiplied by the value of its gate.
 
     `values` are those of `sample_gates` or `open_gates`. A channel whose gate is 0 is read by
@@ -182,7 +182,7 @@ def _check_gates(site: Site, path: str, values: Mapping[str, Any]) -> None:
             "a site has no gates",
             path=path,
             near=nearest(path, values),
-            mend="make them with the same spec: flaxslim.gates(params, spec, cfg)",
+            mend="make them with the same spec: flaxslim.gates(params, spec, cfg=cfg)",
         )
     if np.shape(values[path]) != shape:
         raise TrainingError(
@@ -190,5 +190,6 @@ def _check_gates(site: Site, path: str, values: Mapping[str, Any]) -> None:
             path=path,
             seen=np.shape(values[path]),
             expected=shape,
-            mend="make gates anew for parameters that were cut: flaxslim.gates(params, spec, cfg)",
+            mend="make gates anew for parameters that were cut: "
+            "flaxslim.gates(params, spec, cfg=cfg)",
         )

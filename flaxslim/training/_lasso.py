@@ -31,7 +31,7 @@ from flaxslim.specs import chosen
 from flaxslim.training._channels import Rows, spread, together, total
 
 
-def group_lasso(params: Any, spec: SpecLike, cfg: Any = None) -> jax.Array:
+def group_lasso(params: Any, spec: SpecLike, *, cfg: Any = None) -> jax.Array:
     """The sum over all channels of sqrt(n) times the L2 norm of a channel: a scalar for the loss.
 
     The gradient of a channel that is zero is zero. Raises what `Spec.sites` does.
@@ -51,7 +51,7 @@ def group_lasso(params: Any, spec: SpecLike, cfg: Any = None) -> jax.Array:
 
 
 def proximal_group_lasso(
-    spec: SpecLike, strength: Any, learning_rate: Any = 1.0, cfg: Any = None
+    spec: SpecLike, strength: Any, learning_rate: Any = 1.0, *, cfg: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """The proximal step of `strength * group_lasso`, to stand last in `optax.chain`.
 

@@ -12,7 +12,7 @@ from flaxslim.training._channels import masks, read
 from flaxslim.training._pruning import pruning
 
 
-def channel_mask(params: Any, spec: SpecLike, cfg: Any = None) -> Any:
+def channel_mask(params: Any, spec: SpecLike, *, cfg: Any = None) -> Any:
     """Which numbers of each parameter belong to channels that something reads: a tree of bools.
 
     Each mask broadcasts against its parameter, and is True where the spec names nothing: times a
@@ -37,7 +37,7 @@ def channel_mask(params: Any, spec: SpecLike, cfg: Any = None) -> Any:
     return _tree.replace(params, found)
 
 
-def keep_dead(spec: SpecLike, cfg: Any = None) -> optax.GradientTransformationExtraArgs:
+def keep_dead(spec: SpecLike, *, cfg: Any = None) -> optax.GradientTransformationExtraArgs:
     """What is dead when training starts stays exactly zero: the last part of an `optax.chain`.
 
     For fine-tuning a checkpoint that was pruned. `pruning(inner, spec, lock=True)` does the same
@@ -55,7 +55,7 @@ def keep_dead(spec: SpecLike, cfg: Any = None) -> optax.GradientTransformationEx
     return pruning(optax.identity(), spec, cfg=cfg, lock=True)
 
 
-def prunable(params: Any, spec: SpecLike, cfg: Any = None) -> Any:
+def prunable(params: Any, spec: SpecLike, *, cfg: Any = None) -> Any:
     """A label for each parameter: "prunable" for what the spec cuts, "rest" for all others.
 
     For `optax.multi_transform` and `optax.masked`.

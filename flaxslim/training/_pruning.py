@@ -19,14 +19,13 @@ import numpy as np
 import optax
 
 from flaxslim import _tree
-from flaxslim._copies import Names, copies
 from flaxslim._errors import TrainingError, nearest
 from flaxslim._spec import Site, Spec, SpecLike, Tensor
-from flaxslim._state_kinds import Kind
 from flaxslim.specs import chosen
 from flaxslim.training._allocation import Allocation
-from flaxslim.training._channels import masks, placed, read, reading
+from flaxslim.training._channels import masks, read, reading
 from flaxslim.training._decide import Decide
+from flaxslim.training._inner import all_placed, held, selected, steps_of
 from flaxslim.training._schedule import Schedule, as_schedule
 from flaxslim.training._score import Evidence, ScoreFn, as_score
 from flaxslim.training._state import BySite, PruningState, by_site, nested
@@ -197,28 +196,19 @@ class Pruning:
         channels, factors = self.decide.faded(sites, verdict.channels, state.count)
 
         alive = {path: own["alive"] for path, own in channels.items()}
-        zero = _placed(masks(sites, alive, self._zeroed), leaves)
-        frozen = _placed(masks(sites, alive), leaves) if self.decide.regrow else {}
+        zero = all_placed(masks(sites, alive, self._zeroed), leaves)
+        frozen = all_placed(masks(sites, alive), leaves) if self.decide.regrow else {}
         living = zero | frozen
         # The inner optimizer sees zeros in place of what is dead, in all that it reads, so what it
         # writes is zero there. Selected on the way in this costs nothing; on the way out it would
         # be another pass over each array.
         new, inner = self.inner.update(
-            _tree.replace(updates, _selected(living, grads)),
-            _held(state.inner_state, leaves, living, zero),
-            _tree.replace(params, _selected(living, leaves)),
+            _tree.replace(updates, selected(living, grads)),
+            held(state.inner_state, leaves, living, zero),
+            _tree.replace(params, selected(living, leaves)),
             **extra,
         )
-        steps = _tree.flatten(new)
-        for path, mask in frozen.items():
-            steps[path] = jnp.where(mask, steps[path], 0)
-        for path, factor in factors.items():
-            p, factor = leaves[path], placed(factor, leaves[path])
-            faded = ((p + steps[path]) * factor - p).astype(steps[path].dtype)
-            steps[path] = jnp.where(factor < 1, faded, steps[path])
-        for path, mask in zero.items():
-            # In the wider of the two types, or it would not be minus what it is.
-            steps[path] = jnp.where(mask, steps[path], -leaves[path])
+        steps = steps_of(_tree.flatten(new), leaves, frozen=frozen, factors=factors, zero=zero)
         new = _tree.replace(new, {path: steps[path] for path in living})
         count = jnp.asarray(optax.safe_increment(state.count))
         skipped = state.skipped + jnp.minimum(verdict.skipped, _MOST - state.skipped)
@@ -257,34 +247,6 @@ class Pruning:
     def _zeroed(self, site: Site) -> tuple[Tensor, ...]:
         """The tensors in which what is dead is zero."""
         return reading(site) if self.decide.regrow else site.cut
-
-
-def _selected(living: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return {path: jnp.where(mask, leaves[path], 0) for path, mask in living.items()}
-
-
-def _placed(found: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return {path: placed(mask, leaves[path]) for path, mask in found.items()}
-
-
-def _held(
-    inner: Any, leaves: Mapping[str, Any], living: Mapping[str, Any], zero: Mapping[str, Any]
-) -> Any:
-    """The inner state with zero wherever it follows a number of a dead channel.
-
-    Copies of the parameters themselves (of a schedule-free optimizer) hold what is dead as it is.
-    """
-    own, new = _tree.flatten(inner), {}
-    for copy in copies(inner, own, Names(leaves), fold=True):
-        for name, path in copy.arrays(own).items():
-            x = own[path]
-            if name not in living or np.shape(x) != np.shape(leaves[name]):
-                continue  # what an optimizer sums up over rows or columns follows no channel
-            dead: Any = jnp.zeros_like(x)
-            if copy.kind is Kind.PARAMETERS and name not in zero:
-                dead = jnp.asarray(leaves[name]).astype(x.dtype)
-            new[path] = jnp.where(living[name], x, dead)
-    return _tree.replace(inner, new)
 
 
 # --- what is refused --------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy as np
 from flaxslim._errors import TrainingError
 
 # The share that is dead after a step, which may be traced.
-Sparsity = Callable[[Any], Any]
+SparsityFn = Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Schedule:
       at: or at these steps.
     """
 
-    sparsity: Sparsity
+    sparsity: SparsityFn
     begin: int = 0
     end: int | None = None
     every: int = 1
@@ -147,7 +147,7 @@ def exponential(start: float, final: float, *, begin: int, end: int, every: int 
 
 
 def scheduled(
-    sparsity: Sparsity, *, begin: int = 0, end: int | None = None, every: int = 1
+    sparsity: SparsityFn, *, begin: int = 0, end: int | None = None, every: int = 1
 ) -> Schedule:
     """Any function of the step, such as an `optax.Schedule`, looked at every so often.
 

@@ -16,10 +16,10 @@ import pytest
 from huggingface_hub import file_download
 from huggingface_hub.utils._http import reset_sessions
 from huggingface_hub.utils.tqdm import disable_progress_bars
+from initialised import drawn
 from transformers import BertConfig, FlaxBertModel
 
 from flaxslim import _errors
-from flaxslim._compat import parameter_shapes
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import _write, load, read, save
 
@@ -140,14 +140,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def params():
-    rng = np.random.default_rng(0)
-
-    def draw(node):
-        if isinstance(node, dict):
-            return {key: draw(child) for key, child in node.items()}
-        return rng.standard_normal(node.shape).astype(np.float32)
-
-    return draw(parameter_shapes(FlaxBertModel, CONFIG))
+    return drawn(FlaxBertModel, CONFIG)
 
 
 @pytest.fixture

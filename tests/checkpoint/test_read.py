@@ -11,11 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.serialization import to_bytes
+from initialised import drawn
 from safetensors.numpy import save_file
 from transformers import BertConfig, FlaxBertModel, PretrainedConfig
 
 from flaxslim import _errors
-from flaxslim._compat import parameter_shapes
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import load, read, save
 
@@ -30,20 +30,9 @@ CONFIG = BertConfig(
 )
 
 
-def _random(seed=0):
-    rng = np.random.default_rng(seed)
-
-    def draw(node):
-        if isinstance(node, dict):
-            return {key: draw(child) for key, child in node.items()}
-        return rng.standard_normal(node.shape).astype(np.float32)
-
-    return draw(parameter_shapes(FlaxBertModel, CONFIG))
-
-
 @pytest.fixture(scope="module")
 def params():
-    return _random()
+    return drawn(FlaxBertModel, CONFIG)
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from flax.core import freeze
 from flax.serialization import to_bytes
+from initialised import drawn
 from safetensors import safe_open
 from transformers import BertConfig, FlaxBertModel
 
 from flaxslim import _errors
-from flaxslim._compat import parameter_shapes
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import _atomic, _pour, _safetensors, _write, load, read, save
 from flaxslim.checkpoint._card import HEADING, with_section
@@ -53,20 +53,9 @@ STALE = {
 }
 
 
-def _random(config=CONFIG, dtype=np.float32):
-    rng = np.random.default_rng(0)
-
-    def draw(node):
-        if isinstance(node, dict):
-            return {key: draw(child) for key, child in node.items()}
-        return rng.standard_normal(node.shape).astype(dtype)
-
-    return draw(parameter_shapes(FlaxBertModel, config))
-
-
 @pytest.fixture(scope="module")
 def params():
-    return _random()
+    return drawn(FlaxBertModel, CONFIG)
 
 
 @pytest.fixture
@@ -154,7 +143,7 @@ def test_safetensors_are_read_by_the_library(tmp_path):
 @pytest.mark.parametrize("format", ["flax", "flax-safetensors", "torch"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_every_format_comes_back(tmp_path, format, dtype):
-    params = _random(dtype=dtype)
+    params = drawn(FlaxBertModel, CONFIG, dtype=dtype)
     folder = save(tmp_path / "a", params, CONFIG, format=format)
     _same(load(folder)[0], params)
     again = save(tmp_path / "b", *load(folder), like=folder)

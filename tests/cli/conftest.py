@@ -1,12 +1,13 @@
 """Two tiny BERT checkpoints with dead channels, and commands run in this process."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import flaxslim
 from cli.tiny import DEAD, Result, Run, tiny
-from flaxslim.cli import main
+from flaxslim.cli import _report, main
 from flaxslim.cli._console import console, messages
 
 
@@ -26,6 +27,15 @@ def run(capsys, monkeypatch) -> Run:
         return Result(code=code, out=out, err=err)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def untimed() -> Iterator[None]:
+    """A run spends no time on timing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_report, "_TIMED", 0.0)
+        patch.setattr(_report, "_LEAST", 1)
+        yield
 
 
 @pytest.fixture(scope="session")

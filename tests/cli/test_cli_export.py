@@ -221,9 +221,9 @@ def test_a_wrong_flag_says_what_it_takes(run, flax_folder, tmp_path, flags, mess
     assert not list(tmp_path.iterdir())
 
 
-def test_the_readme_has_the_loader():
+def test_the_guide_has_the_loader():
     text = LOADER.read_text().split("\ndef load(path):\n")[1].split("\n\n\n")[0]
     lines = [line.split("  # noqa")[0] for line in text.splitlines() if '"""' not in line]
     assert len(lines) < 15
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert "\n".join(["def load(path):", *lines]) in readme
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "serving.md").read_text()
+    assert "\n".join(["def load(path):", *lines]) in guide

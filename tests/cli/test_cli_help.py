@@ -7,7 +7,7 @@ import pytest
 
 from flaxslim.specs import COMPOSITES, FAMILIES
 
-COMMANDS = ("inspect", "slim", "verify", "families", "demo", "run")
+COMMANDS = ("inspect", "slim", "verify", "families", "demo", "run", "report")
 
 
 def _words(text: str) -> str:

@@ -82,6 +82,10 @@ def test_a_folder_comes_out_that_the_stock_class_loads(run, folder, texts, tmp_p
     assert len(record["prune"]["report"]["rows"]) == 2
     assert (tmp_path / "out" / "vocab.txt").is_file()
     assert "without training" in (tmp_path / "out" / "README.md").read_text()
+    told = run("report", tmp_path / "out")
+    assert told.code == 0, told.err
+    assert "approximate: largest difference" in told.out
+    assert "equal" not in told.out
 
 
 def test_a_budget_of_parameters_with_heads(run, folder, texts, tmp_path):

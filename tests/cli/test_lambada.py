@@ -62,7 +62,14 @@ def test_the_recipe_says_what_the_row_was(name, run):
 
 @pytest.mark.parametrize(
     ("name", "folder"),
-    [(name, family) for name, family in FAMILIES.items() if name != "opt_2.7b"],
+    [
+        # Of the ordinary run: one whose widths its config can say, and one whose it cannot.
+        pytest.param(
+            name, family, marks=() if name in ("llama_7b", "bloom_1b7") else pytest.mark.long
+        )
+        for name, family in FAMILIES.items()
+        if name != "opt_2.7b"
+    ],
     indirect=["folder"],
 )
 def test_the_recipe_runs_to_its_end(name, folder, run):

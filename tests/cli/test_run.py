@@ -1,6 +1,7 @@
 """`flaxslim run`: a few steps of the digits, end to end, with a shrink in the middle."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import flaxslim
+from cli.tiny import RUN
 from flaxslim import FlaxslimError
 from flaxslim._errors import DivergedError, TargetError
 from flaxslim.cli import (
@@ -18,25 +20,21 @@ from flaxslim.cli import (
     _demo,
     _metrics,
     _output,
-    _plot,
+    _page,
     _program,
     _recipe_read,
     _report,
     _run,
+    _slimming,
 )
 from flaxslim.cli._recipe import Recipe
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 
-# Small enough that compiling is most of it.
 TINY = (
-    "model.config.hidden_size=16",
-    "model.config.intermediate_size=24",
-    "model.config.num_hidden_layers=1",
-    "model.config.patch_size=4",
+    *RUN,
     "train.dense_steps=0",
     "train.steps=20",
-    "train.batch_size=8",
     "train.warmup=2",
     "pruning.begin=2",
     "pruning.end=12",
@@ -44,7 +42,6 @@ TINY = (
     "shrink.at=[10]",
     "output.log_every=5",
     "output.tensorboard=false",
-    "evaluation.batch_size=450",
 )
 
 
@@ -53,15 +50,11 @@ def _tiny(folder: Path, *overrides: str) -> Recipe:
     return _recipe_read.read(_demo.recipes() / "digits.toml", said).recipe
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """No time is spent on timing."""
-    monkeypatch.setattr(_report, "_TIMED", 0.0)
-    monkeypatch.setattr(_report, "_LEAST", 1)
+pytestmark = pytest.mark.usefixtures("untimed")
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> _report.Report:
+def ran(untimed, tmp_path_factory) -> _report.Report:
     """The run that most tests look at."""
     return _run.run(_tiny(tmp_path_factory.mktemp("runs") / "digits"))
 
@@ -84,6 +77,17 @@ def test_the_folder_is_the_model_with_its_story(ran):
     picture = (ran.folder / "training.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 10_000
+
+
+def test_the_report_of_a_run_tells_widths_and_times(ran):
+    found = _slimming.read(ran.folder)
+    (site,) = found.widths
+    assert (site.unit, site.before, site.after) == ("channels", 24, 12)
+    assert found.proof is not None
+    assert found.proof.ok
+    words = _page.page(found)
+    for shown in ("training step", "FLOPs, one training step", "slimmed, reloaded"):
+        assert shown in words
 
 
 def test_it_shrinks_in_the_middle_and_at_the_end(ran):
@@ -136,14 +140,29 @@ def test_the_recipe_beside_it_is_what_was_run(ran):
     assert again.pruning == _tiny(ran.folder).pruning
 
 
-def test_two_runs_give_the_same_numbers(ran, tmp_path):
-    again = _run.run(_tiny(tmp_path / "again", "output.plot=false"))
-    assert again.scores == ran.scores
-    old, new = (_metrics.read(one.folder) for one in (ran, again))
-    assert [row.loss for row in old] == [row.loss for row in new]
-    models = [(one.folder / "flax_model.msgpack").read_bytes() for one in (ran, again)]
+def test_the_command_prints_what_came_of_it_and_two_runs_give_the_same_numbers(ran, run, tmp_path):
+    """In the place of an older one, of which nothing is left."""
+    out = tmp_path / "out"
+    shutil.copytree(ran.folder, out)
+    (out / "old").touch()
+    said = [part for text in (*TINY, "output.plot=false") for part in ("--set", text)]
+    result = run("run", "digits", *said, "--out", out, "--overwrite")
+    assert result.code == 0, result.err
+    for words in ("accuracy", "FLOPs, one training step", "equal to rounding", "FLOPs say"):
+        assert words in result.out
+    assert f"saved in {out}" in result.out
+    assert "loss" in result.err
+
+    scores = [json.loads((at / "report.json").read_text())["scores"] for at in (ran.folder, out)]
+    assert scores[0] == scores[1]
+    losses = [[row.loss for row in _metrics.read(at)] for at in (ran.folder, out)]
+    assert losses[0] == losses[1]
+    models = [(at / "flax_model.msgpack").read_bytes() for at in (ran.folder, out)]
     assert models[0] == models[1]
-    assert not (again.folder / "training.png").exists()
+
+    assert not (out / "old").exists()
+    assert not (out / "training.png").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.long
@@ -220,18 +239,9 @@ def test_a_folder_is_replaced_only_on_demand_and_only_if_a_run_made_it(tmp_path,
     with pytest.raises(Begun):
         _run.run(recipe, overwrite=True)
     assert (folder / "thesis.tex").exists(), "until the new one is whole"
-    (partial / _output.RECIPE).unlink()
+    (partial / _output.RECIPE).rename(partial / "thesis.tex")
     with pytest.raises(TargetError, match="something else"):
         _run.run(recipe, overwrite=True)
-
-
-def test_overwrite(ran, tmp_path):
-    recipe = _tiny(tmp_path / "out", "train.steps=14", "output.plot=false")
-    _run.run(recipe)
-    (recipe.output.folder / "old").touch()
-    _run.run(recipe, overwrite=True)
-    assert not (recipe.output.folder / "old").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_ctrl_c(run, tmp_path, monkeypatch):
@@ -250,7 +260,7 @@ def test_ctrl_c(run, tmp_path, monkeypatch):
 def test_without_matplotlib_all_but_the_plot_is_there(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(FlaxslimError, match=r"flaxslim\[plots\]"):
-        _plot.plot([], tmp_path / "x.png", title="")
+        flaxslim.plot_training([{"step": 1, "loss": 1.0}])
 
 
 def test_without_tensorboard_there_are_json_lines(tmp_path, monkeypatch):
@@ -280,16 +290,6 @@ def test_tensorboard(tmp_path):
 
 
 # --- the command ------------------------------------------------------------------------------
-
-
-def test_the_command_prints_what_came_of_it(run, tmp_path):
-    said = [part for text in (*TINY, "output.plot=false") for part in ("--set", text)]
-    result = run("run", "digits", *said, "--out", tmp_path / "out")
-    assert result.code == 0, result.err
-    for words in ("accuracy", "FLOPs, one training step", "equal to rounding", "FLOPs say"):
-        assert words in result.out
-    assert f"saved in {tmp_path / 'out'}" in result.out
-    assert "loss" in result.err
 
 
 def test_dry_run_prints_the_recipe_and_stops(run, tmp_path):

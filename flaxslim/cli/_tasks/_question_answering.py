@@ -52,7 +52,7 @@ class QuestionAnswering(Task):
                 path="data.tokenizer",
                 mend="name one: a folder or a Hub id",
             )
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         examples = _squad.read(data.evaluation)
 
         def features(examples: Sequence[_squad.Example], *, labels: bool) -> _squad.Features:
