@@ -84,9 +84,7 @@ def picture() -> str:
         text(LEFT - 52, TOP + D * CELL + 24, "b1", "end", font_weight="600"),
         text(LEFT - 52, middle + 3, "act", "end"),
         text(LEFT - 52, TOP + 1.5 * D * CELL + 94, "W2", "end", font_weight="600"),
-        text(
-            half + 12, 26, "nothing reads 3 of the 9 channels: their rows of W2 (upright) are zero"
-        ),
+        text(half + 12, 26, "3 of 9 channels: their rows of W2 are zero"),
         text(half, HEIGHT - 10, "column of W1, entry of b1, row of W2: one strip", fill=CUT),
         arrow(LEFT + F * CELL + 64, middle, small - 84, middle),
         text((LEFT + F * CELL + small - 18) / 2, middle - 12, "slim", font_weight="600"),
