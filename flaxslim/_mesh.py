@@ -24,10 +24,16 @@ from flaxslim._errors import ShardingError
 
 
 def on_mesh(x: Any) -> bool:
-    """Whether an array lies on several devices of a mesh, in shards or copies."""
+    """Whether an array lies on several devices of a mesh, in shards or copies.
+
+    Or on one whose axes are explicit: then the ordinary operations ask for shardings too.
+    """
     if not isinstance(x, jax.Array) or isinstance(x, Tracer):
         return False
-    return isinstance(x.sharding, NamedSharding) and len(x.sharding.device_set) > 1
+    if not isinstance(x.sharding, NamedSharding):
+        return False
+    explicit = AxisType.Explicit in x.sharding.mesh.axis_types
+    return explicit or len(x.sharding.device_set) > 1
 
 
 def spans_processes(x: Any) -> bool:

@@ -24,7 +24,7 @@ import optax
 import pytest
 from fake_devices import outcomes, tell
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pruning_models import Net, gated, heads, mlp, stacked
 from test_pruning_places import collectives, mesh_of, put, shardings_of
@@ -354,6 +354,23 @@ def test_shards_stay_where_they_are_and_no_device_holds_the_whole(case, said):
 @pytest.mark.parametrize("case", CASES_LONG)
 def test_shards_stay_where_they_are_in_every_way(case, said_long):
     assert not said_long[case], said_long[case]
+
+
+def test_one_device_with_explicit_axes():
+    """`jax.make_mesh((1,), ("y",))` makes such a mesh, on which plain operations refuse to take."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("y",), axis_types=(AxisType.Explicit,))
+    net = mlp(layers=1, d=8, f=32)
+    (site,) = net.spec.sites(net.params, net.cfg)
+    rows = np.arange(32)[:, None] % 3 > 0
+    second = np.asarray(flatten(net.params)[site.second.path]) * rows
+    params = replace(net.params, {site.second.path: second})
+    placed = jax.device_put(params, NamedSharding(mesh, P()))
+    small, cfg = slim(placed, net.cfg, net.spec)
+    expected, _ = slim(params, net.cfg, net.spec)
+    assert cfg == {"hidden": 21}
+    for ours, theirs in zip(jax.tree.leaves(small), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.sharding.mesh == mesh
 
 
 if __name__ == "__main__":
