@@ -16,7 +16,8 @@ from typing import Any
 from unittest import mock
 
 import flaxslim
-from flaxslim import Pair, Spec, _errors
+import flaxslim.errors
+from flaxslim import Pair, Spec
 from flaxslim._config import Width
 from flaxslim.specs import COMPOSITES, FAMILIES
 
@@ -94,8 +95,8 @@ def _cell(text: object) -> str:
 
 
 def errors() -> str:
-    """A section for each class of `_errors.py`, under the headings of that file."""
-    source = Path(inspect.getfile(_errors)).read_text()
+    """A section for each class of `errors.py`, under the headings of that file."""
+    source = Path(inspect.getfile(flaxslim.errors)).read_text()
     messages = _messages()
     parts: list[str] = []
     for verb, name in re.findall(r"^# --- ([\w ]+) -|^class (\w+)", source, re.MULTILINE):
@@ -104,7 +105,7 @@ def errors() -> str:
 
 
 def _error(name: str, messages: dict[str, str]) -> str:
-    cls = getattr(_errors, name)
+    cls = getattr(flaxslim.errors, name)
     text = inspect.cleandoc(cls.__doc__)
     body = re.sub(r"(?:^    .*\n|^\n(?=    ))+", _fenced, text, flags=re.MULTILINE)
     body = body.replace("\nMend: ", "\n**Mend:** ")
@@ -140,7 +141,7 @@ def _raised(call: ast.Call) -> tuple[str, str]:
     """The class of ours that a call makes or warns of, and the message; empty for other calls."""
     for node in (call.func, *call.args[1:2]):
         name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
-        if isinstance(getattr(_errors, name, None), type):
+        if isinstance(getattr(flaxslim.errors, name, None), type):
             return name, _said(call.args[0])
     return "", ""
 

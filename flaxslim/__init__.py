@@ -17,12 +17,6 @@ if TYPE_CHECKING:
     from flaxslim._discover import discover as discover
     from flaxslim._discover import explain as explain
     from flaxslim._draw import plan as plan
-    from flaxslim._errors import CalibrationWarning as CalibrationWarning
-    from flaxslim._errors import ConfigKeptWarning as ConfigKeptWarning
-    from flaxslim._errors import DeadKeptWarning as DeadKeptWarning
-    from flaxslim._errors import DiscoveryWarning as DiscoveryWarning
-    from flaxslim._errors import FlaxslimError as FlaxslimError
-    from flaxslim._errors import NothingRemovedWarning as NothingRemovedWarning
     from flaxslim._export import export as export
     from flaxslim._intercept import layout as layout
     from flaxslim._intercept import module as module
@@ -36,6 +30,12 @@ if TYPE_CHECKING:
     from flaxslim.checkpoint import from_pretrained as from_pretrained
     from flaxslim.checkpoint import load as load
     from flaxslim.checkpoint import save as save
+    from flaxslim.errors import CalibrationWarning as CalibrationWarning
+    from flaxslim.errors import ConfigKeptWarning as ConfigKeptWarning
+    from flaxslim.errors import DeadKeptWarning as DeadKeptWarning
+    from flaxslim.errors import DiscoveryWarning as DiscoveryWarning
+    from flaxslim.errors import FlaxslimError as FlaxslimError
+    from flaxslim.errors import NothingRemovedWarning as NothingRemovedWarning
     from flaxslim.plots._plan import plot_plan as plot_plan
     from flaxslim.plots._sweep import plot_sweep as plot_sweep
     from flaxslim.plots._training import plot_training as plot_training
@@ -154,13 +154,16 @@ if TYPE_CHECKING:
     from flaxslim.training._sparsity import Sparsity as Sparsity
     from flaxslim.training._sparsity import sparsity as sparsity
 
-__version__ = "0.1.0"
+__version__ = "1.0.0rc1"
+
+# The public modules: what of them is not here is of use to few.
+_MODULES = ("checkpoint", "errors", "posttraining")
 
 # module -> the public names that it holds; the same as above, which type checkers read.
 _PUBLIC = {
     "_apply": ("apply",),
     "_compat": ("clip_compat",),
-    "_errors": (
+    "errors": (
         "CalibrationWarning",
         "ConfigKeptWarning",
         "DeadKeptWarning",
@@ -322,6 +325,8 @@ __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from flaxslim import _config
-from flaxslim._errors import SpecError, nearest
+from flaxslim.errors import SpecError, nearest
 
 Activation = Callable[[np.ndarray], np.ndarray]
 

@@ -12,11 +12,11 @@ from flaxslim import _bits, _lora, _mesh, _processes, _record, _resize, _scales,
 from flaxslim._activation import named
 from flaxslim._axes import namespace
 from flaxslim._dead import added_by_constants, evidence, first_is_constant
-from flaxslim._errors import PlanError, nearest
 from flaxslim._lazy import Lazy
 from flaxslim._nnx import mended
 from flaxslim._plan import Cut, Plan
 from flaxslim._spec import Tensor
+from flaxslim.errors import PlanError, nearest
 
 
 def apply(plan: Plan, tree: Any, *, fold: bool = True, like: Any = None) -> Any:

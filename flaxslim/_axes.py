@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxslim import _mesh
-from flaxslim._errors import AxisPatternError
 from flaxslim._lazy import Lazy
+from flaxslim.errors import AxisPatternError
 
 _TOKEN = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")

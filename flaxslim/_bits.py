@@ -15,9 +15,9 @@ from jax.core import Tracer
 
 from flaxslim import _mesh
 from flaxslim._axes import Axes
-from flaxslim._errors import NonFiniteError, TracedError
 from flaxslim._lazy import Lazy
 from flaxslim._spec import Tensor
+from flaxslim.errors import NonFiniteError, TracedError
 
 # How many entries along an axis are looked at before all of them are.
 _SAMPLE = 16

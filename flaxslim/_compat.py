@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flaxslim._errors import ConfigError, FlaxslimError, UnknownFamilyError, nearest
+from flaxslim.errors import ConfigError, FlaxslimError, UnknownFamilyError, nearest
 
 # The only modules of transformers that call `jnp.clip(x, a_max=...)`. mT5 runs T5's functions.
 _CLIPPING = (

@@ -10,10 +10,10 @@ import numpy as np
 from flaxslim import _resize, _tree
 from flaxslim._apply import check_companions
 from flaxslim._bits import check_concrete
-from flaxslim._errors import PlanError
 from flaxslim._nnx import mended
 from flaxslim._plan import Channels, Cut, Plan, Resize, channels
 from flaxslim._spec import Site, Tensor
+from flaxslim.errors import PlanError
 
 _IN_TURN = (
     "make the second plan with what the first one leaves, parameters and config: "

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim._errors import ConfigError, nearest
+from flaxslim.errors import ConfigError, nearest
 
 _MISSING = object()
 _NUMBERS = (int, float, np.integer, np.floating)

@@ -11,10 +11,10 @@ import numpy as np
 
 from flaxslim._compare import Reference, compare
 from flaxslim._dead import first_norms, second_norms
-from flaxslim._errors import UnsupportedTreeError
 from flaxslim._proof import Control, ControlRow
 from flaxslim._spec import Site
 from flaxslim._tree import flatten, replace
+from flaxslim.errors import UnsupportedTreeError
 
 MOST_SITES = 64  # as many are cut wrongly on purpose: a run of the model each
 

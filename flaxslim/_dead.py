@@ -31,9 +31,9 @@ import numpy as np
 from flaxslim import _bits, _mesh
 from flaxslim._activation import Activation
 from flaxslim._axes import WINDOW, Axes
-from flaxslim._errors import UnsupportedDtypeError
 from flaxslim._lora import idle
 from flaxslim._spec import Site, Tensor
+from flaxslim.errors import UnsupportedDtypeError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,19 +10,19 @@ import numpy as np
 from flaxslim import _bits, _config, _multiples, _policy, _processes, _record, _resize, _widths
 from flaxslim._activation import activation, activation_name, named
 from flaxslim._dead import RULES, Marks, mark
-from flaxslim._errors import (
-    ConfigError,
-    PlanError,
-    SiteShapeError,
-    UnsupportedDtypeError,
-    WidthError,
-)
 from flaxslim._lazy import Lazy
 from flaxslim._nnx import modules
 from flaxslim._plan import Cut, Plan, channels
 from flaxslim._scales import beside, companions
 from flaxslim._spec import Site, SpecLike
 from flaxslim._tree import flatten
+from flaxslim.errors import (
+    ConfigError,
+    PlanError,
+    SiteShapeError,
+    UnsupportedDtypeError,
+    WidthError,
+)
 from flaxslim.specs import chosen
 
 

@@ -20,10 +20,10 @@ import numpy as np
 
 from flaxslim._compare import compare, reference
 from flaxslim._compat import parameter_shapes, stock_config
-from flaxslim._errors import ExportError, FlaxslimError, InputsError, ProofError
 from flaxslim._inputs import inputs_for, model_class_for, positions
 from flaxslim._model import is_hugging_face, outputs, resolve
 from flaxslim._tree import flatten
+from flaxslim.errors import ExportError, FlaxslimError, InputsError, ProofError
 
 SYMBOLIC = "symbolic"
 Sizes = int | Sequence[int] | Literal["symbolic"]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from flaxslim._compat import parameter_shapes, stock_config
-from flaxslim._errors import ConfigError, InputsError, UnknownFamilyError, nearest
 from flaxslim._tree import flatten
+from flaxslim.errors import ConfigError, InputsError, UnknownFamilyError, nearest
 
 Shapes = dict[str, tuple[int, ...]]
 

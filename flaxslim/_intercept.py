@@ -19,10 +19,10 @@ from flax import linen
 
 from flaxslim import _config, _record
 from flaxslim._compat import clip_compat, clips
-from flaxslim._errors import LayoutError
 from flaxslim._layout import Layout
 from flaxslim._spec import SpecLike
 from flaxslim._told import Told, set_sizes, tell
+from flaxslim.errors import LayoutError
 from flaxslim.specs import chosen
 
 

@@ -16,11 +16,11 @@ import numpy as np
 from flaxslim import _config, _record, specs
 from flaxslim._axes import Axes
 from flaxslim._config import Width
-from flaxslim._errors import LayoutError, nearest
 from flaxslim._pair import Pair, measure
 from flaxslim._roots import beside, root_regex
 from flaxslim._spec import Spec
 from flaxslim._told import Argument, Told, both
+from flaxslim.errors import LayoutError, nearest
 
 
 class Layout:

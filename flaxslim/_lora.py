@@ -12,9 +12,9 @@ from typing import Any
 
 from flaxslim import _bits
 from flaxslim._axes import Axes, pattern_of
-from flaxslim._errors import AxisPatternError, SiteShapeError
 from flaxslim._pair import Pair
 from flaxslim._spec import Site, Tensor
+from flaxslim.errors import AxisPatternError, SiteShapeError
 
 _NAME = re.compile(
     r"(?:(?P<folder>.+?)/)??(?:lora/)?(?:(?P<kernel>\w+)_)?"

@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flaxslim._errors import ShardingError
+from flaxslim.errors import ShardingError
 
 
 def on_mesh(x: Any) -> bool:

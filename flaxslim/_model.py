@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen, nnx
 
 from flaxslim import _config
-from flaxslim._errors import InputsError
+from flaxslim.errors import InputsError
 
 Call = Callable[..., Any]
 

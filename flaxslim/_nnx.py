@@ -19,11 +19,11 @@ from jax.tree_util import tree_flatten_with_path
 from flaxslim import _config
 from flaxslim._axes import Axes
 from flaxslim._config import Width
-from flaxslim._errors import LayoutError, PlanError, nearest
 from flaxslim._pair import measure
 from flaxslim._plan import Cut, Plan
 from flaxslim._roots import beside, table_path
 from flaxslim._tree import flatten, name_of
+from flaxslim.errors import LayoutError, PlanError, nearest
 
 
 def modules(tree: Any) -> Iterator[tuple[str, nnx.Module]]:

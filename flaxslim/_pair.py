@@ -13,7 +13,7 @@ from flax.core import FrozenDict
 from flaxslim import _activation
 from flaxslim._axes import STACK, WINDOW, Axes
 from flaxslim._config import Width
-from flaxslim._errors import AxisPatternError, SpecError
+from flaxslim.errors import AxisPatternError, SpecError
 
 _MAPPINGS = ("readers", "also", "tables", "sizes", "modules", "arguments")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim._errors import PlanError
 from flaxslim._spec import Site, Spec, Tensor
+from flaxslim.errors import PlanError
 
 # What removes more where a stock config can say no smaller width.
 PER_LAYER = 'width="per_layer"'

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flaxslim._axes import Axes
-from flaxslim._errors import PlanError
 from flaxslim._plan import Channels, Cut, Plan, Resize
 from flaxslim._record import LAYOUT, PER_LAYER
 from flaxslim._spec import Site, Spec, Tensor
+from flaxslim.errors import PlanError
 
 VERSION = 2
 

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from flaxslim import _mesh
-from flaxslim._errors import ProcessError
 from flaxslim._plan import Plan
+from flaxslim.errors import ProcessError
 
 _BYTES = 96  # of each text that is compared
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from flaxslim._errors import ProofError
+from flaxslim.errors import ProofError
 
 WIDTH = 100  # columns of the printed table
 

@@ -12,11 +12,11 @@ import numpy as np
 from flaxslim import _config
 from flaxslim._compare import Reference, compare, reference
 from flaxslim._control import bar, by_site, by_tensor, norms
-from flaxslim._errors import FlaxslimError, InputsError, UnknownFamilyError
 from flaxslim._model import Inputs, Model, as_inputs, outputs, resolve, split
 from flaxslim._proof import Change, OutputRow, Proof
 from flaxslim._spec import Spec, SpecLike
 from flaxslim._tree import flatten
+from flaxslim.errors import FlaxslimError, InputsError, UnknownFamilyError
 from flaxslim.specs import chosen, spec_for
 
 

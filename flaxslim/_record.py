@@ -33,9 +33,9 @@ import numpy as np
 
 from flaxslim import _config
 from flaxslim._axes import Axes
-from flaxslim._errors import FlaxslimError, LayoutError, UnknownFamilyError
 from flaxslim._pair import Pair
 from flaxslim._spec import Spec
+from flaxslim.errors import FlaxslimError, LayoutError, UnknownFamilyError
 from flaxslim.specs import known, spec_for
 
 LAYOUT, PER_LAYER = "flaxslim_layout", "per_layer_config"

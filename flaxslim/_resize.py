@@ -13,12 +13,12 @@ from typing import Any
 
 from flaxslim import _config, _record
 from flaxslim._config import Width
-from flaxslim._errors import FlaxslimError, LayoutError, NothingMatchedError
 from flaxslim._layout import name_regex
 from flaxslim._pair import Pair
 from flaxslim._plan import Cut, Resize
 from flaxslim._record import LAYOUT, PER_LAYER, Recorded
 from flaxslim._spec import Site, Spec
+from flaxslim.errors import FlaxslimError, LayoutError, NothingMatchedError
 from flaxslim.specs import known
 
 

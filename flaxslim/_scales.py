@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flaxslim._axes import pattern_of
-from flaxslim._errors import PlanError
 from flaxslim._plan import Cut
 from flaxslim._spec import Site, Tensor
+from flaxslim.errors import PlanError
 
 # Tensors that quantised kernels come with; what stands before may be the name of the kernel.
 COMPANION = re.compile(

@@ -9,7 +9,12 @@ from typing import Any
 from flaxslim import _record
 from flaxslim._axes import WINDOW, Axes
 from flaxslim._config import Width
-from flaxslim._errors import (
+from flaxslim._lora import Loras, low_rank, matrices
+from flaxslim._pair import Pair, as_tuple
+from flaxslim._roots import Root, find_roots, join, meant, site_name, table_path, whole_name
+from flaxslim._spec import Site, Spec, Tensor
+from flaxslim._tree import flatten
+from flaxslim.errors import (
     AxisPatternError,
     ConfigError,
     FlaxslimError,
@@ -18,11 +23,6 @@ from flaxslim._errors import (
     SiteShapeError,
     nearest,
 )
-from flaxslim._lora import Loras, low_rank, matrices
-from flaxslim._pair import Pair, as_tuple
-from flaxslim._roots import Root, find_roots, join, meant, site_name, table_path, whole_name
-from flaxslim._spec import Site, Spec, Tensor
-from flaxslim._tree import flatten
 
 
 def bind(spec: Spec, params: Any, cfg: Any) -> tuple[tuple[Site, ...], tuple[Pair, ...]]:

@@ -7,18 +7,18 @@ from typing import Any
 
 from flaxslim._apply import apply, check_fits, resized
 from flaxslim._draw import check_dead, check_finite, draw
-from flaxslim._errors import (
+from flaxslim._nnx import check_shapes, modules
+from flaxslim._plan import PER_LAYER, Plan
+from flaxslim._resize import untold
+from flaxslim._spec import SpecLike
+from flaxslim._tree import flatten
+from flaxslim.errors import (
     ConfigKeptWarning,
     DeadKeptWarning,
     NothingRemovedWarning,
     PlanError,
     WidthError,
 )
-from flaxslim._nnx import check_shapes, modules
-from flaxslim._plan import PER_LAYER, Plan
-from flaxslim._resize import untold
-from flaxslim._spec import SpecLike
-from flaxslim._tree import flatten
 
 _log = logging.getLogger("flaxslim")
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from flaxslim._axes import Axes
-from flaxslim._errors import SpecError
 from flaxslim._pair import Pair
+from flaxslim.errors import SpecError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flaxslim._errors import FlaxslimError, SpecError
 from flaxslim._pair import Pair
 from flaxslim._spec import Spec
+from flaxslim.errors import FlaxslimError, SpecError
 
 _WIDTH = 100  # of a line of source
 

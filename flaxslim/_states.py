@@ -20,11 +20,11 @@ from flaxslim._apply import check_fits, folded_biases, taken
 from flaxslim._axes import namespace
 from flaxslim._copies import Copy, Names, Place, copies, splits
 from flaxslim._dead import added_by_constants, evidence, first_is_constant, mark
-from flaxslim._errors import PlanError
 from flaxslim._nnx import mended
 from flaxslim._plan import Cut, Plan
 from flaxslim._spec import Tensor
 from flaxslim._state_kinds import Kind
+from flaxslim.errors import PlanError
 
 # The tensors of each path that are cut: one for each axis along which it is.
 _Cuts = Mapping[str, Sequence[tuple[Cut, Tensor]]]

@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen
 
 from flaxslim import _config
-from flaxslim._errors import LayoutError
+from flaxslim.errors import LayoutError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from flaxslim._errors import PlanError, UnsupportedTreeError
+from flaxslim.errors import PlanError, UnsupportedTreeError
 
 _NAME_OF = {DictKey: "key", FlattenedIndexKey: "key", GetAttrKey: "name", SequenceKey: "idx"}
 

@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from flaxslim._errors import WidthError, nearest
 from flaxslim._spec import Site
+from flaxslim.errors import WidthError, nearest
 
 HEADS = "h"  # their axis, in every spec
 

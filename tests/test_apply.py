@@ -17,8 +17,8 @@ from strategies import ACTS, LAYOUTS, gap, net, nets, quick, run
 
 from flaxslim import Pair, Plan, Spec, apply, plan, slim
 from flaxslim._apply import resized
-from flaxslim._errors import PlanError
 from flaxslim._tree import flatten
+from flaxslim.errors import PlanError
 
 SPEC = Spec(name="MLP", pairs=Pair(first="up", second="down", width="hidden", activation="tanh"))
 

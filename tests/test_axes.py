@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from strategies import quick
 
 from flaxslim._axes import Axes
-from flaxslim._errors import AxisPatternError
+from flaxslim.errors import AxisPatternError
 
 
 @st.composite

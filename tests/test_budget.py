@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import quick
 
-from flaxslim._errors import BudgetError
+from flaxslim.errors import BudgetError
 from flaxslim.posttraining._budget import (
     Item,
     parse_bytes,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxslim._errors import CalibrationError, CalibrationWarning
 from flaxslim.checkpoint._read import read_config
+from flaxslim.errors import CalibrationError, CalibrationWarning
 from flaxslim.posttraining._data import read_calibration
 from flaxslim.posttraining._tokens import joined, windows
 
@@ -24,7 +24,7 @@ T5: dict[str, Any] = {
     "is_encoder_decoder": True,
     "decoder_start_token_id": 0,
 }
-FEW = pytest.mark.filterwarnings("ignore::flaxslim._errors.CalibrationWarning")
+FEW = pytest.mark.filterwarnings("ignore::flaxslim.errors.CalibrationWarning")
 
 
 @pytest.fixture(scope="module")

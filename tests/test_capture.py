@@ -13,9 +13,9 @@ from zoo import CASES, Case, build
 
 from flaxslim import Pair, Spec
 from flaxslim._compat import shell
-from flaxslim._errors import CalibrationError
 from flaxslim._inputs import inputs_for
 from flaxslim._tree import flatten
+from flaxslim.errors import CalibrationError
 from flaxslim.posttraining._capture import Traced, hidden
 from flaxslim.posttraining._refit import kernel, matrix
 from flaxslim.specs import spec_for

@@ -14,9 +14,9 @@ from jax.core import Tracer
 from zoo import CASES, Case, build
 
 from flaxslim._compat import clip_compat, parameter_shapes, shell, stock_config
-from flaxslim._errors import ConfigError, UnknownFamilyError
 from flaxslim._inputs import inputs_for
 from flaxslim._tree import flatten
+from flaxslim.errors import ConfigError, UnknownFamilyError
 
 T5 = importlib.import_module("transformers.models.t5.modeling_flax_t5")
 LONGT5 = importlib.import_module("transformers.models.longt5.modeling_flax_longt5")

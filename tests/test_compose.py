@@ -15,8 +15,8 @@ from strategies import GROUPED, LAYOUTS, PLAIN, Net, gap, net, nets, quick, run
 
 from flaxslim import Pair, Plan, Spec, apply, expand, plan, slim
 from flaxslim._apply import resized
-from flaxslim._errors import PlanError, TracedError
 from flaxslim._tree import flatten
+from flaxslim.errors import PlanError, TracedError
 
 WIDTHS = st.sampled_from(["uniform", "per_layer"])
 THRESHOLDS = st.sampled_from([0.0, 0.5])

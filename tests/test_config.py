@@ -16,7 +16,7 @@ from transformers import BertConfig, CLIPConfig, GPT2Config
 
 from flaxslim import _config
 from flaxslim._config import Width
-from flaxslim._errors import ConfigError
+from flaxslim.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

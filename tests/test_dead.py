@@ -33,8 +33,8 @@ from strategies import (
 
 from flaxslim import Pair, Plan, Spec, _bits, apply, plan, slim
 from flaxslim._activation import activation
-from flaxslim._errors import NonFiniteError, UnsupportedDtypeError
 from flaxslim._tree import flatten, replace
+from flaxslim.errors import NonFiniteError, UnsupportedDtypeError
 
 quiet, loud, acts = (st.sampled_from(sorted(names)) for names in (QUIET, LOUD, ACTS))
 

@@ -21,7 +21,7 @@ import flaxslim
 from flaxslim import DiscoveryWarning, Spec, discover, explain, slim
 from flaxslim._discover import axis_rule
 from flaxslim._discover._rules._table import RULES
-from flaxslim._errors import ConfigError, DiscoveryError, UnsupportedTreeError
+from flaxslim.errors import ConfigError, DiscoveryError, UnsupportedTreeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::flaxslim.DiscoveryWarning")
 

@@ -29,11 +29,11 @@ from flaxslim._compat import parameter_shapes, shell
 from flaxslim._discover._discovery import discovered
 from flaxslim._discover._function import function
 from flaxslim._discover._groups import Verdict
-from flaxslim._errors import ConfigError, WidthError
 from flaxslim._inputs import inputs_for, model_class_for
 from flaxslim._spec import Site
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import read
+from flaxslim.errors import ConfigError, WidthError
 from flaxslim.specs import spec_for
 from flaxslim.specs._libraries import NNX_HEADS
 

@@ -11,7 +11,7 @@ from strategies import enable_x64
 from transformers import BertConfig, FlaxBertForQuestionAnswering
 
 from flaxslim._compat import parameter_shapes
-from flaxslim._errors import TrainingError
+from flaxslim.errors import TrainingError
 from flaxslim.training._distill import distill_loss
 
 CONFIG = BertConfig(

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import flaxslim
-from flaxslim import _errors
+from flaxslim import errors
 
 CLASSES = {
     name: found
-    for name, found in vars(_errors).items()
+    for name, found in vars(errors).items()
     if inspect.isclass(found) and issubclass(found, Exception | Warning)
 }
 PUBLIC = ("slim", "plan", "apply", "verify", "discover", "Pair", "Spec")

@@ -14,9 +14,9 @@ from zoo import CASES, Case, build, check_proven
 import flaxslim
 from flaxslim import Site
 from flaxslim._compat import parameter_shapes
-from flaxslim._errors import WidthError
 from flaxslim._inputs import inputs_for
 from flaxslim._tree import flatten
+from flaxslim.errors import WidthError
 from flaxslim.specs import spec_for
 
 SLIMMABLE = [case for case in CASES if case.family != "bloom"]

@@ -13,8 +13,8 @@ from transformers import BertConfig
 from zoo import CASES, build
 
 from flaxslim import BERT_FFN, BERT_HEADS, Pair, Spec, layout, slim
-from flaxslim._errors import TrainingError
 from flaxslim._tree import flatten
+from flaxslim.errors import TrainingError
 from flaxslim.training._gates import (
     expected_sparsity,
     gate_lagrangian,

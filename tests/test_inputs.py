@@ -8,8 +8,8 @@ import pytest
 from zoo import CASES, Case, build
 
 from flaxslim._compat import parameter_shapes, shell
-from flaxslim._errors import InputsError, UnknownFamilyError
 from flaxslim._inputs import inputs_for, model_class_for
+from flaxslim.errors import InputsError, UnknownFamilyError
 
 # Compiled without optimising: each case runs once.
 FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}

@@ -21,7 +21,7 @@ from transformers.models.bert.modeling_flax_bert import FlaxBertEncoder, FlaxBer
 
 import flaxslim
 from flaxslim import Pair, Spec, layout, module, slim
-from flaxslim._errors import LayoutError
+from flaxslim.errors import LayoutError
 from flaxslim.specs import spec_for
 
 # --- the context ------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from transformers import BertConfig
 from zoo import CASES, build
 
 from flaxslim import BERT_HEADS, Pair, Spec, layout, slim
-from flaxslim._errors import TrainingError
 from flaxslim._tree import flatten
+from flaxslim.errors import TrainingError
 from flaxslim.training._lasso import group_lasso, proximal_group_lasso
 
 MLP = Spec(name="MLP", pairs=Pair(first="up", second="down", activation="relu", width="hidden"))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import quick
 
-from flaxslim._errors import BudgetError
+from flaxslim.errors import BudgetError
 from flaxslim.posttraining import _latency
 from flaxslim.posttraining._budget import Item, solve
 from flaxslim.posttraining._latency import Curve, Table, default_cache, measure, rising

@@ -30,8 +30,8 @@ from transformers import (
 
 import flaxslim
 from flaxslim import from_pretrained, slim
-from flaxslim._errors import FlaxslimError, LayoutError
 from flaxslim._tree import flatten, replace
+from flaxslim.errors import FlaxslimError, LayoutError
 from flaxslim.specs import spec_for
 
 BERT = BertConfig(

@@ -24,15 +24,15 @@ from strategies import gap
 
 import flaxslim
 from flaxslim import NothingRemovedWarning, Pair, Spec, plan, slim
-from flaxslim._errors import (
+from flaxslim._spec import Site
+from flaxslim._tree import flatten
+from flaxslim.errors import (
     AxisPatternError,
     IncompletePairError,
     LayoutError,
     SiteShapeError,
     WidthError,
 )
-from flaxslim._spec import Site
-from flaxslim._tree import flatten
 from flaxslim.specs._libraries import (
     BIG_VISION_FFN,
     BIG_VISION_HEADS,

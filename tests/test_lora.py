@@ -12,9 +12,9 @@ from flax import nnx, traverse_util
 from strategies import gap
 
 from flaxslim import Pair, Plan, Spec, apply, expand, plan, slim
-from flaxslim._errors import PlanError, SiteShapeError
 from flaxslim._lora import matrix, owner
 from flaxslim._tree import flatten
+from flaxslim.errors import PlanError, SiteShapeError
 
 D, F, RANK = 3, 8, 2
 DEAD, KEPT = [1, 4, 6], [0, 2, 3, 5, 7]

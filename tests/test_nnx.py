@@ -18,9 +18,9 @@ from nnx_models import LENGTH, STYLES, VOCABULARY, Style, qwen_cache, start_cach
 from strategies import gap
 
 from flaxslim import NothingRemovedWarning, Pair, Site, Spec, apply, expand, plan, slim, verify
-from flaxslim._errors import FlaxslimError, LayoutError, PlanError
 from flaxslim._nnx import check_shapes
 from flaxslim._tree import flatten, replace
+from flaxslim.errors import FlaxslimError, LayoutError, PlanError
 from flaxslim.specs._libraries import BONSAI_GEMMA3_HEADS, BONSAI_QWEN3_HEADS
 
 TOKENS = jax.random.randint(jax.random.key(1), (2, 7), 0, VOCABULARY)

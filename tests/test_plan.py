@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import PLAIN, net, nets, quick
 
 from flaxslim import Pair, Plan, Spec, plan
-from flaxslim._errors import FlaxslimError, PlanError, UnsupportedDtypeError, WidthError
+from flaxslim.errors import FlaxslimError, PlanError, UnsupportedDtypeError, WidthError
 
 SPEC = Spec(name="MLP", pairs=Pair(first="up", second="down", width="hidden"))
 

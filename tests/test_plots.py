@@ -12,7 +12,7 @@ import pytest
 
 import flaxslim
 from flaxslim import FlaxslimError, Pair, Spec, plot_plan, plot_sweep, plot_training
-from flaxslim._errors import PlotError, TargetError
+from flaxslim.errors import PlotError, TargetError
 from flaxslim.plots import _style
 from flaxslim.plots._widths import shortened
 from flaxslim.posttraining._report import Report, Row

@@ -28,8 +28,8 @@ from pruning_models import Net, mlp
 
 import flaxslim
 from flaxslim import apply, one_shot, plan, prune, pruning, shrink, slim
-from flaxslim._errors import CalibrationError, ProcessError
 from flaxslim._tree import flatten, replace
+from flaxslim.errors import CalibrationError, ProcessError
 from flaxslim.training._sparsity import sparsity
 
 WHERE = {"up/kernel": P("x", "y"), "up/bias": P("y"), "down/kernel": P("y", "x")}

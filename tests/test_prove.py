@@ -13,8 +13,8 @@ from flax import nnx
 from flax.errors import ScopeParamShapeError
 
 from flaxslim import Pair, Spec, apply, plan, slim, verify
-from flaxslim._errors import InputsError, NothingMatchedError, ProofError
 from flaxslim._proof import Proof
+from flaxslim.errors import InputsError, NothingMatchedError, ProofError
 
 D, F, OUT = 6, 24, 5
 DEAD = (1, 2, 5, 11, 17, 23)

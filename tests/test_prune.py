@@ -15,10 +15,10 @@ from zoo import CASES, build
 
 from flaxslim import Budget, Method, Pair, Spec, Tune, prune
 from flaxslim._compat import shell
-from flaxslim._errors import BudgetError, CalibrationError, CalibrationWarning, WidthError
 from flaxslim._inputs import inputs_for
 from flaxslim._prove import flops
 from flaxslim._tree import flatten
+from flaxslim.errors import BudgetError, CalibrationError, CalibrationWarning, WidthError
 from flaxslim.posttraining import _rank
 from flaxslim.posttraining._allocate import parameters_of
 from flaxslim.posttraining._calibration import Calibration
@@ -73,7 +73,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore::flaxslim._errors.CalibrationWarning")
+@pytest.mark.filterwarnings("ignore::flaxslim.errors.CalibrationWarning")
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_every_preset_on_every_layout(name, method):
     net = NETS[name]()
@@ -455,7 +455,7 @@ STOCK = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore::flaxslim._errors.CalibrationWarning")
+@pytest.mark.filterwarnings("ignore::flaxslim.errors.CalibrationWarning")
 @pytest.mark.parametrize(
     "case",
     [

@@ -17,8 +17,8 @@ from strategies import TIED
 
 import flaxslim
 from flaxslim import Pair, Spec
-from flaxslim._errors import NothingMatchedError, TrainingError
 from flaxslim._tree import flatten
+from flaxslim.errors import NothingMatchedError, TrainingError
 from flaxslim.training._allocation import Allocation, Member, choose, regrown
 from flaxslim.training._channels import masks
 from flaxslim.training._schedule import as_schedule

@@ -31,9 +31,9 @@ from pruning_models import NETS, Net, batches, gated, heads, mlp, stacked
 from strategies import enable_x64
 
 from flaxslim import cubic, prunable, pruning
-from flaxslim._errors import TrainingError
 from flaxslim._spec import Site, Spec
 from flaxslim._tree import flatten, replace
+from flaxslim.errors import TrainingError
 from flaxslim.training._score import SCORES
 from flaxslim.training._shrink import shrink
 

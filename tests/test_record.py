@@ -11,9 +11,9 @@ from zoo import CASES, build
 
 import flaxslim
 from flaxslim import Pair, Spec, slim
-from flaxslim._errors import ConfigError, LayoutError, NothingRemovedWarning, WidthError
 from flaxslim._layout import Layout
 from flaxslim._tree import flatten
+from flaxslim.errors import ConfigError, LayoutError, NothingRemovedWarning, WidthError
 from flaxslim.specs import spec_for
 
 FFN_0, HEADS_0 = "encoder/layer/0/output/dense", "encoder/layer/0/attention/output/dense"

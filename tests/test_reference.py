@@ -11,7 +11,7 @@ import pytest
 import flaxslim
 import flaxslim.checkpoint
 import flaxslim.posttraining
-from flaxslim import _errors, cli
+from flaxslim import cli, errors
 from flaxslim.specs import COMPOSITES, FAMILIES
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -75,7 +75,7 @@ def test_all_families_have_a_row(hooks: Any) -> None:
 
 def test_all_errors_have_a_section_with_their_messages(hooks: Any) -> None:
     text = hooks.errors()
-    names = [name for name in vars(_errors) if name.endswith(("Error", "Warning"))]
+    names = [name for name in vars(errors) if name.endswith(("Error", "Warning"))]
     assert re.findall(r"^### (\w+)$", text, re.MULTILINE) == names
     section = text.partition("### NothingMatchedError")[2].partition("\n### ")[0]
     assert "```python\nslim(params, cfg, flaxslim.GPT2_FFN)  # wrong" in section

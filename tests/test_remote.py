@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 import flaxslim
-from flaxslim._errors import (
+from flaxslim._tree import flatten
+from flaxslim.checkpoint._remote import fetched, sent
+from flaxslim.errors import (
     MissingFileError,
     TargetError,
     UnsafePathError,
     UnsupportedFormatError,
 )
-from flaxslim._tree import flatten
-from flaxslim.checkpoint._remote import fetched, sent
 
 CFG = {"model_type": "bert", "intermediate_size": 3}
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from strategies import quick
 
-from flaxslim._errors import CalibrationError
+from flaxslim.errors import CalibrationError
 from flaxslim.posttraining import _fisher, _removal
 from flaxslim.posttraining._refit import Moments, error, refit
 from flaxslim.posttraining._removal import removal_order, ridged

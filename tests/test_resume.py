@@ -21,8 +21,8 @@ from pruning_models import MLP, batches, mlp
 
 import flaxslim
 from flaxslim import Pair, Spec, cubic, pruning, shrink, sparsity
-from flaxslim._errors import TrainingError
 from flaxslim._tree import flatten
+from flaxslim.errors import TrainingError
 
 STEPS, MIDDLE = 16, 7
 NET = mlp(layers=1)

@@ -30,8 +30,8 @@ from pruning_models import Net, gated, heads, mlp, stacked
 from test_pruning_places import collectives, mesh_of, put, shardings_of
 
 from flaxslim import Pair, Spec, apply, one_shot, plan, prune, pruning, shrink, slim
-from flaxslim._errors import NonFiniteError, ShardingError, WidthError
 from flaxslim._tree import flatten, replace
+from flaxslim.errors import NonFiniteError, ShardingError, WidthError
 
 # Where the programs that are compiled are written, by XLA itself.
 DUMP = "PROGRAMS_OF_TEST_SHARDED"

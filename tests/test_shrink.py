@@ -23,14 +23,14 @@ from transformers.models.bert.modeling_flax_bert import FlaxBertForSequenceClass
 
 import flaxslim
 from flaxslim import NothingRemovedWarning, Pair, ShrinkEvery, Spec, shrink, sparsity
-from flaxslim._errors import (
+from flaxslim._tree import flatten
+from flaxslim.errors import (
     NothingMatchedError,
     PlanError,
     TracedError,
     TrainingError,
     WidthError,
 )
-from flaxslim._tree import flatten
 from flaxslim.training import _shrink
 from flaxslim.training._channels import values
 

@@ -18,9 +18,9 @@ from transformers import BertConfig, CLIPConfig, GPT2Config
 
 import flaxslim
 from flaxslim import ConfigKeptWarning, NothingRemovedWarning, Pair, Plan, Spec, apply, plan, slim
-from flaxslim._errors import LayoutError, NonFiniteError, PlanError, WidthError
 from flaxslim._layout import Layout
 from flaxslim._tree import flatten, replace
+from flaxslim.errors import LayoutError, NonFiniteError, PlanError, WidthError
 
 
 @dataclasses.dataclass(frozen=True)

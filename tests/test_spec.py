@@ -12,7 +12,8 @@ from strategies import LAYOUTS, net
 
 from flaxslim import BERT_FFN, GPT2_FFN, LLAMA_FFN, T5_FFN, Pair, Spec, plan, slim
 from flaxslim._axes import Axes
-from flaxslim._errors import (
+from flaxslim._tree import flatten
+from flaxslim.errors import (
     AxisPatternError,
     ConfigError,
     IncompletePairError,
@@ -21,7 +22,6 @@ from flaxslim._errors import (
     SpecError,
     TracedError,
 )
-from flaxslim._tree import flatten
 from flaxslim.specs import FAMILIES, _libraries
 
 SPECS = {f"{name}-{spec.name}": spec for name, both in FAMILIES.items() for spec in both}

@@ -13,9 +13,9 @@ from transformers import AutoConfig
 import flaxslim
 from flaxslim import plan, spec_for
 from flaxslim._config import Width
-from flaxslim._errors import UnknownFamilyError, WidthError
 from flaxslim._spec import Spec
 from flaxslim._tree import flatten
+from flaxslim.errors import UnknownFamilyError, WidthError
 from flaxslim.specs import COMPOSITES, FAMILIES, _ffn, _heads
 
 FACTS = pathlib.Path(__file__).parents[2] / "shared" / "families.json"

@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flaxslim._errors import CorruptFileError, FlaxslimError, MissingFileError
 from flaxslim.cli._tasks import _squad, _squad_metric
 from flaxslim.cli._tasks._squad import Example
+from flaxslim.errors import CorruptFileError, FlaxslimError, MissingFileError
 
 CONTEXT = (
     "The tower stands in the old town of Ávila, and was built by 300 masons in 1090. "

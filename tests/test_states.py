@@ -18,8 +18,8 @@ from flax.training import train_state
 from strategies import LAYOUTS, net
 
 from flaxslim import Pair, Plan, Spec, apply, plan
-from flaxslim._errors import NonFiniteError, PlanError, TracedError, UnsupportedDtypeError
 from flaxslim._tree import flatten, replace
+from flaxslim.errors import NonFiniteError, PlanError, TracedError, UnsupportedDtypeError
 
 SPEC = Spec(name="MLP", pairs=Pair(at="block", first="up", second="down", activation="tanh"))
 DEAD, KEPT = [1, 4, 6], [0, 2, 3, 5, 7]
@@ -808,7 +808,7 @@ def test_leaves_keep_their_devices_and_shardings():
         import jax, numpy as np, optax
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
         from flaxslim import Pair, Spec, apply, expand, plan
-        from flaxslim._errors import ShardingError
+        from flaxslim.errors import ShardingError
         mesh = Mesh(np.array(jax.devices("cpu")).reshape(4, 2), ("x", "y"))
         specs = {"up": P("y", "x"), "down": P("x", "y")}
         params = {"up": {"kernel": np.ones((4, 16), "float32")},

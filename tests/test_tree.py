@@ -9,8 +9,8 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict, freeze
 
-from flaxslim._errors import PlanError, UnsupportedTreeError
 from flaxslim._tree import flatten, replace
+from flaxslim.errors import PlanError, UnsupportedTreeError
 
 
 class Mlp(nnx.Module):

@@ -13,8 +13,8 @@ from strategies import GROUPED, TIED, gap, nets, quick, run
 
 from flaxslim import NothingRemovedWarning, Pair, Plan, Spec, apply, plan, slim
 from flaxslim._apply import resized
-from flaxslim._errors import WidthError
 from flaxslim._plan import Cut
+from flaxslim.errors import WidthError
 
 POLICIES = ("uniform", "per_layer")
 policies = st.sampled_from(POLICIES)

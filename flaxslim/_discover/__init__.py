@@ -9,8 +9,8 @@ from flax import nnx
 from flaxslim._discover._discovery import discovered
 from flaxslim._discover._function import function
 from flaxslim._discover._rules._table import axis_rule
-from flaxslim._errors import DiscoveryError, DiscoveryWarning
 from flaxslim._spec import Spec
+from flaxslim.errors import DiscoveryError, DiscoveryWarning
 
 __all__ = ["axis_rule", "discover", "explain"]
 

@@ -12,8 +12,8 @@ from flaxslim._discover._groups import Group, Verdict, groups
 from flaxslim._discover._keys import with_keys
 from flaxslim._discover._pairs import Paired, written
 from flaxslim._discover._retrace import Difference, checked
-from flaxslim._errors import DiscoveryError, nearest
 from flaxslim._spec import Spec
+from flaxslim.errors import DiscoveryError, nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

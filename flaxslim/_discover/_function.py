@@ -16,8 +16,8 @@ from jax.tree_util import tree_flatten, tree_flatten_with_path
 from flaxslim._discover._atoms import Atom, Dims, Reason, all_roots
 from flaxslim._discover._place import Place
 from flaxslim._discover._trace import Node, Value, Walk, alive
-from flaxslim._errors import DiscoveryError
 from flaxslim._tree import flatten, name_of
+from flaxslim.errors import DiscoveryError
 
 _VARIABLES = 'give the variables as apply takes them: discover(model, {"params": params}, *inputs)'
 _MENDS: Mapping[type[Exception], str] = {

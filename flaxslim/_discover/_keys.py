@@ -10,9 +10,9 @@ from flaxslim._activation import activation_name, named
 from flaxslim._discover._atoms import size_of
 from flaxslim._discover._groups import Group
 from flaxslim._discover._pairs import Paired
-from flaxslim._errors import ConfigError, DiscoveryError
 from flaxslim._pair import Pair
 from flaxslim._tree import flatten
+from flaxslim.errors import ConfigError, DiscoveryError
 
 # A config, and the shapes of the parameters of the model that it stands for.
 Rebuild = Callable[[Any], Any]

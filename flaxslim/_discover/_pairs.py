@@ -14,10 +14,10 @@ from flaxslim._discover._formula import formula
 from flaxslim._discover._function import Walked
 from flaxslim._discover._groups import Group, Verdict
 from flaxslim._discover._writer import Unwritable, pair_of
-from flaxslim._errors import FlaxslimError
 from flaxslim._pair import Pair
 from flaxslim._roots import root_regex
 from flaxslim._spec import Spec
+from flaxslim.errors import FlaxslimError
 
 # A pair, and the groups that it stands for.
 Paired = tuple[Pair, tuple[Group, ...]]

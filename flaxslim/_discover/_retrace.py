@@ -18,7 +18,7 @@ from flaxslim._discover._function import Walked, walked
 from flaxslim._discover._groups import Group
 from flaxslim._discover._place import Place
 from flaxslim._discover._trace import is_readable
-from flaxslim._errors import DiscoveryError
+from flaxslim.errors import DiscoveryError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from flaxslim._discover._atoms import (
     unify,
 )
 from flaxslim._discover._place import Place, is_library
-from flaxslim._errors import DiscoveryError
+from flaxslim.errors import DiscoveryError
 
 
 # Without a repr: nodes share others, and one written out in full fills the memory.

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flaxslim._errors import FlaxslimError, TargetError
 from flaxslim.checkpoint import _folder
 from flaxslim.checkpoint._journal import Journal
+from flaxslim.errors import FlaxslimError, TargetError
 
 try:
     import fcntl

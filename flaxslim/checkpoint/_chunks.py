@@ -14,9 +14,9 @@ import numpy as np
 
 from flaxslim import _bits
 from flaxslim._apply import CutLater
-from flaxslim._errors import CorruptFileError
 from flaxslim._lazy import BLOCK, Lazy
 from flaxslim._spec import Tensor
+from flaxslim.errors import CorruptFileError
 
 Region = tuple[slice, ...]
 _BYTE = np.dtype(ml_dtypes.float8_e4m3fn)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim._errors import ConfigError
+from flaxslim.errors import ConfigError
 
 
 def config_text(cfg: Any, dtype: Any = None) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from flaxslim._errors import CorruptFileError, FlaxslimError, MissingFileError, UnsafePathError
+from flaxslim.errors import CorruptFileError, FlaxslimError, MissingFileError, UnsafePathError
 
 CONFIG, CARD, RECORD = "config.json", "README.md", "flaxslim.json"
 

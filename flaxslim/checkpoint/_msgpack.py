@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 import ml_dtypes  # noqa: F401  (numpy knows "bfloat16" by name once this is imported)
 import numpy as np
 
-from flaxslim._errors import CorruptFileError
 from flaxslim.checkpoint import _folder
 from flaxslim.checkpoint._leaf import Leaf, Piece, nest
 from flaxslim.checkpoint._stored import Stored
+from flaxslim.errors import CorruptFileError
 
 _ARRAYS = (1, 3)  # the extension types of an array and of a numpy scalar
 _CHUNKED = "__msgpack_chunked_array__"

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim._errors import ConfigError
 from flaxslim._spec import Spec
 from flaxslim._tree import flatten
 from flaxslim.checkpoint._leaf import Leaf, nest
+from flaxslim.errors import ConfigError
 from flaxslim.specs import spec_for
 
 # Distinct sizes, so that the shape which comes back says how the axes were permuted.

@@ -17,12 +17,6 @@ import numpy as np
 
 from flaxslim._apply import apply, resized
 from flaxslim._draw import plan
-from flaxslim._errors import (
-    FlaxslimError,
-    MissingFileError,
-    TargetError,
-    WidthError,
-)
 from flaxslim._lazy import Lazy
 from flaxslim._plan import Plan
 from flaxslim._slim import mend_blocked
@@ -31,6 +25,12 @@ from flaxslim._tree import flatten, name_of, replace
 from flaxslim.checkpoint._chunks import Stored, chunk_of, outline, region_of, regions
 from flaxslim.checkpoint._orbax_read import StoredTree, address, read_orbax
 from flaxslim.checkpoint._yaml import rewritten, values_of
+from flaxslim.errors import (
+    FlaxslimError,
+    MissingFileError,
+    TargetError,
+    WidthError,
+)
 from flaxslim.specs import chosen as chosen_spec
 
 

@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxslim._errors import (
+from flaxslim._tree import flatten, name_of
+from flaxslim.checkpoint._chunks import Stored
+from flaxslim.checkpoint._folder import read_json
+from flaxslim.errors import (
     CorruptFileError,
     FlaxslimError,
     MissingFileError,
     UnsupportedFormatError,
 )
-from flaxslim._tree import flatten, name_of
-from flaxslim.checkpoint._chunks import Stored
-from flaxslim.checkpoint._folder import read_json
 
 _ITEMS = ("params", "items", "default", "state")  # as CheckpointManagers call what they save
 _METADATA = "_METADATA"

@@ -7,8 +7,8 @@ from typing import Any
 
 from flaxslim import _record
 from flaxslim._compat import clip_compat
-from flaxslim._errors import LayoutError
 from flaxslim._intercept import lay_out, layout
+from flaxslim.errors import LayoutError
 from flaxslim.specs import COMPOSITES
 
 

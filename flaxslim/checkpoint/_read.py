@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim._errors import (
+from flaxslim.checkpoint import _folder, _msgpack, _safetensors
+from flaxslim.checkpoint._leaf import nest
+from flaxslim.checkpoint._names import to_flax
+from flaxslim.errors import (
     CorruptFileError,
     MissingFileError,
     UnsupportedFormatError,
     nearest,
 )
-from flaxslim.checkpoint import _folder, _msgpack, _safetensors
-from flaxslim.checkpoint._leaf import nest
-from flaxslim.checkpoint._names import to_flax
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flaxslim._errors import (
+from flaxslim.checkpoint import _folder
+from flaxslim.errors import (
     FlaxslimError,
     MissingFileError,
     TargetError,
     UnsupportedFormatError,
 )
-from flaxslim.checkpoint import _folder
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://")
 

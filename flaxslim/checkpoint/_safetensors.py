@@ -17,10 +17,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flaxslim._errors import CorruptFileError, UnsupportedFormatError
 from flaxslim.checkpoint import _folder
 from flaxslim.checkpoint._leaf import Leaf, Piece
 from flaxslim.checkpoint._stored import Stored
+from flaxslim.errors import CorruptFileError, UnsupportedFormatError
 
 _DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)

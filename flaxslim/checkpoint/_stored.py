@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxslim._errors import CorruptFileError
 from flaxslim._lazy import BLOCK, Lazy
+from flaxslim.errors import CorruptFileError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

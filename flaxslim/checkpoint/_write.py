@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from flaxslim._draw import check_config
-from flaxslim._errors import FlaxslimError, UnsupportedFormatError
 from flaxslim._processes import written_by_one
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import _card, _folder, _msgpack, _safetensors
@@ -32,6 +31,7 @@ from flaxslim.checkpoint._names import (
 )
 from flaxslim.checkpoint._pour import Progress, pour
 from flaxslim.checkpoint._read import Checkpoint, read
+from flaxslim.errors import FlaxslimError, UnsupportedFormatError
 
 FORMATS = ("flax", "flax-safetensors", "torch")
 _SHARD = 5 * 10**9

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flaxslim._errors import ConfigError, CorruptFileError
+from flaxslim.errors import ConfigError, CorruptFileError
 
 _MOST = 100_000  # values in a config
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from flaxslim._errors import FlaxslimError, ProofError
+from flaxslim.errors import FlaxslimError, ProofError
 
 EXIT_CODES = """exit codes:
   0    done

@@ -7,7 +7,12 @@ from typing import Any
 from flaxslim._compat import parameter_shapes, shell
 from flaxslim._discover._discovery import Discovery, discovered
 from flaxslim._discover._function import function
-from flaxslim._errors import (
+from flaxslim._inputs import inputs_for, model_class_for
+from flaxslim._spec import Spec
+from flaxslim._tree import flatten
+from flaxslim.checkpoint import Checkpoint
+from flaxslim.checkpoint._names import convert, in_names
+from flaxslim.errors import (
     ConfigError,
     DiscoveryError,
     IncompletePairError,
@@ -15,11 +20,6 @@ from flaxslim._errors import (
     NothingMatchedError,
     UnknownFamilyError,
 )
-from flaxslim._inputs import inputs_for, model_class_for
-from flaxslim._spec import Spec
-from flaxslim._tree import flatten
-from flaxslim.checkpoint import Checkpoint
-from flaxslim.checkpoint._names import convert, in_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

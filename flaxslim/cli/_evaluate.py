@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim._errors import CalibrationError, CalibrationWarning, nearest
+from flaxslim.errors import CalibrationError, CalibrationWarning, nearest
 from flaxslim.posttraining._text import decoded, lines
 from flaxslim.posttraining._tokens import load_tokenizer
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxslim._errors import RecipeError
 from flaxslim.cli import INTERRUPTED, _output, _prune_commands, _recipe_prune, _table
 from flaxslim.cli._console import console, messages
 from flaxslim.cli._recipe_book import Book
 from flaxslim.cli._recipe_read import Read
 from flaxslim.cli._tasks import TASKS
+from flaxslim.errors import RecipeError
 
 
 def show(read: Read) -> int:

@@ -5,13 +5,13 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from flaxslim._errors import ExportError, nearest
 from flaxslim._export import SYMBOLIC, Sizes, export, own_parameters
 from flaxslim._inputs import model_class_for
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import load, read
 from flaxslim.checkpoint._names import some
 from flaxslim.cli._console import console, messages
+from flaxslim.errors import ExportError, nearest
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from flaxslim._apply import resized
 from flaxslim._compat import stock_config
-from flaxslim._errors import FlaxslimError
 from flaxslim._plan import Cut, Plan
 from flaxslim._proof import Change
 from flaxslim._spec import Spec
@@ -14,6 +13,7 @@ from flaxslim.checkpoint import Checkpoint, read
 from flaxslim.cli import _discover
 from flaxslim.cli._console import in_flags
 from flaxslim.cli._slim import Choice
+from flaxslim.errors import FlaxslimError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

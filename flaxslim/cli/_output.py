@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flaxslim._errors import FlaxslimError, TargetError
 from flaxslim.checkpoint._atomic import alone, explain, recover_folder, remove, replace_folder
+from flaxslim.errors import FlaxslimError, TargetError
 
 PARTIAL, RECIPE, REPORT, MODEL = ".partial", "recipe.toml", "report.json", "model"
 PICTURE = "training.png"

@@ -13,9 +13,9 @@ import optax
 
 import flaxslim
 from flaxslim._compat import shell
-from flaxslim._errors import DivergedError
 from flaxslim.cli._recipe import START, Recipe
 from flaxslim.cli._tasks import Batch, Logits, Task
+from flaxslim.errors import DivergedError
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)

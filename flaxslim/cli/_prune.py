@@ -13,7 +13,6 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import flaxslim
-from flaxslim._errors import BudgetError, CalibrationWarning, FlaxslimError, TargetError
 from flaxslim._inputs import model_class_for
 from flaxslim._prove import Proof
 from flaxslim._prove import verify as prove
@@ -25,6 +24,7 @@ from flaxslim.cli import _evaluate, _table
 from flaxslim.cli._console import console, messages
 from flaxslim.cli._report import sizes
 from flaxslim.cli._slim import as_flax
+from flaxslim.errors import BudgetError, CalibrationWarning, FlaxslimError, TargetError
 from flaxslim.plots import _style
 from flaxslim.posttraining._allocate import Budget
 from flaxslim.posttraining._budget import shown

@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from flaxslim._errors import RecipeError, nearest
 from flaxslim.cli._recipe_lines import Key
+from flaxslim.errors import RecipeError, nearest
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flaxslim._errors import RecipeError, nearest
 from flaxslim.cli._recipe import Recipe
 from flaxslim.cli._recipe_book import Book, beside
 from flaxslim.cli._tasks import TASKS
+from flaxslim.errors import RecipeError, nearest
 
 
 def contradictions(recipe: Recipe, book: Book) -> list[RecipeError]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flaxslim._errors import RecipeError, nearest
 from flaxslim.cli import _prune_commands
 from flaxslim.cli._recipe_book import Book, beside
 from flaxslim.cli._recipe_read import raise_mistakes
+from flaxslim.errors import RecipeError, nearest
 
 COMMAND = "command"
 _FILES = ("calibration", "evaluation")

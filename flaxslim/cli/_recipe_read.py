@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from flaxslim._errors import RecipeError, nearest
 from flaxslim.cli._kinds import Range, Source
 from flaxslim.cli._recipe import START, Recipe
 from flaxslim.cli._recipe_book import Book, beside
 from flaxslim.cli._recipe_checks import contradictions
 from flaxslim.cli._recipe_lines import Key, lines, parsed
 from flaxslim.cli._tasks import TASKS
+from flaxslim.errors import RecipeError, nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ import numpy as np
 import optax
 
 import flaxslim
-from flaxslim._errors import FlaxslimError
 from flaxslim.cli import _build, _metrics, _output, _table
 from flaxslim.cli._console import messages
 from flaxslim.cli._program import (
@@ -33,6 +32,7 @@ from flaxslim.cli._program import (
 from flaxslim.cli._recipe import Recipe
 from flaxslim.cli._report import Report, Shrunk, change, channels, sizes, speed
 from flaxslim.cli._tasks import TASKS, Task
+from flaxslim.errors import FlaxslimError
 from flaxslim.plots import _style
 from flaxslim.specs import chosen
 

@@ -13,7 +13,6 @@ from typing import Any
 import flaxslim
 from flaxslim._apply import apply, resized
 from flaxslim._draw import plan
-from flaxslim._errors import UnsupportedFormatError, WidthError
 from flaxslim._plan import Plan
 from flaxslim._slim import mend_blocked
 from flaxslim._spec import Spec
@@ -27,6 +26,7 @@ from flaxslim.checkpoint._write import refuse_loss, write
 from flaxslim.cli import NOT_PROVEN, NOTHING_DEAD, _table
 from flaxslim.cli._console import bar, console, in_flags, messages
 from flaxslim.cli._verify import Way, prove_checkpoints
+from flaxslim.errors import UnsupportedFormatError, WidthError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from flaxslim._errors import CorruptFileError, FlaxslimError, MissingFileError
 from flaxslim._plan import Plan
 from flaxslim._proof import Change, Proof
 from flaxslim.checkpoint._folder import CONFIG, RECORD, inside, read_json, reading
 from flaxslim.cli import _output, _table
+from flaxslim.errors import CorruptFileError, FlaxslimError, MissingFileError
 from flaxslim.plots._widths import SiteWidth, widths
 from flaxslim.posttraining._report import Report, Row
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from flaxslim._by_layer import verify_by_layer
 from flaxslim._compat import parameter_shapes
-from flaxslim._errors import ConfigError, FlaxslimError, InputsError
 from flaxslim._inputs import model_class_for
 from flaxslim._prove import Proof
 from flaxslim._prove import verify as prove
@@ -22,6 +21,7 @@ from flaxslim.checkpoint._folder import RECORD, read_json
 from flaxslim.checkpoint._leaf import nest
 from flaxslim.checkpoint._names import convert, some, spec_named, unused
 from flaxslim.cli._console import bar, messages
+from flaxslim.errors import ConfigError, FlaxslimError, InputsError
 from flaxslim.specs import spec_for
 
 Way = Literal["auto", "whole", "by-layer"]

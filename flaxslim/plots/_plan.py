@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flaxslim._errors import PlotError, nearest
 from flaxslim._plan import Plan
+from flaxslim.errors import PlotError, nearest
 from flaxslim.plots import _style
 from flaxslim.plots._widths import SiteWidth, by_unit, shortened, widths
 from flaxslim.posttraining._report import Report

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flaxslim._errors import FlaxslimError, PlotError, TargetError
+from flaxslim.errors import FlaxslimError, PlotError, TargetError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flaxslim._errors import PlotError
+from flaxslim.errors import PlotError
 from flaxslim.plots import _style
 from flaxslim.training._sparsity import Sparsity
 

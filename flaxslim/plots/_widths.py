@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from flaxslim._errors import PlotError
 from flaxslim._plan import Plan
+from flaxslim.errors import PlotError
 from flaxslim.posttraining._report import Report
 
 

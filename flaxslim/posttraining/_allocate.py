@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from flaxslim import _widths
-from flaxslim._errors import BudgetError
 from flaxslim._spec import Site
+from flaxslim.errors import BudgetError
 from flaxslim.posttraining._budget import (
     Item,
     Unit,

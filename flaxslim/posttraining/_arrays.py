@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim._errors import CalibrationError, nearest
+from flaxslim.errors import CalibrationError, nearest
 
 
 def read_arrays(path: Path, fields: Sequence[str] = ()) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from flaxslim._errors import BudgetError
+from flaxslim.errors import BudgetError
 
 Unit = Literal["parameters", "bytes", "FLOPs", "ms"]
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxslim import _mesh
-from flaxslim._errors import CalibrationError
 from flaxslim._spec import Site
+from flaxslim.errors import CalibrationError
 from flaxslim.posttraining._capture import Traced, hidden
 from flaxslim.posttraining._function import Fn
 from flaxslim.posttraining._kept import Kept, Sums, digest

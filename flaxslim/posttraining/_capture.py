@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxslim import _tree
-from flaxslim._errors import CalibrationError, nearest
 from flaxslim._spec import Site
+from flaxslim.errors import CalibrationError, nearest
 
 # What changes neither the numbers of a kernel nor what they mean.
 _MOVES = frozenset(

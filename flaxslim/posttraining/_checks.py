@@ -8,10 +8,10 @@ import numpy as np
 
 from flaxslim import _mesh, _tree
 from flaxslim._draw import draw
-from flaxslim._errors import BudgetError, CalibrationError, WidthError
 from flaxslim._plan import PER_LAYER
 from flaxslim._slim import mend_blocked
 from flaxslim._spec import Site, Spec
+from flaxslim.errors import BudgetError, CalibrationError, WidthError
 from flaxslim.posttraining._allocate import Budget
 from flaxslim.posttraining._cost import first_units
 from flaxslim.posttraining._gradient import Objective

@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 
 from flaxslim import _mesh, _tree
-from flaxslim._errors import BudgetError, CalibrationError
 from flaxslim._prove import flops
 from flaxslim._slim import slim
 from flaxslim._spec import Site, Spec
+from flaxslim.errors import BudgetError, CalibrationError
 from flaxslim.posttraining import _allocate, _latency
 from flaxslim.posttraining._allocate import Budget
 from flaxslim.posttraining._function import function_of

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim._errors import CalibrationError, CalibrationWarning, nearest
+from flaxslim.errors import CalibrationError, CalibrationWarning, nearest
 from flaxslim.posttraining import _arrays, _images, _text, _tokens
 
 _MULTIPLE = 16  # of which the lengths of padded batches are: each is compiled for once

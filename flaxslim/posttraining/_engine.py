@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxslim import _mesh, _tree
-from flaxslim._errors import CalibrationWarning
 from flaxslim._spec import Site
+from flaxslim.errors import CalibrationWarning
 from flaxslim.posttraining import _allocate, _fisher
 from flaxslim.posttraining._calibration import Calibration, Seen
 from flaxslim.posttraining._distance import Distance

@@ -22,8 +22,8 @@ import numpy as np
 from scipy import linalg
 
 from flaxslim import _tree
-from flaxslim._errors import CalibrationError
 from flaxslim._spec import Site
+from flaxslim.errors import CalibrationError
 from flaxslim.posttraining._calibration import Calibration
 from flaxslim.posttraining._gradient import Objective, value_of
 from flaxslim.posttraining._rank import Ranking, count_of, units_of

@@ -5,8 +5,8 @@ from typing import Any
 
 from flax import linen, nnx
 
-from flaxslim._errors import CalibrationError
 from flaxslim._model import Model, as_inputs, is_hugging_face, resolve
+from flaxslim.errors import CalibrationError
 
 Fn = Callable[[Any, Any], Any]
 

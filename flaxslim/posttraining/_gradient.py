@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxslim import _tree
-from flaxslim._errors import CalibrationError
 from flaxslim._spec import Site
+from flaxslim.errors import CalibrationError
 from flaxslim.posttraining._calibration import Calibration
 from flaxslim.training._channels import Rows
 from flaxslim.training._score import Evidence, ScoreFn, as_score

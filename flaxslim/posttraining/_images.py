@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim._errors import CalibrationError
+from flaxslim.errors import CalibrationError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _MOST_PIXELS = 50 * 10**6  # of an image: its header alone says how much memory it takes

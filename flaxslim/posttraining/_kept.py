@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from flaxslim._errors import CalibrationWarning
+from flaxslim.errors import CalibrationWarning
 
 # Sums over samples by site; of the batches that choices are made by, and of those held out (True).
 Sums = dict[bool, dict[str, list[np.ndarray]]]

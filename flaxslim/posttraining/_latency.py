@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxslim._errors import BudgetError, nearest
+from flaxslim.errors import BudgetError, nearest
 
 Thunk = Callable[[], Any]
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from flaxslim._errors import CalibrationError
+from flaxslim.errors import CalibrationError
 from flaxslim.posttraining._rank import check_score
 from flaxslim.posttraining._tune import Tune
 from flaxslim.training._score import ScoreFn

@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 
 from flaxslim import _mesh, _tree
-from flaxslim._errors import CalibrationError, nearest
 from flaxslim._multiples import with_mesh
 from flaxslim._slim import slim
 from flaxslim._spec import Site, SpecLike
+from flaxslim.errors import CalibrationError, nearest
 from flaxslim.posttraining import _allocate
 from flaxslim.posttraining._allocate import Budget
 from flaxslim.posttraining._calibration import Calibration, Mask

@@ -22,8 +22,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flaxslim._errors import CalibrationError, nearest
 from flaxslim._spec import Site
+from flaxslim.errors import CalibrationError, nearest
 from flaxslim.posttraining._refit import Moments, read_matrix
 from flaxslim.posttraining._removal import removal_order
 from flaxslim.training._score import SCORES, Evidence, ScoreFn, as_score

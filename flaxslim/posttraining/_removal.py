@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import linalg
 
-from flaxslim._errors import CalibrationError
+from flaxslim.errors import CalibrationError
 
 _potri: Any = linalg.get_lapack_funcs("potri", dtype=np.float64)
 _gemm: Any = linalg.get_blas_funcs("gemm", dtype=np.float64)

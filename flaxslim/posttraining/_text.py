@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxslim._errors import CalibrationError, nearest
+from flaxslim.errors import CalibrationError, nearest
 
 KINDS = (
     "UTF-8 text (.txt, .md), .jsonl, .csv or .tsv; an .npz of arrays; or a folder of .png, .jpg, "

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from flaxslim import _config
-from flaxslim._errors import CalibrationError, UnknownFamilyError
+from flaxslim.errors import CalibrationError, UnknownFamilyError
 
 _CAUSAL = ("gpt2", "llama", "opt", "gptj", "gpt_neo", "bloom", "mistral", "gemma", "xglm")
 

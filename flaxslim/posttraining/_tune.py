@@ -16,8 +16,8 @@ import numpy as np
 import optax
 
 from flaxslim import _tree
-from flaxslim._errors import CalibrationError
 from flaxslim._spec import Site
+from flaxslim.errors import CalibrationError
 from flaxslim.posttraining._calibration import Calibration
 from flaxslim.posttraining._capture import inner_axes
 from flaxslim.posttraining._distance import Distance

@@ -4,9 +4,9 @@ import functools
 from typing import Any
 
 from flaxslim import _config
-from flaxslim._errors import SpecError, UnknownFamilyError, nearest
 from flaxslim._pair import Pair
 from flaxslim._spec import Spec, SpecLike
+from flaxslim.errors import SpecError, UnknownFamilyError, nearest
 from flaxslim.specs import _ffn, _heads
 
 # model_type -> specs of the FFN and of the heads, for every family that stands by itself.

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from flaxslim._errors import TrainingError
 from flaxslim._spec import Site
+from flaxslim.errors import TrainingError
 from flaxslim.training._allocation import Allocation, choose, members, regrown
 from flaxslim.training._channels import Rows, reading, spread, total
 from flaxslim.training._schedule import Schedule

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flaxslim._errors import TrainingError
+from flaxslim.errors import TrainingError
 
 # Logits over the positions of a sequence: what is masked is no answer, whoever asks.
 _SPANS = ("start_logits", "end_logits")

@@ -45,8 +45,8 @@ from flax.traverse_util import unflatten_dict
 from jax.core import Tracer
 
 from flaxslim import _tree
-from flaxslim._errors import TrainingError, nearest
 from flaxslim._spec import Site, SpecLike
+from flaxslim.errors import TrainingError, nearest
 from flaxslim.specs import chosen
 from flaxslim.training._channels import reading, spread, together
 

@@ -25,8 +25,8 @@ import optax
 from jax.core import Tracer
 
 from flaxslim import _tree
-from flaxslim._errors import TrainingError
 from flaxslim._spec import Site, SpecLike, Tensor
+from flaxslim.errors import TrainingError
 from flaxslim.specs import chosen
 from flaxslim.training._channels import Rows, spread, together, total
 

@@ -19,8 +19,8 @@ import numpy as np
 import optax
 
 from flaxslim import _tree
-from flaxslim._errors import TrainingError, nearest
 from flaxslim._spec import Site, Spec, SpecLike, Tensor
+from flaxslim.errors import TrainingError, nearest
 from flaxslim.specs import chosen
 from flaxslim.training._allocation import Allocation
 from flaxslim.training._channels import masks, read, reading

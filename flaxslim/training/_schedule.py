@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flaxslim._errors import TrainingError
+from flaxslim.errors import TrainingError
 
 # The share that is dead after a step, which may be traced.
 SparsityFn = Callable[[Any], Any]

@@ -41,8 +41,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flaxslim._errors import TrainingError, nearest
 from flaxslim._spec import Site, Tensor
+from flaxslim.errors import TrainingError, nearest
 from flaxslim.training._channels import Rows, total, values
 
 

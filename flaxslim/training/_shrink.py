@@ -13,10 +13,10 @@ from flaxslim import _mesh, _tree
 from flaxslim._apply import apply
 from flaxslim._copies import Names, copies
 from flaxslim._draw import draw
-from flaxslim._errors import NothingRemovedWarning, TrainingError
 from flaxslim._plan import Plan
 from flaxslim._slim import carried_out
 from flaxslim._spec import SpecLike
+from flaxslim.errors import NothingRemovedWarning, TrainingError
 from flaxslim.training._sparsity import Sparsity, sparsity
 
 _log = logging.getLogger("flaxslim")

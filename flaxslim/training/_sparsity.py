@@ -8,7 +8,7 @@ import numpy as np
 
 from flaxslim import _mesh, _tree
 from flaxslim._copies import of_channels, splits
-from flaxslim._errors import TrainingError
+from flaxslim.errors import TrainingError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 from jax.tree_util import DictKey
 
 from flaxslim import _tree
-from flaxslim._errors import TrainingError
+from flaxslim.errors import TrainingError
 from flaxslim.training._channels import whole
 
 # What is known of the channels of each site, by the path of its second kernel.

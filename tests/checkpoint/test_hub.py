@@ -19,7 +19,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from initialised import drawn
 from transformers import BertConfig, FlaxBertModel
 
-from flaxslim import _errors
+from flaxslim import errors
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import _write, load, read, save
 
@@ -263,14 +263,14 @@ def test_the_environment_is_respected(hub, tmp_path):
 
 
 def test_no_such_repository(hub):
-    with pytest.raises(_errors.HubError, match="there is no such repository on the Hub") as caught:
+    with pytest.raises(errors.HubError, match="there is no such repository on the Hub") as caught:
         load("owner/tyni")
     assert "owner/tyni" in str(caught.value)
     assert "check the spelling" in str(caught.value)
 
 
 def test_no_such_revision(hub):
-    with pytest.raises(_errors.HubError, match="no such revision") as caught:
+    with pytest.raises(errors.HubError, match="no such revision") as caught:
         load("owner/tiny", revision="v9")
     assert "'v9'" in str(caught.value)
 
@@ -279,21 +279,21 @@ def test_no_such_revision(hub):
 @pytest.mark.parametrize("where", ["owner/tiny", "config.json"])
 def test_a_gated_repository(hub, status, where):
     hub.faults[where] = (status, "GatedRepo")
-    with pytest.raises(_errors.HubError, match="the repository is gated") as caught:
+    with pytest.raises(errors.HubError, match="the repository is gated") as caught:
         load("owner/tiny")
     assert "hf auth login" in str(caught.value)
 
 
 def test_a_server_that_fails(hub):
     hub.faults["owner/tiny"] = (500, "")
-    with pytest.raises(_errors.HubError, match="the download did not finish") as caught:
+    with pytest.raises(errors.HubError, match="the download did not finish") as caught:
         load("owner/tiny")
     assert "500" in str(caught.value)
 
 
 def test_a_connection_that_drops_in_a_file(hub, params):
     hub.faults["model.safetensors"] = "drop"
-    with pytest.raises(_errors.HubError, match="the download did not finish") as caught:
+    with pytest.raises(errors.HubError, match="the download did not finish") as caught:
         load("owner/tiny")
     assert "what arrived is kept" in str(caught.value)
     hub.faults.clear()
@@ -302,7 +302,7 @@ def test_a_connection_that_drops_in_a_file(hub, params):
 
 def test_a_connection_that_drops_at_once(hub, params):
     hub.faults["owner/tiny"] = "drop"
-    with pytest.raises(_errors.HubError, match="the Hub cannot be reached, and the cache does not"):
+    with pytest.raises(errors.HubError, match="the Hub cannot be reached, and the cache does not"):
         load("owner/tiny")
     hub.faults.clear()
     load("owner/tiny")
@@ -312,14 +312,14 @@ def test_a_connection_that_drops_at_once(hub, params):
 
 def test_nobody_listens(monkeypatch, tmp_path):
     _point(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
-    with pytest.raises(_errors.HubError, match="the Hub cannot be reached") as caught:
+    with pytest.raises(errors.HubError, match="the Hub cannot be reached") as caught:
         load("owner/tiny")
     assert "check the connection and HF_ENDPOINT" in str(caught.value)
 
 
 def test_offline_without_a_cache(hub, offline):
     offline()
-    with pytest.raises(_errors.HubError, match="offline mode is on, and the cache") as caught:
+    with pytest.raises(errors.HubError, match="offline mode is on, and the cache") as caught:
         load("owner/tiny")
     assert "unset HF_HUB_OFFLINE" in str(caught.value)
     assert hub.seen == []
@@ -336,14 +336,14 @@ def test_offline_with_a_cache(hub, offline, params):
 def test_offline_with_half_a_cache(hub, offline):
     huggingface_hub.hf_hub_download("owner/tiny", "config.json")
     offline()
-    with pytest.raises(_errors.HubError, match="the cache has only a part") as caught:
+    with pytest.raises(errors.HubError, match="the cache has only a part") as caught:
         load("owner/tiny")
     assert "found:    config.json" in str(caught.value)
 
 
 def test_a_repository_without_weights(hub):
     (hub.folder / "model.safetensors").unlink()
-    with pytest.raises(_errors.HubError, match="no weights that flaxslim reads") as caught:
+    with pytest.raises(errors.HubError, match="no weights that flaxslim reads") as caught:
         load("owner/tiny")
     assert "tf_model.h5" in str(caught.value)
     assert hub.got() == set()
@@ -353,5 +353,5 @@ def test_an_index_of_the_hub_that_leads_out(hub):
     (hub.folder / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {"a.weight": "../../../../secret.safetensors"}}
     (hub.folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(_errors.UnsafePathError, match="do not trust that repository"):
+    with pytest.raises(errors.UnsafePathError, match="do not trust that repository"):
         load("owner/tiny")

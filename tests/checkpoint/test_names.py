@@ -12,7 +12,7 @@ import pytest
 import transformers as tf
 from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
 
-from flaxslim import _errors
+from flaxslim import errors
 from flaxslim._compat import parameter_shapes
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import load, read, save, to_flax
@@ -290,7 +290,7 @@ def test_a_config_that_contradicts_the_tensors_is_refused():
     model = _torch_model("BertModel")
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     cfg = tf.BertConfig(**{**_BERT, "intermediate_size": 48}, architectures=["BertModel"])
-    with pytest.raises(_errors.ConfigError, match="sizes contradict the tensors") as caught:
+    with pytest.raises(errors.ConfigError, match="sizes contradict the tensors") as caught:
         to_flax(state, cfg)
     assert "shape (32, 40)" in str(caught.value) or "shape (40," in str(caught.value)
 

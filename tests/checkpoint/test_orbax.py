@@ -15,17 +15,17 @@ from zoo import CASES, build
 
 import flaxslim
 from flaxslim import MAXTEXT_FFN
-from flaxslim._errors import (
+from flaxslim._tree import flatten
+from flaxslim.checkpoint import convert_orbax, is_orbax, orbax_abstract
+from flaxslim.checkpoint._chunks import regions
+from flaxslim.cli import main
+from flaxslim.errors import (
     ConfigError,
     CorruptFileError,
     MissingFileError,
     NonFiniteError,
     TargetError,
 )
-from flaxslim._tree import flatten
-from flaxslim.checkpoint import convert_orbax, is_orbax, orbax_abstract
-from flaxslim.checkpoint._chunks import regions
-from flaxslim.cli import main
 from flaxslim.specs import spec_for
 
 D, L, F, DEAD = 6, 3, 16, (5, 7, 9)  # wi (d, l, f), wo (f, l, d): scanned on axis 1

@@ -15,7 +15,7 @@ from initialised import drawn
 from safetensors.numpy import save_file
 from transformers import BertConfig, FlaxBertModel, PretrainedConfig
 
-from flaxslim import _errors
+from flaxslim import errors
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import load, read, save
 
@@ -135,7 +135,7 @@ def test_a_pickle_that_would_run_code_is_refused(torch_folder, tmp_path):
 
     (torch_folder / "model.safetensors").unlink()
     torch.save({"a": Evil()}, torch_folder / "pytorch_model.bin")
-    with pytest.raises(_errors.CorruptFileError, match="does not read this file as plain weights"):
+    with pytest.raises(errors.CorruptFileError, match="does not read this file as plain weights"):
         read(torch_folder)
     assert not (tmp_path / "it-ran").exists()
 
@@ -210,20 +210,20 @@ def test_the_real_llama_is_read(data):
 
 def test_no_config(folder):
     (folder / "config.json").unlink()
-    with pytest.raises(_errors.MissingFileError, match=r"the folder has no config\.json") as caught:
+    with pytest.raises(errors.MissingFileError, match=r"the folder has no config\.json") as caught:
         read(folder)
     assert "found:    flax_model.msgpack" in str(caught.value)
 
 
 def test_a_config_that_is_no_json(folder):
     (folder / "config.json").write_text("{")
-    with pytest.raises(_errors.CorruptFileError, match="not JSON"):
+    with pytest.raises(errors.CorruptFileError, match="not JSON"):
         read(folder)
 
 
 def test_no_weights(folder):
     (folder / "flax_model.msgpack").rename(folder / "tf_model.h5")
-    with pytest.raises(_errors.MissingFileError, match="no weights that flaxslim reads") as caught:
+    with pytest.raises(errors.MissingFileError, match="no weights that flaxslim reads") as caught:
         read(folder)
     assert "tf_model.h5" in str(caught.value)
 
@@ -232,20 +232,20 @@ def test_no_weights(folder):
 def test_a_truncated_msgpack(folder, keep):
     path = folder / "flax_model.msgpack"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(_errors.CorruptFileError, match="not a whole msgpack file"):
+    with pytest.raises(errors.CorruptFileError, match="not a whole msgpack file"):
         read(folder)
 
 
 def test_a_msgpack_with_something_after_its_end(folder):
     path = folder / "flax_model.msgpack"
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(_errors.CorruptFileError, match="not a whole msgpack file"):
+    with pytest.raises(errors.CorruptFileError, match="not a whole msgpack file"):
         read(folder)
 
 
 def test_a_msgpack_of_something_else(folder):
     (folder / "flax_model.msgpack").write_bytes(to_bytes({"a": "text"}))
-    with pytest.raises(_errors.CorruptFileError, match="not a whole msgpack file of Flax param"):
+    with pytest.raises(errors.CorruptFileError, match="not a whole msgpack file of Flax param"):
         read(folder)
 
 
@@ -253,7 +253,7 @@ def test_a_msgpack_of_something_else(folder):
 def test_a_truncated_safetensors(torch_folder, keep):
     path = torch_folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(_errors.CorruptFileError, match="not a whole safetensors file") as error:
+    with pytest.raises(errors.CorruptFileError, match="not a whole safetensors file") as error:
         read(torch_folder)
     assert str(path) in str(error.value)
     assert "download or copy the file again" in str(error.value)
@@ -275,14 +275,14 @@ def test_a_truncated_safetensors(torch_folder, keep):
 def test_a_broken_safetensors_header(torch_folder, header):
     path = torch_folder / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 64)
-    with pytest.raises(_errors.CorruptFileError, match="not a whole safetensors file"):
+    with pytest.raises(errors.CorruptFileError, match="not a whole safetensors file"):
         read(torch_folder)
 
 
 def test_a_git_lfs_pointer(folder, torch_folder):
     for path in (folder / "flax_model.msgpack", torch_folder / "model.safetensors"):
         path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-        with pytest.raises(_errors.CorruptFileError, match="Git LFS pointer") as caught:
+        with pytest.raises(errors.CorruptFileError, match="Git LFS pointer") as caught:
             read(path.parent)
         assert "git lfs pull" in str(caught.value)
 
@@ -290,7 +290,7 @@ def test_a_git_lfs_pointer(folder, torch_folder):
 def test_a_missing_shard(torch_folder):
     _shard(torch_folder)
     (torch_folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(_errors.MissingFileError, match="1 of 3 shards are missing") as caught:
+    with pytest.raises(errors.MissingFileError, match="1 of 3 shards are missing") as caught:
         read(torch_folder)
     assert "no model-00002-of-00003.safetensors" in str(caught.value)
 
@@ -300,7 +300,7 @@ def test_a_shard_without_a_promised_tensor(torch_folder):
     values = json.loads(index.read_text())
     values["weight_map"]["pooler.dense.weigth"] = "model-00001-of-00003.safetensors"
     index.write_text(json.dumps(values))
-    with pytest.raises(_errors.CorruptFileError, match="lacks 1 of the tensors") as caught:
+    with pytest.raises(errors.CorruptFileError, match="lacks 1 of the tensors") as caught:
         read(torch_folder)
     assert "no pooler.dense.weigth" in str(caught.value)
 
@@ -313,13 +313,13 @@ def test_an_index_that_leads_out(torch_folder, name):
     values = json.loads(index.read_text())
     values["weight_map"]["pooler.dense.weight"] = name
     index.write_text(json.dumps(values))
-    with pytest.raises(_errors.UnsafePathError, match="leads out of the checkpoint's folder"):
+    with pytest.raises(errors.UnsafePathError, match="leads out of the checkpoint's folder"):
         read(torch_folder)
 
 
 def test_an_index_without_a_map(torch_folder):
     _shard(torch_folder).write_text('{"weight_map": 3}')
-    with pytest.raises(_errors.CorruptFileError, match="the index has no weight_map"):
+    with pytest.raises(errors.CorruptFileError, match="the index has no weight_map"):
         read(torch_folder)
 
 
@@ -327,7 +327,7 @@ def test_an_index_without_a_map(torch_folder):
 def test_a_link_that_leads_out(folder, tmp_path, name):
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(_errors.UnsafePathError, match="a link leads out") as caught:
+    with pytest.raises(errors.UnsafePathError, match="a link leads out") as caught:
         read(folder)
     assert str(tmp_path / "elsewhere") in str(caught.value)
 
@@ -344,17 +344,17 @@ def test_the_links_of_a_hub_cache_are_followed(folder, tmp_path, params):
 
 @pytest.mark.parametrize("source", ["./no-such", "a/b/c", "no such", Path("gpt2")])
 def test_a_folder_that_is_not_there(source):
-    with pytest.raises(_errors.MissingFileError, match="there is no such folder"):
+    with pytest.raises(errors.MissingFileError, match="there is no such folder"):
         read(source)
 
 
 def test_a_misspelled_folder_has_neighbours(folder):
-    with pytest.raises(_errors.MissingFileError, match=r"nearest: +model"):
+    with pytest.raises(errors.MissingFileError, match=r"nearest: +model"):
         read(str(folder.parent / "modle"))
 
 
 def test_a_file_in_place_of_a_folder(folder):
-    with pytest.raises(_errors.MissingFileError, match="a checkpoint is a folder"):
+    with pytest.raises(errors.MissingFileError, match="a checkpoint is a folder"):
         read(folder / "flax_model.msgpack")
 
 
@@ -363,7 +363,7 @@ def test_tensorflow_names_are_refused(torch_folder):
 
     path = torch_folder / "model.safetensors"
     save_file(load_file(path), path, metadata={"format": "tf"})
-    with pytest.raises(_errors.UnsupportedFormatError, match="TensorFlow names"):
+    with pytest.raises(errors.UnsupportedFormatError, match="TensorFlow names"):
         read(torch_folder)
 
 
@@ -371,7 +371,7 @@ def test_a_dtype_that_is_not_known(torch_folder):
     header = b'{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}'
     path = torch_folder / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
-    with pytest.raises(_errors.UnsupportedFormatError, match="a dtype that is not read"):
+    with pytest.raises(errors.UnsupportedFormatError, match="a dtype that is not read"):
         read(torch_folder)
 
 
@@ -382,7 +382,7 @@ def test_a_dtype_that_is_not_known(torch_folder):
 def test_weights_that_are_a_folder_are_no_weights(folder, name):
     (folder / "flax_model.msgpack").unlink()
     (folder / name).mkdir()
-    with pytest.raises(_errors.MissingFileError, match="no weights that flaxslim reads") as caught:
+    with pytest.raises(errors.MissingFileError, match="no weights that flaxslim reads") as caught:
         read(folder)
     assert f"{name}/" in str(caught.value)
 
@@ -390,7 +390,7 @@ def test_weights_that_are_a_folder_are_no_weights(folder, name):
 def test_a_config_that_is_a_folder_is_no_config(folder):
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
-    with pytest.raises(_errors.MissingFileError, match=r"no config\.json") as caught:
+    with pytest.raises(errors.MissingFileError, match=r"no config\.json") as caught:
         read(folder)
     assert "config.json/" in str(caught.value)
 
@@ -406,7 +406,7 @@ def test_what_the_system_does_not_read(folder, monkeypatch, name, code):
         return stock(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", refuse)
-    kind = _errors.MissingFileError if code == errno.ENOENT else _errors.CorruptFileError
+    kind = errors.MissingFileError if code == errno.ENOENT else errors.CorruptFileError
     with pytest.raises(kind) as caught:
         read(folder)
     assert str(folder / name) in str(caught.value)
@@ -418,18 +418,18 @@ def test_safetensors_that_may_not_be_read(torch_folder, monkeypatch):
         raise PermissionError("Permission denied (os error 13)")
 
     monkeypatch.setattr("safetensors.safe_open", refuse)
-    with pytest.raises(_errors.CorruptFileError, match="cannot be read") as caught:
+    with pytest.raises(errors.CorruptFileError, match="cannot be read") as caught:
         read(torch_folder)
     assert str(torch_folder / "model.safetensors") in str(caught.value)
 
 
 def test_a_source_that_is_no_name_at_all():
-    with pytest.raises(_errors.CheckpointError):
+    with pytest.raises(errors.CheckpointError):
         read("x" * 5000)
 
 
 def test_a_side_file_that_is_a_link_to_nothing(folder, params, tmp_path):
     (folder / "vocab.txt").symlink_to(folder / "gone")
-    with pytest.raises(_errors.MissingFileError, match="a link to nothing") as caught:
+    with pytest.raises(errors.MissingFileError, match="a link to nothing") as caught:
         save(tmp_path / "out", params, CONFIG, like=folder)
     assert "vocab.txt" in str(caught.value)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import BertConfig
 
-from flaxslim import _errors
+from flaxslim import errors
 from flaxslim.checkpoint import read, save
 from flaxslim.checkpoint._config import config_text
 
@@ -75,7 +75,7 @@ def test_an_object_with_to_dict():
 
 @pytest.mark.parametrize("cfg", [None, 3, Homemade, BertConfig, object()])
 def test_what_is_no_config_is_refused(tmp_path, cfg):
-    with pytest.raises(_errors.ConfigError, match="cannot be written as JSON") as caught:
+    with pytest.raises(errors.ConfigError, match="cannot be written as JSON") as caught:
         save(tmp_path / "a", PARAMS, cfg)
     assert type(cfg).__name__ in str(caught.value)
     assert "a dataclass instance" in str(caught.value)
@@ -84,6 +84,6 @@ def test_what_is_no_config_is_refused(tmp_path, cfg):
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, np.ones(3), jnp.ones(2)])
 def test_a_value_that_is_no_plain_data_is_named(value):
-    with pytest.raises(_errors.ConfigError, match=r"inner\.list\[1\]") as caught:
+    with pytest.raises(errors.ConfigError, match=r"inner\.list\[1\]") as caught:
         config_text({"inner": {"list": [1, value]}})
     assert type(value).__name__ in str(caught.value)

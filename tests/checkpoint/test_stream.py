@@ -21,7 +21,7 @@ from kill import kill
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig
 
-from flaxslim import _errors, _lazy, slim
+from flaxslim import _lazy, errors, slim
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import _msgpack, _stored, read, save, to_flax
 from flaxslim.checkpoint._atomic import fresh_folder
@@ -152,7 +152,7 @@ def test_a_tensor_in_two_shards(source):
     tensors = load_file(two)
     twice = next(iter(load_file(one)))
     save_file({**tensors, twice: np.zeros(3, np.float32)}, two, {"format": "pt"})
-    with pytest.raises(_errors.CorruptFileError, match="in another shard, too") as caught:
+    with pytest.raises(errors.CorruptFileError, match="in another shard, too") as caught:
         read(source)
     assert twice in str(caught.value)
 
@@ -160,7 +160,7 @@ def test_a_tensor_in_two_shards(source):
 def test_a_tensor_that_the_index_does_not_name(source):
     one, *_ = sorted(source.glob("*.safetensors"))
     save_file({**load_file(one), "extra": np.zeros(3, np.float32)}, one, {"format": "pt"})
-    with pytest.raises(_errors.CorruptFileError, match="the index does not name") as caught:
+    with pytest.raises(errors.CorruptFileError, match="the index does not name") as caught:
         read(source)
     assert "extra" in str(caught.value)
 
@@ -175,14 +175,14 @@ def header(path: Path, text: bytes, data: bytes = b"") -> Path:
 def test_overlapping_offsets(tmp_path):
     entry = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
     text = json.dumps({"a": entry, "b": {**entry, "data_offsets": [2, 6]}}).encode()
-    with pytest.raises(_errors.CorruptFileError, match="not a whole safetensors file"):
+    with pytest.raises(errors.CorruptFileError, match="not a whole safetensors file"):
         read(header(tmp_path / "x", text, bytes(6)))
 
 
 def test_a_name_twice_in_a_header(tmp_path):
     entry = '{"dtype": "U8", "shape": [4], "data_offsets": [%d, %d]}'
     text = f'{{"a": {entry % (0, 4)}, "a": {entry % (4, 8)}}}'.encode()
-    with pytest.raises(_errors.CorruptFileError):
+    with pytest.raises(errors.CorruptFileError):
         read(header(tmp_path / "x", text, bytes(8)))
 
 
@@ -191,7 +191,7 @@ def test_a_header_of_a_hundred_megabytes(tmp_path):
     with (path / "model.safetensors").open("r+b") as file:
         file.write((101 * 10**6).to_bytes(8, "little"))
         file.truncate(102 * 10**6)  # sparse
-    with pytest.raises(_errors.CorruptFileError, match="not a whole safetensors file"):
+    with pytest.raises(errors.CorruptFileError, match="not a whole safetensors file"):
         read(path)
 
 
@@ -205,15 +205,15 @@ def test_a_source_that_changes_while_it_is_read(tmp_path, source, change):
     else:
         time.sleep(0.01)
         victim.write_bytes(victim.read_bytes())
-    with pytest.raises(_errors.CorruptFileError, match=r"shorter while|changed while"):
+    with pytest.raises(errors.CorruptFileError, match=r"shorter while|changed while"):
         save(tmp_path / "out", small, cfg, like=before)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
 def test_a_wrong_shard_size(tmp_path, source):
-    with pytest.raises(_errors.UnsupportedFormatError, match="at least one byte"):
+    with pytest.raises(errors.UnsupportedFormatError, match="at least one byte"):
         save(tmp_path / "out", llama(), LLAMA, format="torch", shard_size=0)
-    with pytest.raises(_errors.UnsupportedFormatError, match="no shards"):
+    with pytest.raises(errors.UnsupportedFormatError, match="no shards"):
         save(tmp_path / "out", {"a": np.ones(2)}, {}, format="flax-safetensors", shard_size=10)
 
 
@@ -348,7 +348,7 @@ def test_what_a_killed_run_left_is_no_use_to_another(tmp_path, source, server):
 def test_two_runs_into_one_target(tmp_path, source):
     with fresh_folder(tmp_path / "out", need=0, overwrite=False) as new:
         (new / "x").write_text("first")
-        with pytest.raises(_errors.TargetError, match="another process is writing"):
+        with pytest.raises(errors.TargetError, match="another process is writing"):
             save(tmp_path / "out", llama(), LLAMA, format="torch")
     assert (tmp_path / "out" / "x").read_text() == "first"
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flaxslim import _errors
+from flaxslim import errors
 from flaxslim.checkpoint import _atomic, _folder, load, read, save
 
 CONFIG = {"model_type": "homemade", "width": 3}
@@ -26,15 +26,15 @@ def _files(folder):
 
 
 def test_an_existing_target_is_refused(tmp_path, source):
-    with pytest.raises(_errors.TargetError, match="the target exists") as caught:
+    with pytest.raises(errors.TargetError, match="the target exists") as caught:
         save(source, PARAMS, CONFIG)
     assert "--overwrite" in str(caught.value)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(_errors.TargetError, match="the target exists"):
+    with pytest.raises(errors.TargetError, match="the target exists"):
         save(tmp_path / "empty", PARAMS, CONFIG)
     save(tmp_path / "empty", PARAMS, CONFIG, overwrite=True)
     _put(tmp_path, "file")
-    with pytest.raises(_errors.TargetError, match="the target is a file"):
+    with pytest.raises(errors.TargetError, match="the target is a file"):
         save(tmp_path / "file", PARAMS, CONFIG, overwrite=True)
 
 
@@ -43,7 +43,7 @@ def test_an_existing_target_is_refused(tmp_path, source):
 )
 def test_something_else_than_a_checkpoint_is_never_replaced(tmp_path, names):
     _put(tmp_path / "home", *names)
-    with pytest.raises(_errors.TargetError, match="something else than a checkpoint"):
+    with pytest.raises(errors.TargetError, match="something else than a checkpoint"):
         save(tmp_path / "home", PARAMS, CONFIG, overwrite=True)
     assert _files(tmp_path / "home") == set(names)
 
@@ -70,7 +70,7 @@ def test_a_checkpoint_with_something_else_beside_it_is_not_replaced(source, name
     for like in (None, read(source)):
         if like is not None and _folder.travels(name):
             continue  # it is carried along, so nothing is lost
-        with pytest.raises(_errors.TargetError, match="holds more than a checkpoint") as caught:
+        with pytest.raises(errors.TargetError, match="holds more than a checkpoint") as caught:
             save(source, PARAMS, CONFIG, like=like, overwrite=True)
         assert name.split("/")[0] in str(caught.value)
         assert "name another folder, or move these away" in str(caught.value)
@@ -79,14 +79,14 @@ def test_a_checkpoint_with_something_else_beside_it_is_not_replaced(source, name
 
 def test_the_first_few_are_named(source):
     _put(source, *(f"{n}.csv" for n in range(7)))
-    with pytest.raises(_errors.TargetError, match=r"0\.csv, 1\.csv, 2\.csv, 3\.csv and 3 more"):
+    with pytest.raises(errors.TargetError, match=r"0\.csv, 1\.csv, 2\.csv, 3\.csv and 3 more"):
         save(source, PARAMS, CONFIG, overwrite=True)
 
 
 def test_a_link_to_a_folder_inside_is_somebodys_own(tmp_path, source):
     _put(tmp_path / "elsewhere", "x")
     (source / "1_Pooling").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(_errors.TargetError, match="1_Pooling/"):
+    with pytest.raises(errors.TargetError, match="1_Pooling/"):
         save(source, PARAMS, CONFIG, overwrite=True)
 
 
@@ -112,20 +112,20 @@ def test_what_travels_from_the_source_may_be_replaced_by_it(tmp_path, source):
     save(source, PARAMS, CONFIG, like=source, overwrite=True)
     assert (tmp_path / "out" / "figure.png").read_text() == "figure.png"
     assert (source / "figure.png").exists()
-    with pytest.raises(_errors.TargetError, match=r"figure\.png"):
+    with pytest.raises(errors.TargetError, match=r"figure\.png"):
         save(tmp_path / "out", PARAMS, CONFIG, overwrite=True)
 
 
 def test_source_and_target_lie_apart(tmp_path, source):
     _put(tmp_path, "config.json", "model.safetensors")
-    with pytest.raises(_errors.TargetError, match="the source lies inside the target"):
+    with pytest.raises(errors.TargetError, match="the source lies inside the target"):
         save(tmp_path, PARAMS, CONFIG, like=source, overwrite=True)
     before = _files(source)
     (tmp_path / "link").symlink_to(source)
     for out in (source / "smaller", source / "deep" / "er", tmp_path / "link" / "smaller"):
-        with pytest.raises(_errors.TargetError, match="the target lies inside the source"):
+        with pytest.raises(errors.TargetError, match="the target lies inside the source"):
             save(out, PARAMS, CONFIG, like=source)
-        with pytest.raises(_errors.TargetError, match="the target lies inside the source"):
+        with pytest.raises(errors.TargetError, match="the target lies inside the source"):
             _atomic.check_target(out, overwrite=True, source=source)
     assert _files(source) == before
     assert not (source / "deep").exists()

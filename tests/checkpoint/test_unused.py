@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import transformers as tf
 
-from flaxslim import _errors
+from flaxslim import errors
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import load, read, save, to_flax, unused
 from flaxslim.checkpoint._names import dotted
@@ -47,7 +47,7 @@ def test_a_conversion_that_would_lose_it_is_refused(classifier, tmp_path, format
     with pytest.warns(UserWarning, match=r"score\.weight"):
         params, cfg = load(found)
     for tree, like in ((found.params, None), (found.params, found), (params, found)):
-        with pytest.raises(_errors.UnsupportedFormatError, match="would be lost") as caught:
+        with pytest.raises(errors.UnsupportedFormatError, match="would be lost") as caught:
             save(tmp_path / "out", tree, cfg, like=like, format=format)
         assert "score.weight" in str(caught.value)
         assert "keep the PyTorch format" in str(caught.value)

@@ -18,7 +18,7 @@ from initialised import drawn
 from safetensors import safe_open
 from transformers import BertConfig, FlaxBertModel
 
-from flaxslim import _errors
+from flaxslim import errors
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import _atomic, _pour, _safetensors, _write, load, read, save
 from flaxslim.checkpoint._card import HEADING, with_section
@@ -201,7 +201,7 @@ def test_a_dtype_may_be_asked_for(tmp_path, params):
     leaves = flatten(load(folder)[0])
     assert {leaf.dtype for leaf in leaves.values()} == {np.dtype(ml_dtypes.bfloat16)}
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    with pytest.raises(_errors.UnsupportedFormatError, match="only cast to a floating-point"):
+    with pytest.raises(errors.UnsupportedFormatError, match="only cast to a floating-point"):
         save(tmp_path / "b", params, CONFIG, dtype="int8")
 
 
@@ -217,7 +217,7 @@ def test_jax_leaves_are_written(tmp_path):
 
 
 def test_an_unknown_format(tmp_path, params):
-    with pytest.raises(_errors.UnsupportedFormatError, match="no such format to write"):
+    with pytest.raises(errors.UnsupportedFormatError, match="no such format to write"):
         save(tmp_path / "a", params, CONFIG, format="pickle")
 
 
@@ -263,7 +263,7 @@ def test_a_text_of_the_callers_own_is_put_on_the_card(tmp_path, source, params):
 def test_a_side_file_that_is_a_link_out_is_refused(tmp_path, source, params):
     (tmp_path / "secret").write_text("x")
     (source / "notes.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(_errors.UnsafePathError, match="a link leads out"):
+    with pytest.raises(errors.UnsafePathError, match="a link leads out"):
         save(tmp_path / "out", params, CONFIG, like=source)
     assert not (tmp_path / "out").exists()
 
@@ -313,7 +313,7 @@ def test_a_disk_that_runs_full_leaves_nothing(
     monkeypatch.setattr(_Full, "room", 9_000)
     monkeypatch.setattr(_pour, "_opened", lambda path: _Full(path, "r+"))
     target = source if overwrite else tmp_path / "deep" / "out"
-    with pytest.raises(_errors.TargetError, match="the disk ran full; nothing was kept") as caught:
+    with pytest.raises(errors.TargetError, match="the disk ran full; nothing was kept") as caught:
         save(target, params, CONFIG, like=source, format=format, overwrite=overwrite)
     assert "No space left on device" in str(caught.value)
     assert _listing(tmp_path) == ["source"]
@@ -328,15 +328,15 @@ def test_a_small_disk(tmp_path, params):
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a tmpfs cannot be mounted here")
     try:
-        with pytest.raises(_errors.TargetError, match="no room for the checkpoint"):
+        with pytest.raises(errors.TargetError, match="no room for the checkpoint"):
             save(disk / "out", params, CONFIG)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_atomic, "_check_room", lambda folder, need: None)
-            with pytest.raises(_errors.TargetError, match="the disk ran full"):
+            with pytest.raises(errors.TargetError, match="the disk ran full"):
                 save(disk / "out", params, CONFIG)
         assert _listing(disk) == []
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        with pytest.raises(_errors.TargetError, match="cannot be written") as caught:
+        with pytest.raises(errors.TargetError, match="cannot be written") as caught:
             save(disk / "out", params, CONFIG)
         assert "Read-only file system" in str(caught.value)
     finally:
@@ -348,7 +348,7 @@ def test_a_read_only_target(tmp_path, params):
     place.mkdir(mode=0o555)
     if os.access(place, os.W_OK):
         pytest.skip("this user may write anywhere (root)")
-    with pytest.raises(_errors.TargetError, match="cannot be written"):
+    with pytest.raises(errors.TargetError, match="cannot be written"):
         save(place / "out", params, CONFIG)
 
 
@@ -357,14 +357,14 @@ def test_a_refused_write(tmp_path, params, monkeypatch):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(_atomic.Path, "mkdir", refuse)
-    with pytest.raises(_errors.TargetError, match="the target cannot be written"):
+    with pytest.raises(errors.TargetError, match="the target cannot be written"):
         save(tmp_path / "out", params, CONFIG)
 
 
 def test_too_little_room_is_seen_before(tmp_path, params, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(_atomic.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(_errors.TargetError, match="no room for the checkpoint") as caught:
+    with pytest.raises(errors.TargetError, match="no room for the checkpoint") as caught:
         save(tmp_path / "out", params, CONFIG)
     assert "1.0 kB free" in str(caught.value)
     assert _listing(tmp_path) == []
@@ -383,7 +383,7 @@ def test_the_old_one_comes_back_if_the_swap_fails(tmp_path, source, params, monk
 
     monkeypatch.setattr(_atomic.Path, "rename", rename)
     monkeypatch.setattr(_atomic, "_exchange", lambda one, other: False)  # as on macOS
-    with pytest.raises(_errors.TargetError if fault is OSError else fault):
+    with pytest.raises(errors.TargetError if fault is OSError else fault):
         save(source, params, CONFIG, overwrite=True)
     assert _listing(tmp_path) == ["source"]
     assert _files(source) == before

@@ -19,12 +19,12 @@ from zoo import CASES, build
 import flaxslim
 from flaxslim import _export
 from flaxslim._compat import shell
-from flaxslim._errors import ExportError, ProofError, TargetError
 from flaxslim._inputs import inputs_for
 from flaxslim._model import outputs
 from flaxslim._tree import flatten
 from flaxslim.checkpoint._folder import listing
 from flaxslim.cli import main
+from flaxslim.errors import ExportError, ProofError, TargetError
 from flaxslim.specs import spec_for
 
 LOADER = Path(__file__).parents[2] / "examples" / "run_exported.py"

@@ -11,10 +11,10 @@ import pytest
 
 import flaxslim
 from cli.tiny import WIDTH
-from flaxslim._errors import CorruptFileError
 from flaxslim._proof import Change, Control, ControlRow, OutputRow, Proof
 from flaxslim.checkpoint import read
 from flaxslim.cli import _page, _slim, _slimming
+from flaxslim.errors import CorruptFileError
 
 HOSTILE = "<script>alert('x')</script>\" onload=\"alert(1)"
 

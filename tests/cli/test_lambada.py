@@ -9,11 +9,11 @@ import pytest
 
 import flaxslim
 from cli.tiny import tiny
-from flaxslim._errors import CalibrationError
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import read
 from flaxslim.cli._demo import recipes
 from flaxslim.cli._evaluate import _passages, metric
+from flaxslim.errors import CalibrationError
 
 # The recipe, and a model of its family.
 FAMILIES = {

@@ -13,7 +13,6 @@ import pytest
 import flaxslim
 from cli.tiny import RUN
 from flaxslim import FlaxslimError
-from flaxslim._errors import DivergedError, TargetError
 from flaxslim.cli import (
     INTERRUPTED,
     _build,
@@ -28,6 +27,7 @@ from flaxslim.cli import (
     _slimming,
 )
 from flaxslim.cli._recipe import Recipe
+from flaxslim.errors import DivergedError, TargetError
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 

@@ -12,13 +12,13 @@ import numpy as np
 from faults import tiny
 from faults.mutate import broken_bytes, broken_json
 from faults.reader import by_bytes, by_json, some
-from flaxslim._errors import FlaxslimError
 from flaxslim._layout import Layout
 from flaxslim._plan import Plan
 from flaxslim._slim import slim
 from flaxslim._spec import Spec
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import read, save
+from flaxslim.errors import FlaxslimError
 
 
 def read_checkpoint(folder: Path, random: Random) -> None:

@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
 from faults.reader import Reader
 from faults.readers import READERS
-from flaxslim._errors import FlaxslimError
+from flaxslim.errors import FlaxslimError
 
 HANG, MEMORY = 20, 200 * 10**6  # seconds; bytes beside twice the files
 

@@ -43,10 +43,10 @@ from zoo import CASES, Case
 import flaxslim
 from flaxslim import Plan, Site, Spec
 from flaxslim._compat import parameter_shapes
-from flaxslim._errors import WidthError
 from flaxslim._inputs import inputs_for
 from flaxslim._tree import flatten
 from flaxslim.checkpoint._leaf import nest
+from flaxslim.errors import WidthError
 from flaxslim.specs import spec_for
 
 FAMILIES = [case for case in CASES if case.short]

@@ -18,7 +18,14 @@ from kill import kill
 
 from faults import tiny
 from flaxslim import Plan, Spec, cli, plan, slim, verify_by_layer
-from flaxslim._errors import (
+from flaxslim.checkpoint import _atomic, read, to_flax
+from flaxslim.checkpoint._atomic import fresh_file
+from flaxslim.checkpoint._journal import Journal
+from flaxslim.checkpoint._leaf import Piece
+from flaxslim.checkpoint._names import spec_named
+from flaxslim.checkpoint._yaml import values_of
+from flaxslim.cli import _evaluate, _output, _recipe_prune, _recipe_read
+from flaxslim.errors import (
     CalibrationError,
     ConfigError,
     CorruptFileError,
@@ -27,13 +34,6 @@ from flaxslim._errors import (
     SpecError,
     TargetError,
 )
-from flaxslim.checkpoint import _atomic, read, to_flax
-from flaxslim.checkpoint._atomic import fresh_file
-from flaxslim.checkpoint._journal import Journal
-from flaxslim.checkpoint._leaf import Piece
-from flaxslim.checkpoint._names import spec_named
-from flaxslim.checkpoint._yaml import values_of
-from flaxslim.cli import _evaluate, _output, _recipe_prune, _recipe_read
 from flaxslim.posttraining._images import pixel_reader
 from flaxslim.specs import spec_for
 

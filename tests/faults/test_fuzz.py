@@ -16,7 +16,7 @@ from faults import fuzz
 from faults.fuzz import Watch, case, judged, workshop
 from faults.reader import Reader
 from faults.readers import HEAVY, READERS
-from flaxslim._errors import CorruptFileError
+from flaxslim.errors import CorruptFileError
 
 
 @pytest.fixture(scope="module")

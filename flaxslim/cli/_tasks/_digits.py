@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from flaxslim._errors import FlaxslimError
 from flaxslim.cli._tasks import Batch, Forward, Logits, Task, in_rounds, over_all
+from flaxslim.errors import FlaxslimError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from flaxslim._errors import CorruptFileError, nearest
 from flaxslim.cli._kinds import Count
 from flaxslim.cli._tasks import Batch, Forward, Logits, Task, in_parts, in_rounds, over_all
+from flaxslim.errors import CorruptFileError, nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from flaxslim._errors import RecipeError
 from flaxslim.cli._kinds import Checkpoint, Count, Steps
 from flaxslim.cli._tasks import Batch, Forward, Logits, Task, _squad, _squad_metric
+from flaxslim.errors import RecipeError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flaxslim._errors import CorruptFileError, FlaxslimError
 from flaxslim.checkpoint._folder import read_json, reading
+from flaxslim.errors import CorruptFileError, FlaxslimError
 
 if TYPE_CHECKING:
     import jax
