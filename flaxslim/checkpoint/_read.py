@@ -197,7 +197,7 @@ def read_config(folder: Path) -> Any:
     cls = CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
     try:
         return (cls or PretrainedConfig).from_dict(values)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # its classes raise whatever the values lead to
         raise CorruptFileError(
             "transformers cannot make a config of this file",
             path=str(path),

@@ -1,5 +1,6 @@
 """Ways to break a file. Each takes a `random.Random`, so that a seed says what was done."""
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -92,7 +93,7 @@ def broken_tree(tree: Any, random: Random) -> Any:
     for _ in range(random.choice((1, 1, 1, 2, 4))):
         paths = list(places(tree))
         if not paths:
-            return random.choice(_HOSTILE)
+            return copy.deepcopy(random.choice(_HOSTILE))
         *parents, last = random.choice(paths)
         node = tree
         for key in parents:
@@ -119,7 +120,7 @@ def _change(node: Any, key: Any, random: Random, paths: Any, tree: Any) -> None:
     elif kind == 5:
         node[key] = [node[key]]
     else:
-        node[key] = random.choice(_HOSTILE)
+        node[key] = copy.deepcopy(random.choice(_HOSTILE))
 
 
 def broken_json(text: str, random: Random) -> bytes:

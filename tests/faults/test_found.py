@@ -205,6 +205,14 @@ def test_a_config_with_a_number_of_400_digits(tmp_path):
         plan(checkpoint.params, checkpoint.config, spec_named(checkpoint.config, "ffn", "torch"))
 
 
+def test_a_config_without_heads(tmp_path):
+    folder = tiny.torch_folder(tmp_path / "x")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "num_attention_heads": 0}))
+    with pytest.raises(CorruptFileError, match="cannot make a config"):
+        read(folder)
+
+
 @pytest.mark.parametrize("name", ["a\0b", "\ud800"])
 def test_a_shard_of_no_name(tmp_path, name):
     folder = tiny.torch_folder(tmp_path / "x", shard_size=700)

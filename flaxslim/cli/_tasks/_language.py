@@ -106,7 +106,7 @@ def _read(data: LanguageData, name: str) -> dict[str, Any]:
             missing = [n for n in names if n not in file]
             arrays = [] if missing else [file[n][:, : data.length].astype(np.int32) for n in names]
             there = list(file)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy, zipfile, zlib and tokenize raise whatever the bytes say
         raise CorruptFileError(
             "this is no .npz file of arrays", path=str(data.tokens), seen=str(error)
         ) from error
