@@ -34,7 +34,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def families() -> str:
     """A row for each model_type: its pairs, and what one width for all layers can say of them."""
-    rows = [("model_type", "pairs", "width", "uniform")]
+    rows: list[tuple[str, ...]] = [("model_type", "pairs", "width", "uniform")]
     for name, specs in sorted(FAMILIES.items()):
         pairs = dict.fromkeys(_of_pair(pair) for spec in specs for pair in spec)
         columns = zip(*pairs, strict=True)

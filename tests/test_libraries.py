@@ -770,7 +770,10 @@ def test_a_scanned_linen_stack_runs_at_widths_that_its_config_cannot_say(axis):
         flatten(jax.eval_shape(stock.init, jax.random.key(0), x)),
         np.random.default_rng(7),
     )
-    tree = {p: np.float32(0.4 * rng.standard_normal(leaf.shape)) for p, leaf in shapes.items()}
+    tree = {
+        p: np.asarray(0.4 * rng.standard_normal(leaf.shape), np.float32)
+        for p, leaf in shapes.items()
+    }
     sites = spec.sites(tree, cfg)
     dead = kill_rows(tree, sites, rng)
     params = _nested(tree)

@@ -96,7 +96,7 @@ def test_scores_are_a_heat_map_with_the_largest_first(plan):
     scores["layer/1/down/kernel"] = np.asarray([np.nan, *np.arange(7.0)])
     bars, heat, colours = plot_plan(plan, scores=scores).axes
     assert _bars(bars) == [8, 3, 8, 1, 8, 6]
-    images = [np.ma.filled(image.get_array(), np.nan)[0] for image in heat.images]
+    images = [np.ma.filled(np.ma.asarray(image.get_array()), np.nan)[0] for image in heat.images]
     np.testing.assert_allclose(images[0], np.arange(8.0)[::-1] / 7)
     np.testing.assert_allclose(images[1], [*(np.arange(7.0)[::-1] / 6), np.nan])
     at = {float(np.asarray(line.get_xdata())[0]) for line in heat.lines}
@@ -168,8 +168,8 @@ def test_a_sweep_has_a_panel_for_each_metric_and_a_line_for_each_preset():
     ]
     lines = {str(line.get_label()): line for line in accuracy.lines}
     assert list(lines) == ["fast", "magnitude", "dense"]
-    np.testing.assert_allclose(lines["fast"].get_xdata(), [50, 75, 100])
-    np.testing.assert_allclose(lines["fast"].get_ydata(), [0.7, 0.8, 0.9])
+    np.testing.assert_allclose(np.asarray(lines["fast"].get_xdata()), [50, 75, 100])
+    np.testing.assert_allclose(np.asarray(lines["fast"].get_ydata()), [0.7, 0.8, 0.9])
     assert lines["dense"].get_linestyle() == "--"
     assert lines["fast"].get_marker() != lines["magnitude"].get_marker()
     assert error.get_xlabel() == ""

@@ -19,6 +19,7 @@ import argparse
 import csv
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +39,7 @@ def plan() -> None:
     from sklearn.datasets import load_digits
     from transformers import FlaxViTForImageClassification, ViTConfig
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images, labels = (digits.images / 16).astype("float32")[:, None], digits.target
     cfg = ViTConfig(
         image_size=8,
@@ -53,7 +54,7 @@ def plan() -> None:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = FlaxViTForImageClassification(cfg)
+    model: Any = FlaxViTForImageClassification(cfg)
     schedule = flaxslim.cubic(0.0, 0.5, begin=40, end=200, every=20)
     spec = flaxslim.VIT_FFN
     tx = flaxslim.pruning(optax.adamw(1e-3), spec, schedule, "magnitude", allocation="global")
@@ -110,7 +111,7 @@ def sweep(data: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("which", nargs="*", default=["plan", "training", "sweep"])
     given = parser.parse_args()

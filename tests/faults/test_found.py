@@ -5,6 +5,7 @@ Each failed before: by another exception than ours, by a hang, or by memory for 
 
 import gc
 import json
+import signal
 import struct
 import time
 import zlib
@@ -253,7 +254,11 @@ def test_ctrl_c_in_a_callback_of_the_garbage_collector(monkeypatch, capsys):
         return 0
 
     monkeypatch.setattr(cli, "_by_name", lambda: {"families": families, "other": families})
-    assert cli.main(["families"]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of xdist ignore it
+    try:
+        assert cli.main(["families"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err.count("\n") == 1
 
 

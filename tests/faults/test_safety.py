@@ -155,6 +155,7 @@ def test_ctrl_c_while_it_is_still_being_imported(tmp_path):
     code = (
         "import builtins, signal, os, sys\n"
         "import flaxslim.cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # workers of xdist ignore it
         "stock = builtins.__import__\n"
         "def importing(name, *args, **kwargs):\n"
         "    if name == sys.argv[1]:\n"
