@@ -8,7 +8,6 @@ flags, links and files that a page names exist.
 import ast
 import contextlib
 import importlib
-import importlib.util
 import inspect
 import io
 import re
@@ -19,6 +18,7 @@ from typing import Any
 
 import jax
 import pytest
+from scripts import loaded
 
 import flaxslim
 
@@ -233,12 +233,7 @@ def test_the_readme_is_short():
 
 def test_the_picture_is_what_its_script_draws():
     script = ROOT / "docs" / "pictures" / "idea.py"
-    spec = importlib.util.spec_from_file_location("idea", script)
-    assert spec is not None
-    assert spec.loader is not None
-    idea = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(idea)
-    assert script.with_suffix(".svg").read_text(encoding="utf-8") == idea.picture()
+    assert script.with_suffix(".svg").read_text(encoding="utf-8") == loaded(script).picture()
 
 
 def test_families_are_those_of_the_registry():

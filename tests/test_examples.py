@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from kill import kill
+from scripts import loaded
 
 import flaxslim
 from flaxslim._tree import flatten
@@ -28,21 +27,9 @@ def _stock_rank_promotion():
         yield
 
 
-def _loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script of the examples as a module."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def convert() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield _loaded("convert_checkpoint", patch)
+def convert() -> ModuleType:
+    return loaded(EXAMPLES / "convert_checkpoint.py")
 
 
 def _differences(text: str) -> list[float]:
@@ -168,9 +155,9 @@ def _perplexity(logits: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> float:
 
 
 @pytest.mark.long
-def test_discovery_example(monkeypatch, capsys):
+def test_discovery_example(capsys):
     """Five kinds of models, each without a spec: found, cut, and the same function."""
-    example = _loaded("discover_anything", monkeypatch)
+    example = loaded(EXAMPLES / "discover_anything.py")
     lines = {line.name: line for line in example.main()}
     assert list(lines) == ["Linen", "nnx", "pytree", "ResNet", "ViT"]
     for line in lines.values():
@@ -184,9 +171,9 @@ def test_discovery_example(monkeypatch, capsys):
     assert "discovered, cut, proven" in out
 
 
-def test_discovery_example_kills_what_its_spec_reads(monkeypatch):
+def test_discovery_example_kills_what_its_spec_reads():
     """What is compared is not the model before pruning: that one puts out something else."""
-    example = _loaded("discover_anything", monkeypatch)
+    example = loaded(EXAMPLES / "discover_anything.py")
     shapes = {"up": jax.ShapeDtypeStruct((32, 8), "float32"),
               "down": jax.ShapeDtypeStruct((8, 4), "float32")}  # fmt: skip
     spec = flaxslim.Spec(name="MLP", pairs=flaxslim.Pair(first="up", second="down"))
@@ -198,8 +185,8 @@ def test_discovery_example_kills_what_its_spec_reads(monkeypatch):
 
 
 @pytest.mark.long
-def test_a_sentence_encoder_is_shrunk_and_served(data, tmp_path, capsys, monkeypatch):
-    example = _loaded("shrink_sentence_encoder", monkeypatch)
+def test_a_sentence_encoder_is_shrunk_and_served(data, tmp_path, capsys):
+    example = loaded(EXAMPLES / "shrink_sentence_encoder.py")
     example.main(
         data / "sentence-encoder", data / "stsb" / "sts-train.csv", tmp_path / "small", "fast"
     )

@@ -9,7 +9,6 @@ Left out: DINOv2, whose config has no key for most widths, and BLOOM, whose has 
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -25,6 +24,7 @@ import numpy as np
 import pytest
 import torch_claims
 from kill import kill
+from scripts import loaded
 from zoo import CASES, Case, build
 
 import flaxslim
@@ -164,11 +164,7 @@ def _seen_by(python: str, work: Mapping[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def example() -> Iterator[ModuleType]:
     torch: Any = pytest.importorskip("torch", reason="PyTorch is not installed")
-    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = loaded(EXAMPLE)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield module

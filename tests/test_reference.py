@@ -1,12 +1,12 @@
 """The reference names every public name once, and its generated parts have all that they are of."""
 
-import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import loaded
 
 import flaxslim
 import flaxslim.checkpoint
@@ -25,12 +25,7 @@ def named() -> Counter[str]:
 
 @pytest.fixture(scope="module")
 def hooks() -> Any:
-    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(DOCS / "hooks.py")
 
 
 def test_every_public_name_stands_in_one_place(hooks: Any) -> None:

@@ -312,7 +312,7 @@ def explain(target: Path, error: OSError, need: int = 0) -> TargetError:
             mend="name a folder in a place that you may write to",
         )
     return TargetError(
-        "the checkpoint could not be written; nothing was kept", path=str(target), seen=reason
+        "the target could not be written; nothing was kept", path=str(target), seen=reason
     )
 
 

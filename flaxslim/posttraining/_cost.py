@@ -227,8 +227,8 @@ def share_of_time(
     counts: Mapping[str, int],
     sites: Sequence[Site],
     *,
-    told: Callable[[str, int, int], None] = lambda what, done, total: None,
-    cache: Path | None = None,
+    told: Callable[[str, int, int], None],
+    cache: Path | None,
 ) -> float:
     """The time of the whole with so many units at each site, as a share of the dense one's."""
     dense = {site.second.path: count_of(site) for site in sites}

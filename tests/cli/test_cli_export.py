@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from kill import kill
 from safetensors import safe_open
+from scripts import loaded
 from zoo import CASES, build
 
 import flaxslim
@@ -161,10 +161,7 @@ def test_a_longer_sequence_than_the_model_has_positions_is_refused(bert, exporte
 
 
 def _loader() -> Any:
-    spec: Any = importlib.util.spec_from_file_location("run_exported", LOADER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.load
+    return loaded(LOADER).load
 
 
 def test_a_class_that_needs_numbers_is_told_to_give_them(bert, tmp_path, monkeypatch):
