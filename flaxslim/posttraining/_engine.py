@@ -16,7 +16,7 @@ from flaxslim.posttraining import _allocate, _fisher
 from flaxslim.posttraining._calibration import Calibration, Seen
 from flaxslim.posttraining._distance import Distance
 from flaxslim.posttraining._gradient import Objective, gradient_rows
-from flaxslim.posttraining._method import Method
+from flaxslim.posttraining._method import FOLD_MEANS, Method
 from flaxslim.posttraining._rank import (
     Ranking,
     alive_of,
@@ -265,7 +265,8 @@ class Engine:
         """The new second layer of a site by path, its relative error, and the ridge."""
         fit, held, every = seen
         old = read_matrix(site, self.leaves)
-        units, mean = units_of(site), takes_mean(site)
+        units = units_of(site)
+        folds = takes_mean(site) and self.method.compensation in FOLD_MEANS
         new, ridges, shifts = np.zeros_like(old), [], []
         wrong = total = 0.0
         for i, w in enumerate(old):
@@ -277,18 +278,16 @@ class Engine:
                 new[i] = refit(_centred(site, every[i]), w, inner, ridge=ridge)
                 ridges.append(ridge)
             elif self.method.compensation == "scale":
-                own = _centred(site, every[i])
-                new[i] = _fisher.scaled(own, w, site, kept[i], ridge=self.ridge)
+                new[i] = _fisher.scaled(every[i], w, site, kept[i], ridge=self.ridge)
             else:
                 new[i][inner] = w[inner]
             m = every[i]
-            folds = mean and self.method.compensation != "none"
             y = m.x if m.y is None else m.y
             shifts.append(y @ w - m.x @ new[i] if folds else np.zeros(w.shape[1]))
             wrong += error(m.centred() if folds else m, w, new[i])
             total += energy(_centred(site, m), w)
         changed = {path: _like(x, self.leaves[path]) for path, x in kernels(site, new).items()}
-        if mean and self.method.compensation != "none":
+        if folds:
             bias = site.second_bias
             assert bias is not None
             shift = _bias(site, np.stack(shifts))

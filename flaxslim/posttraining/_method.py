@@ -9,6 +9,9 @@ from flaxslim.posttraining._tune import Tune
 from flaxslim.training._score import ScoreFn
 
 COMPENSATIONS = ("none", "mean", "scale", "refit")
+# Not "scale": scores by gradients let channels go that fire on a few tokens alone, such as [CLS],
+# and so strongly that their mean, added to all tokens, drowns what these say.
+FOLD_MEANS = ("mean", "refit")
 ALLOCATIONS = ("site", "global")
 SEQUENCES = ("no", "weights", "outputs")
 
@@ -22,7 +25,7 @@ class Method:
         `fn(params, grads, state) -> (s, f)` as in `flaxslim.pruning`.
       compensation: "refit" solves for the second layer on the channels that stay, "scale" for one
         number for each of them, "mean" folds the mean of what goes into the second bias (nothing
-        where there is none; "refit" and "scale" do it too), "none" does nothing.
+        where there is none; "refit" does it too), "none" does nothing.
       allocation: what `keep=` is a share of: "site", of the channels of each, or "global", of the
         parameters of all prunable channels, which go where they are missed the least. That asks
         for `width="per_layer"`. (A budget always chooses by what is missed.)
