@@ -52,7 +52,7 @@ def shrink(
     Raises: what `slim` and `apply(plan, tree, like=params)` raise, among it `PlanError` for an
     inner state that cannot be cut, `WidthError` for a config that can say no smaller width and
     `TracedError` under `jax.jit`; and `TrainingError` for channels that are zero without being
-    pruned. It warns of heads that are left in groups of unequal size.
+    pruned, or pruned without being zero. It warns of heads that are left in groups of unequal size.
 
     >>> import optax
     >>> from flaxslim import Pair, Spec, one_shot, pruning
@@ -109,16 +109,28 @@ def _in_shards(params: Any, trees: Iterable[Any]) -> dict[str, list[Any]]:
 
 
 def _check_pruned(plan: Plan, trees: Any) -> None:
-    """Raise `TrainingError` for channels that happen to be zero, but would have trained on."""
+    """Raise `TrainingError` unless the channels that are dead are those that were pruned.
+
+    Some happen to be zero, but would have trained on; some were pruned, and are not zero.
+    """
     known = _known(trees)
     if known is None:
         return
-    living = 0
+    living = revived = 0
     for cut in plan.cuts:
         if (site := known.sites.get(cut.site.second.path)) is not None:
             alive = site.alive.copy()
+            revived += max(int((~alive).sum()) - cut.dead, 0)
             np.put_along_axis(alive, cut.kept, False, axis=-1)
             living += int(alive.sum())
+    if revived:
+        raise TrainingError(
+            f"{revived} channels were pruned, and are not zero",
+            seen="an update that changed them after `pruning` (weight decay in a chain around it, "
+            "an average of the parameters), or parameters of another step than the state",
+            mend="put pruning around everything that updates the parameters: "
+            "pruning(optax.chain(optax.adam(...), optax.add_decayed_weights(...)), spec, schedule)",
+        )
     if living:
         raise TrainingError(
             f"{living} channels are dead, but not by pruning: they would train on",
