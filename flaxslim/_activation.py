@@ -9,6 +9,7 @@ It is read as a tree and never run as Python.
 """
 
 import ast
+import difflib
 import functools
 import math
 import operator
@@ -117,11 +118,18 @@ def named(name: str | None) -> Activation | None:
 
 
 def check(where: str | None) -> None:
-    """Raise `SpecError` if the activation of a pair is an expression that cannot be read."""
+    """Raise `SpecError` if the activation of a pair is misspelt, or cannot be read.
+
+    A name of one's own may stand there, as long as no known one is to be confused with it.
+    """
     if where is not None and where.startswith(("config.", "jax.")):
         where = where.partition(" or ")[2] or None
-    if where is not None and where not in ACTIVATIONS and is_expression(where):
+    if where is None or where in ACTIVATIONS:
+        return
+    if is_expression(where):
         compiled(where)
+    elif difflib.get_close_matches(where, ACTIVATIONS, cutoff=_MISSPELT):
+        raise _unknown(where, where, [*ACTIVATIONS])
 
 
 # --- expressions ------------------------------------------------------------------------------
@@ -174,9 +182,10 @@ _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
 }
+_MISSPELT = 0.8  # as alike as that are "sillu" and "silu"
 _ALLOWED = (
-    "the name of an activation, or an expression of x, numbers, + - * / **, one comparison at a "
-    f"time, and {', '.join(_FUNCTIONS)}"
+    'the name of an activation, or an expression ("x * tanh(log1p(exp(x)))") of x, numbers, '
+    f"+ - * / **, one comparison at a time, and {', '.join(_FUNCTIONS)}"
 )
 
 

@@ -109,6 +109,33 @@ def _check_heads_told(nodes: Mapping[str, Any], cut: Cut) -> None:
                 )
 
 
+def told_before(module: Any, plan: Plan) -> list[str]:
+    """Attributes of a module after the cut that still say an old number of channels.
+
+    A layer says its own sizes; what is around it may compute with a number that it was given, or
+    hold the config that the numbers came from.
+    """
+    nodes, found = dict(modules(module)), []
+    for cut in plan.cuts:
+        size, pair, root = cut.site.size, cut.site.pair, cut.site.root
+        if pair.axis != "f" or not cut.removed:
+            continue
+        for at, node in nodes.items():
+            below = f"{at}/" if at else ""
+            if not any(t.path.rpartition("/")[0].startswith(below) for t in cut.site.cut):
+                continue
+            for name, value in vars(node).items():
+                place = f"{below}{name}".replace("/", ".")
+                if type(value) is int:
+                    if value == size and (not root or f"{at}/".startswith(f"{root}/")):
+                        found.append(f"{place} = {size}")
+                elif pair.width is not None and not isinstance(value, nnx.Module):
+                    key = pair.config + pair.width
+                    if _config.has(value, key) and _config.read(value, key) == size:
+                        found.append(f"{place}.{key} = {size}")
+    return list(dict.fromkeys(found))
+
+
 def check_shapes(module: Any, plan: Plan, cfg: Any) -> None:
     """Raise `PlanError` or `SiteShapeError` unless a module has the sizes that the plan says.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flaxslim._apply import apply, check_fits, resized
 from flaxslim._draw import check_dead, check_finite, draw
-from flaxslim._nnx import check_shapes, modules
+from flaxslim._nnx import check_shapes, modules, told_before
 from flaxslim._plan import PER_LAYER, Plan
 from flaxslim._resize import untold
 from flaxslim._spec import SpecLike
@@ -98,6 +98,15 @@ def carried_out(plan: Plan, tree: Any, cfg: Any, *, like: Any = None) -> tuple[A
     small, new = apply(plan, tree, like=like), resized(plan, cfg)
     if any(modules(small)):
         check_shapes(small, plan, new)
+        if attributes := told_before(small, plan):
+            warnings.warn(
+                f"the module goes on to say the old width: {', '.join(attributes[:4])}. If it "
+                "computes with that, a model that is built from the new config computes something "
+                "else: prove that one. Pair(modules={'': {'hidden': 'f'}}) sets an attribute "
+                "`hidden` of the layer's root",
+                ConfigKeptWarning,
+                stacklevel=3,
+            )
     if cfg is not None and (pairs := untold(plan.cuts, new)):
         warnings.warn(
             f"the config goes on to say the old width of {'; '.join(map(str, pairs))}: name its "

@@ -17,7 +17,18 @@ from kill_rows import Dead, kill_rows, need
 from nnx_models import LENGTH, STYLES, VOCABULARY, Style, qwen_cache, start_cache
 from strategies import gap
 
-from flaxslim import NothingRemovedWarning, Pair, Site, Spec, apply, expand, plan, slim, verify
+from flaxslim import (
+    ConfigKeptWarning,
+    NothingRemovedWarning,
+    Pair,
+    Site,
+    Spec,
+    apply,
+    expand,
+    plan,
+    slim,
+    verify,
+)
 from flaxslim._nnx import check_shapes
 from flaxslim._tree import flatten, replace
 from flaxslim.errors import FlaxslimError, LayoutError, PlanError
@@ -567,3 +578,44 @@ def test_each_layer_that_reads_the_channels_says_its_new_inputs():
     x = jnp.arange(12.0).reshape(4, 3)
     for ours, theirs in zip(small(x), model(x), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+# --- numbers that a class keeps ----------------------------------------------------------------
+
+
+class Scaled(nnx.Module):
+    """A layer that computes with the width it was given, and a model that holds its config."""
+
+    def __init__(self, cfg: Any, rngs: nnx.Rngs):
+        self.hidden = cfg["hidden"]
+        self.up = nnx.Linear(3, self.hidden, rngs=rngs)
+        self.down = nnx.Linear(self.hidden, 3, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.down(nnx.relu(self.up(x))) * self.hidden**-0.5
+
+
+class Holder(nnx.Module):
+    def __init__(self, cfg: Any, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.layer = Scaled(cfg, rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("modules", "told"),
+    [({}, "layer.hidden = 8, cfg.hidden = 8"), ({"": {"hidden": "f"}}, "cfg.hidden = 8")],
+)
+def test_a_number_that_a_class_keeps_is_told(modules, told):
+    """Where the spec names it, it is mended; so the proof sees what a rebuilt module would do."""
+    net = Holder({"hidden": 8}, nnx.Rngs(0))
+    net.layer.down.kernel = nnx.Param(net.layer.down.kernel[...].at[:3].set(0.0))
+    pair = Pair(at="layer", first="up", second="down", width="hidden", modules=modules)
+    spec = Spec(name="SCALED", pairs=pair)
+    with pytest.warns(ConfigKeptWarning, match=f"the old width: {told}"):
+        small, sizes = slim(net, {"hidden": 8}, spec=spec)
+    assert sizes == {"hidden": 5}
+    proof = verify(net, small, inputs=jnp.ones((2, 3)), spec=spec)
+    assert (small.layer.hidden, proof.ok) == ((5, False) if modules else (8, True))

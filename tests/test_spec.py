@@ -590,6 +590,14 @@ def test_what_an_unknown_name_may_have_meant_is_said():
     assert "tanh" in caught.value.near
 
 
+@pytest.mark.parametrize("name", ["sillu", "config.act or sillu"])
+def test_a_name_that_is_misspelt_is_refused(name):
+    with pytest.raises(SpecError, match="which is unknown") as caught:
+        Pair(first="up", second="down", activation=name)
+    assert "silu" in caught.value.near
+    assert "x * tanh(log1p(exp(x)))" in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["mish", "jax.nn", "config.hidden_act", "jax.config.acts", None])
 def test_names_of_activations_are_left_alone(name):
     assert Pair(first="up", second="down", activation=name).activation == name

@@ -41,7 +41,8 @@ KNOWN = (
 )
 
 _WEIGHT = re.compile(
-    r"\.(msgpack|safetensors|bin|h5|onnx|onnx_data|ot|pt|pth|ckpt|pkl|pickle|gguf|tflite|mlmodel)$"
+    r"\.(msgpack|safetensors|h5|onnx|onnx_data|ot|pt|pth|ckpt|pkl|pickle|gguf|tflite|mlmodel)$"
+    r"|(model|weights|optimizer|scheduler|training_args|random_states).*\.bin$"  # not tok512.bin
     r"|\.index\.json$"
 )
 # Other exports of the same model and the remains of its training: they would go stale.
@@ -78,6 +79,8 @@ def travels(name: str) -> bool:
 
     >>> travels("tokenizer.json"), travels("1_Pooling/config.json"), travels("tf_model.h5")
     (True, True, False)
+    >>> travels("tok512.bin"), travels("pytorch_model-00001-of-00002.bin")
+    (True, False)
     """
     *folders, base = name.split("/")
     if base.startswith(".") or any(_STALE_FOLDER.match(folder) for folder in folders):
