@@ -1,12 +1,15 @@
 """The parts of pages that are made from the code when the site is built, so that none goes stale.
 
-A page says where: `<!-- generated: families -->`. Nothing that is made here is committed.
+A page says where, by a line that ends in `<!-- generated: families -->`. What stands before is for
+readers of the repository, who see it and not what is made: the line gives way as a whole. So does
+a line that ends in `<!-- unbuilt -->`, to nothing. What is made here is never committed.
 """
 
 import ast
 import contextlib
 import inspect
 import io
+import itertools
 import os
 import re
 import textwrap
@@ -20,13 +23,15 @@ import flaxslim.errors
 from flaxslim import Pair, Spec
 from flaxslim._config import Width
 from flaxslim.specs import COMPOSITES, FAMILIES
+from flaxslim.training import _score
 
-PLACE = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+PLACE = re.compile(r"^.*<!-- generated: (\w+) -->$", re.MULTILINE)
+UNBUILT = re.compile(r"^.*<!-- unbuilt -->\n+", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """The event of MkDocs: a page before it is rendered."""
-    return PLACE.sub(lambda found: GENERATED[found[1]](), markdown)
+    return PLACE.sub(lambda found: GENERATED[found[1]](), UNBUILT.sub("", markdown))
 
 
 # --- families and specs -----------------------------------------------------------------------
@@ -89,6 +94,32 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 
 def _cell(text: object) -> str:
     return str(text).replace("|", "\\|")
+
+
+# --- scores -----------------------------------------------------------------------------------
+
+
+def scores() -> str:
+    """The docstring of the scores, with its table as one, and each source where it is cited."""
+    _, *before, table, after, cited = inspect.cleandoc(_score.__doc__ or "").split("\n\n")
+    head, *lines = table.splitlines()
+    starts = [head.index(name) for name in ("name", "score", "looked", "source")]
+    sources = _sources(cited)
+    rows: list[tuple[str, ...]] = [("score", "of a channel", "looked at", "source")]
+    for line in lines:
+        cells = [line[i:j].strip() for i, j in itertools.pairwise([*starts, None])]
+        rows.append((f"`{cells[0]}`", f"`{cells[1]}`", cells[2], sources.get(cells[3], cells[3])))
+    return "\n\n".join((*before, _table(rows), after))
+
+
+def _sources(cited: str) -> dict[str, str]:
+    """By "[1]", what it stands for."""
+    _, *parts = re.split(r"(\[\d+\]) ", " ".join(cited.split()))
+    linked = [
+        re.sub(r"arXiv ([\d.]*\d)", r"[arXiv \1](https://arxiv.org/abs/\1)", text.strip(" ."))
+        for text in parts[1::2]
+    ]
+    return dict(zip(parts[::2], linked, strict=True))
 
 
 # --- errors -----------------------------------------------------------------------------------
@@ -193,6 +224,7 @@ GENERATED = {
     "families": families,
     "composites": composites,
     "specs": specs,
+    "scores": scores,
     "errors": errors,
     "commands": commands,
 }

@@ -2,14 +2,14 @@
 
     python examples/per_layer_in_torch.py FOLDER...
 
-Needs torch and transformers 5.14 or later (4.57 does too): nothing of flaxslim, and no JAX. Each
+Needs torch and transformers 4.57 or later (5 too): nothing of flaxslim, and no JAX. Each
 folder is one that `flaxslim.save(..., format="torch")` wrote, with an `expected.npz` beside the
 weights: arrays `inputs/NAME` for the model and `outputs/NAME`, what it has to give for them. The
 exit code is 1 if any output differs by more than 1e-5 of its largest value.
 
-transformers 5 reads and checks `per_layer_config`, but its stock classes build every layer from
-the config of the whole model, which then refuses to name a width: that is what `load_per_layer`
-does for them.
+transformers 5.14 and later read and check `per_layer_config`, but their stock classes build every
+layer from the config of the whole model, which then refuses to name a width: that is what
+`load_per_layer` does for them.
 """
 
 import sys

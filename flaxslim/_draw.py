@@ -38,7 +38,7 @@ def plan(
     """Find the dead channels of a model and choose which channels stay.
 
     Args:
-      params: the parameters, in any container (see `flaxslim._tree`). Untouched.
+      params: the parameters, in any container: dicts, nnx modules, other pytrees. Untouched.
       cfg: the config that holds the widths; may be None if no pair of the spec has a width key,
         and for an nnx module, which runs without one.
       spec: where the pairs are: a Spec, several, or of the family that `cfg.model_type` names
@@ -46,7 +46,7 @@ def plan(
       width: "uniform": one width for each config key, the largest that any layer needs, filled
         up with dead channels, lowest index first (those of the threshold before the exact ones).
         "per_layer": each site its own, down to 0 (of heads in an nnx module: 1); what plain
-        config keys cannot say is recorded beside them (see `flaxslim._record`), and
+        config keys cannot say is recorded beside them (docs/how/layouts.md), and
         `flaxslim.from_pretrained` runs it.
       multiple_of: round each width of channels up to a multiple of this (128 suits most
         accelerators); by axis, or by the root of channels, if a mapping: `{"f": 128, "h": 2,

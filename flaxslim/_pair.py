@@ -77,12 +77,15 @@ class Pair:
         channels of its own.
       first_bias, second_bias: the biases, where they are not `<layer>/bias`. One that may be
         absent ends in "?".
-      width: the config key of the number of channels (see `flaxslim._config`), if there is one.
+      width: the config key of the number of channels, if there is one, or an expression over
+        keys: `"n_inner or 4*n_embd"` (what the None of a key stands for),
+        `"mlp_ratio*hidden_size"`, `"hidden_size/num_attention_heads"`.
       readers: other layers that read the hidden channels, with their patterns:
         `{"gate_head": "f o"}`. They are cut along, and a channel that nothing reads is one that
         none of them reads. Nothing but zero is ever folded into a bias then.
       activation: its name ("relu"), where the config holds it ("config.hidden_act"), or an
-        expression in `x` ("x * tanh(log1p(exp(x)))", see `flaxslim._activation`).
+        expression in `x` ("x * tanh(log1p(exp(x)))"): `+ - * / **`, one comparison at a time,
+        and functions by their names in JAX. It is never run as Python.
       gated: the hidden value is act(gate) * up. Gate and up are two first layers, or the two
         halves of one whose pattern has a factor 2.
       axis: the prunable axis in the patterns.
@@ -109,7 +112,7 @@ class Pair:
       scaled_by: the same for a class that scales heads by their number, so that none can go:
         `"query_pre_attn_norm=*div_num_heads"`. Values may have wildcards; their case is no matter.
 
-    For the classes that run it (see `flaxslim._layout`):
+    For the classes that run it (docs/how/layouts.md):
       modules: what the module at a path below `at` calls its sizes:
         `{"self": {"config.num_attention_heads": "h", "config.hidden_size": "(h k)"}}`. A name
         that it may lack ends in "?".

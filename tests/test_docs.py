@@ -222,6 +222,21 @@ def test_what_it_names_is_there(page):
     }
 
 
+def test_extras_and_versions_are_those_of_the_project():
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    section = text.split("\n## Extras, devices, versions\n")[1].split("\n## ")[0]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    assert sorted(extras) == sorted(project["optional-dependencies"])
+    assert f"Python {project['requires-python'].removeprefix('>=')} or later" in section
+    said = re.findall(
+        r"^\| (\w+) \| ([\d.]+) or later(?:, below (\d+))? \|$", section, re.MULTILINE
+    )
+    assert len(said) == 5
+    for name, least, below in said:
+        assert f"{name}>={least}" + f",<{below}" * bool(below) in project["dependencies"]
+
+
 @pytest.mark.parametrize("page", _named(PAGES))
 def test_nothing_is_left_to_fill_in(page):
     assert re.findall(r"@[A-Z0-9]+@|TODO|XXX", page.read_text(encoding="utf-8")) == []

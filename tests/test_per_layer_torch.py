@@ -25,6 +25,7 @@ import pytest
 import torch_claims
 from kill import kill
 from scripts import loaded
+from transformers import FlaxLlamaForCausalLM
 from zoo import CASES, Case, build
 
 import flaxslim
@@ -34,6 +35,7 @@ from flaxslim.specs import spec_for
 
 VARIABLE = "FLAXSLIM_TORCH_PYTHON"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "per_layer_in_torch.py"
+TROUBLESHOOTING = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 # CLIP has two stacks of one class, each with a config of its own.
 # fmt: off
 FAMILIES = (
@@ -194,10 +196,18 @@ def test_the_card_of_a_folder_says_how_to_load_it(seen):
 def test_plain_from_pretrained_refuses_them(where, seen, folders):
     """If it does not any more, the model card may say so."""
     wanted = "is a per-layer attribute" if isinstance(where, str) else "size mismatch"
+    assert wanted in TROUBLESHOOTING.read_text()
     assert seen["plain"].keys() == {str(folder) for folder in folders}
     for folder, text in seen["plain"].items():
         assert re.match(r"RuntimeError|AmbiguousGlobalPerLayerAttributeError", text), folder
         assert wanted in text, folder
+
+
+def test_the_plain_flax_class_refuses_it_in_the_words_of_the_docs(llama):
+    with pytest.raises(ValueError, match="PyTorch checkpoint seems to be incorrect") as error:
+        FlaxLlamaForCausalLM.from_pretrained(llama)
+    said = f"`ValueError: {str(error.value).partition(' Weight ')[0]} Weight ... was expected"
+    assert said in TROUBLESHOOTING.read_text()
 
 
 def test_a_width_outside_of_the_layers_is_refused(where, seen):

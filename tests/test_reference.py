@@ -13,6 +13,7 @@ import flaxslim.checkpoint
 import flaxslim.posttraining
 from flaxslim import cli, errors
 from flaxslim.specs import COMPOSITES, FAMILIES
+from flaxslim.training._score import SCORES
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -48,12 +49,32 @@ def test_every_generated_part_is_on_a_page(hooks: Any) -> None:
 
 
 def test_a_page_is_filled_in(hooks: Any) -> None:
-    page = "# Title\n\n<!-- generated: composites -->\n\nend"
+    page = "# Title\n\n_In the repository._ <!-- unbuilt -->\n\nIntroduction.\n\n"
+    page += "_This table too._ <!-- generated: composites -->\n\nend"
     text = hooks.on_page_markdown(page, page=None, config=None, files=None)
-    assert text.startswith("# Title\n\n| model_type |")
+    assert text.startswith("# Title\n\nIntroduction.\n\n| model_type |")
     assert text.endswith("|\n\nend")
     with pytest.raises(KeyError):
         hooks.on_page_markdown("<!-- generated: nothing -->")
+
+
+def test_what_a_page_lacks_in_the_repository_it_says_there(hooks: Any) -> None:
+    for page in sorted(DOCS.rglob("*.md")):
+        text = page.read_text()
+        seen = re.findall(r"^_.*mkdocs serve.*_ <!-- ", text, re.MULTILINE)
+        lacking = re.search(r"^::: |<!-- generated: ", text, re.MULTILINE)
+        assert bool(seen) == bool(lacking), page
+        assert "_ <!-- " not in hooks.on_page_markdown(text), page
+
+
+def test_all_scores_have_a_row_with_their_source(hooks: Any) -> None:
+    text = hooks.scores()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE))
+    assert rows.keys() == SCORES.keys()
+    assert rows["snip"].startswith("`sum of abs(w g)` | when due | Lee et al. 2019, [arXiv")
+    assert rows["wanda"].endswith("(https://arxiv.org/abs/2306.11695)")
+    assert rows["random"].endswith("| when due | ")
+    assert not re.search(r"\| \[\d+\]", text), "a source that is not there"
 
 
 def test_all_families_have_a_row(hooks: Any) -> None:

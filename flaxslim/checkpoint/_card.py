@@ -107,8 +107,8 @@ model = flaxslim.from_pretrained(CLASS, "this/folder")
 
 # The same as `load_per_layer` of examples/per_layer_in_torch.py; a test runs both.
 _IN_TORCH = """
-In PyTorch, with transformers 5.14 or later (4.57 does too), one model at a time; it then runs,
-trains, generates and saves as ever:
+In PyTorch, with transformers 4.57 or later (5 too), one model at a time; it then runs, trains,
+generates and saves as ever:
 
 ```python
 import contextlib, unittest.mock as mock

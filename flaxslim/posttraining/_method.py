@@ -21,8 +21,10 @@ class Method:
     """How to choose channels, and what to do about the error.
 
     Attributes:
-      score: "obs" (greedy, by exact error), or the name of another one (`_rank`), or a function
-        `fn(params, grads, state) -> (s, f)` as in `flaxslim.pruning`.
+      score: "obs" (greedy, by exact error, arXiv 2302.04089), "fisher_mask" (arXiv 2204.09656),
+        "fluctuation" (FLAP, arXiv 2312.11983), or one of `flaxslim.pruning` but "snip_momentum" and
+        "movement" (docs/reference/training.md), or a function `fn(params, grads, state) -> (s, f)`
+        as there.
       compensation: "refit" solves for the second layer on the channels that stay, "scale" for one
         number for each of them, "mean" folds the mean of what goes into the second bias (nothing
         where there is none; "refit" does it too), "none" does nothing.

@@ -63,10 +63,13 @@ def pruning(
       schedule: when how many are dead: `flaxslim.cubic`, `linear`, `exponential`, `stepwise`,
         `one_shot`, `scheduled`, or a function of the step such as an Optax schedule. For each axis
         its own, if a mapping: `{"f": cubic(...), "h": cubic(...)}`. None: nothing dies.
-      score: by what (see `flaxslim.training._score`), such as "magnitude", "snip_momentum",
-        "taylor"; or `fn(params, grads, state)`, called for each site in each step with the numbers
-        of its channels, `(s, f, n)` for each tensor, and the score so far. It returns the new one,
-        `(s, f)`.
+      score: by what; the smallest die first. "magnitude_l1", "magnitude" and "magnitude_product" go
+        by the weights of a channel, "snip", "snip_momentum", "gradient_weight", "taylor", "fisher"
+        and "movement" by these and their gradients, "activation" and "wanda" by hidden values that
+        the loop hands to `update` as `activations=`, "random" by nothing. Their formulas and
+        sources: docs/reference/training.md. Or `fn(params, grads, state)`, called for each site in
+        each step with the numbers of its channels, `(s, f, n)` for each tensor, and the score so
+        far. It returns the new one, `(s, f)`.
       cfg: the config, which tells the size of heads that lie side by side. Once heads were cut,
         call `pruning` again with the new one; the state stays.
       allocation: "site": the same share at each site. "global": the smallest scores among all.
