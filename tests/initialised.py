@@ -5,19 +5,23 @@ its way: four seconds for a tiny one, and the tests make hundreds of them. Which
 from is of no account, so here numpy draws them, in the shapes that the class says.
 """
 
+import dataclasses
 import math
 import zlib
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import path_aware_map
 from jax.core import Tracer
 
+from flaxslim import _intercept
 from flaxslim._compat import parameter_shapes
 
 _init = nn.Module.init
+_shapes: dict[Any, Any] = {}
 
 
 def drawn(cls: Any, cfg: Any, *, dtype: Any = np.float32) -> Any:
@@ -34,11 +38,16 @@ def initialised_by_numpy() -> None:
 
 
 def init(self: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-    """In place of `nn.Module.init`, except while it is traced."""
-    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((rngs, args)))
-    if traced or not type(self).__module__.startswith("transformers."):
+    """In place of `nn.Module.init`: what is traced are shapes, and the same ones once."""
+    if not type(self).__module__.startswith("transformers."):
         return _init(self, rngs, *args, **kwargs)
-    shapes = jax.eval_shape(lambda rngs: _init(self, rngs, *args, **kwargs), rngs)
+    key = _key(self, args, kwargs)
+    if key is None or (shapes := _shapes.get(key)) is None:
+        shapes = jax.eval_shape(lambda rngs: _init(self, rngs, *args, **kwargs), rngs)
+        if key is not None:
+            _shapes[key] = shapes
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((rngs, args))):
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     key = rngs["params"] if isinstance(rngs, dict) else rngs
     seed = jax.random.key_data(key).ravel().tolist()
     deviation = getattr(getattr(self, "config", None), "initializer_range", None)
@@ -48,6 +57,20 @@ def init(self: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         return jax.device_put(_draw(path[-1], leaf, deviation, rng))
 
     return path_aware_map(draw, shapes)
+
+
+def _key(self: Any, args: Any, kwargs: Any) -> Any:
+    """What the shapes depend on; None where that is a layout which no config says."""
+    contexts = _intercept._running.stack
+    if contexts and not contexts[-1].by_config:
+        return None
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    if (config := fields.get("config")) is None:
+        return None
+    fields["config"] = config.to_json_string(use_diff=False)
+    given = jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), args)
+    settings = len(contexts), jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    return type(self), repr((fields, given, kwargs, settings))
 
 
 def _draw(name: str, leaf: Any, deviation: float | None, rng: np.random.Generator) -> np.ndarray:

@@ -88,6 +88,7 @@ def test_difference_of_the_example_would_show(convert, tiny_encoder, tmp_path):
     assert convert.difference(dense, less) > 1e-3
 
 
+@pytest.mark.long
 def test_conversion_example_on_a_trained_sentence_encoder(convert, data, tmp_path, capsys):
     source = data / "sentence-encoder"
     convert.main(str(source), tmp_path / "slim")
@@ -101,6 +102,7 @@ def test_conversion_example_on_a_trained_sentence_encoder(convert, data, tmp_pat
         assert (tmp_path / "slim" / name).read_bytes() == (source / name).read_bytes()
 
 
+@pytest.mark.long
 def test_command_line_on_a_trained_llama(data, tmp_path):
     """stories260K, a Flax msgpack: 40% of each layer dies, and the stock class sees no change."""
     from transformers import FlaxLlamaForCausalLM

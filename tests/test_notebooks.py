@@ -49,6 +49,7 @@ def _same(runner: ModuleType, name: str) -> None:
     assert runner.texts(runner.executed(FOLDER / name)) == before
 
 
+@pytest.mark.long
 def test_digits(runner):
     _same(runner, "digits.ipynb")
 
