@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 def environment(devices: int = 8, /, *, flags: str = "", **env: str) -> dict[str, str]:
     """The environment of such a process, which finds the modules that this one finds."""
     here = os.path.dirname(__file__)
+    several = f"--xla_force_host_platform_device_count={devices}"
     return {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {several} {flags}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here), *sys.path]),
         **env,

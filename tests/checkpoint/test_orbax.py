@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from fake_devices import environment
 from kill import kill_by_every_rule
 from zoo import CASES, build
 
@@ -227,12 +228,9 @@ print("done")
 
 
 def test_on_eight_devices_it_is_converted_restored_and_saved_again_in_shards(tmp_path):
-    import os
-
     tests = Path(__file__).parents[1]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     arguments = [sys.executable, "-c", SHARDED, str(tmp_path), str(tests)]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=env)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment())
     assert done.stdout.endswith("done\n"), done.stderr[-3000:]
 
 
