@@ -26,11 +26,20 @@ def channels(site: Site, mask: np.ndarray) -> Channels:
 
 
 def counted(numbers: Iterable[tuple[Site, int]]) -> str:
-    """Channels and heads by their names, "72 channels and 5 heads"; empty if there are none."""
+    """Channels and heads by their names, "72 channels and 1 head"; empty if there are none."""
     counts = Counter[str]()
     for site, number in numbers:
         counts[site.pair.unit] += number
-    return " and ".join(f"{count:,} {unit}" for unit, count in counts.items() if count)
+    return " and ".join(many(count, unit) for unit, count in counts.items() if count)
+
+
+def many(count: int, names: str) -> str:
+    """How many there are of something whose name is given in the plural.
+
+    >>> many(1, "heads"), many(1200, "channels")
+    ('1 head', '1,200 channels')
+    """
+    return f"{count:,} {names.removesuffix('s') if count == 1 else names}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,10 +213,11 @@ class Plan:
             return None
         if self.blocked:
             return "; ".join(self.blocked)
-        where = f"{len(self.cuts)} sites of {self.spec.name}"
+        where = f"{many(len(self.cuts), 'sites')} of {self.spec.name}"
         if dead := counted((cut.site, cut.dead) for cut in self.cuts):
+            are = "is" if sum(cut.dead for cut in self.cuts) == 1 else "are"
             return (
-                f"{dead} at {where} are dead, but none can go: layers that share a width "
+                f"{dead} at {where} {are} dead, but none can go: layers that share a width "
                 "keep the largest need among them, rounded up to multiple_of; heads that share a "
                 f"table, or a key/value group, go together; {PER_LAYER} asks less of them"
             )
@@ -233,7 +243,8 @@ class Plan:
         lines += [resize.counted(units.get(resize.width, "channels")) for resize in self.resizes]
         gone = counted((cut.site, cut.removed) for cut in self.cuts)
         parameters = f"{self.removed_parameters:,} parameters"
-        lines.append(f"{gone} go, with {parameters}" if gone else "nothing goes")
+        go = "goes" if self.removed == 1 else "go"
+        lines.append(f"{gone} {go}, with {parameters}" if gone else "nothing goes")
         return "\n".join([*lines, *(f"note: {note}" for note in (*self.blocked, *self.notes))])
 
     def __matmul__(self, first: "Plan") -> "Plan":

@@ -16,7 +16,8 @@ parameters of it, without a dead channel.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 
 class FlaxslimError(Exception):
@@ -54,6 +55,14 @@ class FlaxslimError(Exception):
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """The `count` candidates that are spelled most like `name`."""
     return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.3)
+
+
+def neighbours(path: Path, among: Callable[[Path], bool] = Path.exists) -> list[str]:
+    """What lies beside a path that is not there, and is spelled most like it."""
+    try:
+        return nearest(path.name, [p.name for p in path.parent.iterdir() if among(p)])
+    except OSError:
+        return []
 
 
 # --- find -------------------------------------------------------------------------------------

@@ -396,7 +396,7 @@ REFUSED = {
     ),
     "no .npz": ("x.npz", b"w1", {}, "no .npz file of plain arrays"),
     "an empty .npz": ("x.npz", b"", {}, "no .npz file of plain arrays"),
-    "an .npz packed": ("x.npz", b"", {"packed": True}, "packed is for text"),
+    "an .npz packed": ("x.npz", b"", {"packed": True}, "packed= is for text"),
 }
 
 
@@ -416,13 +416,14 @@ def test_a_missing_file_names_the_nearest(read, write):
         read("/nowhere/at/all.txt")
 
 
-@pytest.mark.parametrize("config", [None, '{"model_type": "llama"}'])
+@pytest.mark.parametrize("config", [None, '{"model_type": "bert"}', '{"model_type": "llama"}'])
 def test_a_folder_without_tokenizer_is_told_the_way_out(read, write, tmp_path, config):
     path = write("x.txt", "w1")
     (tmp_path / "bare").mkdir()
     if config:
         write("bare/config.json", config)
-    with pytest.raises(CalibrationError, match=r"no tokenizer(.|\n)*\.npz of token ids, or save"):
+    why = r"no tokenizer(.|\n)*neither tokenizer\.json nor tokenizer_config\.json\n(.|\n)*or save"
+    with pytest.raises(CalibrationError, match=why):
         read(path, folder=tmp_path / "bare")
 
 
@@ -432,6 +433,15 @@ ARRAYS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"a": np.ones((2, 3)), "b": np.ones((3, 3))},
         {},
         "not have equally many samples(.|\n)*a: 2, b: 3(.|\n)*fields",
+    ),
+    "two sets": (
+        {
+            name: np.ones((count, 3), int)
+            for which, count in (("eval", 2), ("calibration", 3))
+            for name in (f"{which}_ids", f"{which}_mask")
+        },
+        {},
+        r"mask: fields=\('calibration_ids', 'calibration_mask'\)",
     ),
     "no sample": ({"input_ids": np.ones((0, 3), int)}, {}, "hold no sample"),
     "one number": ({"a": np.ones(())}, {}, "array a is none of samples"),
@@ -462,7 +472,7 @@ def test_a_lone_array_is_no_npz(read, tmp_path):
 def test_folders_of_images_that_do_not_serve(read, images, vision, tmp_path, monkeypatch):
     with pytest.raises(CalibrationError, match=r"no images(.|\n)*config(.|\n)*\.png"):
         read(vision, VIT, folder=vision)
-    with pytest.raises(CalibrationError, match="fields is for text"):
+    with pytest.raises(CalibrationError, match="fields= is for text"):
         read(images, VIT, folder=vision, fields=["text"])
     (tmp_path / "bare").mkdir()
     with pytest.raises(CalibrationError, match=r"no image processor(.|\n)*preprocessor_config"):

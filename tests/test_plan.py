@@ -268,7 +268,13 @@ def test_heads_are_called_heads():
     assert "hidden: 8 -> 6 channels\nheads: 3 -> 1 heads\n" in str(p)
     assert "2 channels and 2 heads go, with" in str(p)
     kept = plan(tree, cfg, Spec(name="HEADS", pairs=heads), multiple_of={"h": 3})
-    assert (kept.why_nothing or "").startswith("2 heads at 1 sites of HEADS are dead")
+    assert (kept.why_nothing or "").startswith("2 heads at 1 site of HEADS are dead")
+
+
+def test_one_is_no_plural():
+    assert "\n1 channel goes, with" in str(plan(layers([1]), {"hidden": 8}, SPEC))
+    kept = plan(layers([], [1]), {"hidden": 8}, SPEC)
+    assert (kept.why_nothing or "").startswith("1 channel at 2 sites of MLP is dead")
 
 
 def test_all_errors_are_of_one_family():

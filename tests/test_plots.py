@@ -86,7 +86,7 @@ def test_channels_and_heads_have_panels_of_their_own():
     panels = plot_plan(_report()).axes
     assert [panel.get_xlabel() for panel in panels] == ["width, channels", "width, heads"]
     assert [_bars(panel) for panel in panels] == [[8, 4], [4, 3]]
-    assert panels[0].texts[0].get_text() == "4 of 8, error 0.250"
+    assert panels[0].texts[0].get_text() == "4 of 8, error 0.25"
     colours = {panel.patches[1].get_facecolor() for panel in panels}
     assert len(colours) == 2
 

@@ -84,6 +84,7 @@ def test_every_preset_on_every_layout(name, method):
     assert [row.after for row in report.rows] == [row.before // 2 for row in report.rows]
     json.dumps(report.to_dict())
     assert report.rows[0].path in str(report)
+    assert "(relative squared error, on held-out batches)" in str(report)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -445,8 +446,16 @@ def test_steps_of_a_scan_are_masked_as_their_samples_are():
 
 
 def test_of_a_single_batch_no_ridge_is_chosen():
-    _, _, report = pruned(mlp(), batches=batches(mlp(), count=1, size=64))
+    net = mlp()
+    (x,) = data = batches(net, count=1, size=64)
+    params, _, report = pruned(net, batches=data)
     assert {row.ridge for row in report.rows} == {1e-2}
+    # Nor is anything held out to measure by; and what is measured is what its name says.
+    assert report.measure == "relative squared error, on the calibration batches"
+    before, after = (np.asarray(net.fn(p, x), np.float64) for p in (net.params, params))
+    variance = ((before - before.mean((0, 1))) ** 2).sum()
+    expected = ((after - before) ** 2).sum() / variance
+    np.testing.assert_allclose(report.output_error, expected, rtol=1e-3)
 
 
 def test_what_goes_in_is_not_changed_and_comes_out_as_it_was():

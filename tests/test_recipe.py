@@ -303,7 +303,12 @@ def test_the_published_settings():
 def test_a_bare_name_is_a_shipped_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert _demo.shipped("digits") == _demo.recipes() / "digits.toml"
-    assert _demo.shipped("none") == Path("none")
+    with pytest.raises(FlaxslimError, match="no such recipe") as caught:
+        _demo.shipped("configs/digits.toml")
+    assert "mend:     flaxslim run digits runs" in str(caught.value)
+    with pytest.raises(FlaxslimError, match=r"are bloom_1b7, digits, (.|\n)*in configs/") as caught:
+        _demo.shipped("none")
+    assert "flaxslim run" not in str(caught.value)
     (tmp_path / "digits").touch()
     assert _demo.shipped("digits") == Path("digits")
 

@@ -222,9 +222,16 @@ def test_an_unknown_model_type_names_the_nearest(name, near):
     assert "Spec(" in str(caught.value)
 
 
-@pytest.mark.parametrize("cfg", [None, {}, {"model_type": None}])
-def test_a_config_without_a_model_type_is_told(cfg):
-    with pytest.raises(UnknownFamilyError, match="has no model_type") as caught:
+@pytest.mark.parametrize(
+    ("cfg", "words"),
+    [
+        (None, "^no config was given(.|\n)*pass the config"),
+        ({}, "^the config has no model_type"),
+        ({"model_type": None}, "^the config has no model_type"),
+    ],
+)
+def test_a_config_without_a_model_type_is_told(cfg, words):
+    with pytest.raises(UnknownFamilyError, match=words) as caught:
         flaxslim.slim({"a": {"kernel": np.ones((2, 2))}}, cfg)
     assert "spec=Spec(" in str(caught.value)
 
@@ -307,7 +314,7 @@ def test_dinov2_swiglu_is_cut_to_a_multiple_of_eight(dead, kept):
 def test_bloom_can_be_looked_at_but_not_cut():
     tree = _mlp("h/0/mlp/dense_h_to_4h", "h/0/mlp/dense_4h_to_h", 32, d=8)
     cfg = {"model_type": "bloom", "hidden_size": 8}
-    with pytest.warns(flaxslim.NothingRemovedWarning, match="no channel at 1 sites"):
+    with pytest.warns(flaxslim.NothingRemovedWarning, match="no channel at 1 site of"):
         assert flaxslim.slim(tree, cfg) == (tree, cfg)
     tree["h/0/mlp/dense_4h_to_h/kernel"][:5] = 0
     p = plan(tree, cfg)

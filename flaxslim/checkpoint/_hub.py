@@ -4,10 +4,9 @@ import glob
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from flaxslim.checkpoint import _folder
-from flaxslim.errors import HubError
+from flaxslim.errors import HubError, neighbours
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
@@ -34,7 +33,8 @@ def fetch(repo: str, *, revision: str | None = None, token: str | bool | None = 
         info = HfApi(token=token).model_info(repo, revision=revision)
     except Exception as error:  # requests, the Hub's own, and OS errors; see _explain
         if not _unreachable(error):
-            raise _explain(repo, revision, error) from error
+            what = f"{_no_folder(repo)}, and the Hub could not be asked"
+            raise _explain(repo, revision, error, what) from error
         return _cached(repo, revision, error)
     names = {sibling.rfilename for sibling in info.siblings or ()}
     found = _folder.choose(names)
@@ -84,10 +84,11 @@ def _cached(repo: str, revision: str | None, reason: Exception) -> Path:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError):
         raise HubError(
-            f"{why}, and the cache does not have this checkpoint",
+            f"{_no_folder(repo)}; {why}, and the cache does not have this checkpoint",
             path=_spelled(repo, revision),
-            seen=None if offline else _first_line(reason),
-            mend=f"{mend}, or pass a local folder",
+            seen=None if offline else _first_cause(reason),
+            near=_folders_near(repo),
+            mend=f"name a folder that is there; or {mend}",
         ) from reason
     present = {name.name for name in folder.iterdir()}
     if _folder.CONFIG not in present or not _folder.choose(present):
@@ -111,7 +112,13 @@ def _unreachable(error: Exception) -> bool:
     return isinstance(error, kinds)
 
 
-def _explain(repo: str, revision: str | None, error: BaseException) -> HubError:
+def _explain(
+    repo: str,
+    revision: str | None,
+    error: BaseException,
+    what: str = "the download did not finish",
+) -> HubError:
+    """The error in our words; `what` is said of one that is not known."""
     from huggingface_hub import errors
 
     where = _spelled(repo, revision)
@@ -132,14 +139,15 @@ def _explain(repo: str, revision: str | None, error: BaseException) -> HubError:
         return HubError(
             "there is no such repository on the Hub, or it is private, and no such folder here",
             path=where,
+            near=_folders_near(repo),
             mend="check the spelling; for a private one log in (hf auth login) or pass token=...",
         )
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__  # it says only that the file is not in the cache either
     return HubError(
-        "the download did not finish",
+        what,
         path=where,
-        seen=_first_line(error),
+        seen=_first_cause(error),
         mend="try again (what arrived is kept), or check the connection and HF_ENDPOINT",
     )
 
@@ -148,6 +156,18 @@ def _spelled(repo: str, revision: str | None) -> str:
     return repo if revision is None else f"{repo} at {revision}"
 
 
-def _first_line(error: Any) -> str:
+def _no_folder(repo: str) -> str:
+    """Said first: whoever mistypes a folder does not think of the Hub."""
+    return f"there is no folder {repo} here"
+
+
+def _folders_near(repo: str) -> list[str]:
+    return neighbours(Path(repo), Path.is_dir)
+
+
+def _first_cause(error: BaseException) -> str:
+    """In a line; what network libraries raise on top of it repeats it, each in its own words."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

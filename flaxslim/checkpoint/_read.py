@@ -16,6 +16,7 @@ from flaxslim.errors import (
     MissingFileError,
     UnsupportedFormatError,
     nearest,
+    neighbours,
 )
 
 
@@ -222,18 +223,11 @@ def _locate(source: str | os.PathLike, revision: str | None, token: str | bool |
         raise MissingFileError(
             "there is no such folder, and it cannot be a Hub id",
             path=str(source),
-            near=_neighbours(path),
+            near=neighbours(path),
             expected="a folder, or 'name' or 'owner/name' on the Hub",
             mend="check the spelling",
         )
     return _hub.fetch(source, revision=revision, token=token)
-
-
-def _neighbours(path: Path) -> list[str]:
-    try:
-        return nearest(path.name, (entry.name for entry in path.parent.iterdir()))
-    except OSError:
-        return []
 
 
 def _no_weights(folder: Path) -> MissingFileError:

@@ -129,10 +129,11 @@ def _unexpected(error: Exception) -> int:
     return 1
 
 
-def _complain(error: object, code: int) -> int:
-    from flaxslim.cli._console import in_flags, messages
+def _complain(error: FlaxslimError | str, code: int) -> int:
+    from flaxslim.cli._console import message_in_flags, messages
 
-    messages.print(f"[bold red]error:[/] {_escape(in_flags(str(error)))}", soft_wrap=True)
+    text = error if isinstance(error, str) else message_in_flags(error)
+    messages.print(f"[bold red]error:[/] {_escape(text)}", soft_wrap=True)
     return code
 
 

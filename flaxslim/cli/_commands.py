@@ -239,7 +239,7 @@ def run(
 
     A file with command = "prune" is a recipe for flaxslim prune: its keys are the flags, with _
     for -; --dry-run shows the command.
-    Example: flaxslim run configs/digits.toml --set pruning.sparsity=0.8 --set train.steps=300
+    Example: flaxslim run digits --set pruning.sparsity=0.8 --out out/digits
     """
     from flaxslim.cli import _demo, _execute, _recipe_prune, _recipe_read
 

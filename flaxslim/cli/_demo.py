@@ -5,6 +5,7 @@ from pathlib import Path
 
 import flaxslim
 from flaxslim.cli import _recipe_read
+from flaxslim.errors import RecipeError, nearest, neighbours
 
 
 def recipes() -> Path:
@@ -15,9 +16,24 @@ def recipes() -> Path:
 
 
 def shipped(name: str) -> Path:
-    """The path of a recipe; a bare name that is no file is one of ours."""
-    path, ours = Path(name), recipes() / f"{name}.toml"
-    return ours if not path.exists() and ours.parent == recipes() and ours.is_file() else path
+    """The path of a recipe; a bare name that is no file is one of ours.
+
+    Raises `RecipeError` where there is neither.
+    """
+    path, ours = Path(name), sorted(own.stem for own in recipes().glob("*.toml"))
+    if path.exists():
+        return path
+    if name in ours:
+        return recipes() / f"{name}.toml"
+    this = f"flaxslim run {path.stem} runs the one that is shipped; " if path.stem in ours else ""
+    raise RecipeError(
+        "there is no such recipe",
+        path=name,
+        near=[*neighbours(path, lambda p: p.suffix == ".toml"), *nearest(path.stem, ours)],
+        expected="a TOML file, or the name of a recipe that is shipped",
+        mend=f"{this}shipped, and run by their names, are {', '.join(ours)}; their files are in "
+        "configs/ of the repository",
+    )
 
 
 def overrides(steps: int) -> list[str]:

@@ -12,7 +12,7 @@ from flaxslim._tree import flatten
 from flaxslim.checkpoint import Checkpoint, read
 from flaxslim.cli import _discover
 from flaxslim.cli._console import in_flags
-from flaxslim.cli._slim import Choice
+from flaxslim.cli._slim import Choice, is_heads
 from flaxslim.errors import FlaxslimError
 
 
@@ -75,10 +75,6 @@ class Inspection:
             "rules": dict(cut.rules),
             "parameters": cut.removed_parameters,
         }
-
-
-def is_heads(cut: Cut) -> bool:
-    return cut.site.pair.axis == "h"
 
 
 def inspect(
@@ -145,11 +141,10 @@ def _heads(
     if choice.heads:
         return tuple(filter(is_heads, chosen.cuts)), []
     try:
-        every = dataclasses.replace(choice, width="per_layer", heads=True).plan(checkpoint, spec)
+        return choice.heads_apart(checkpoint, spec), []
     except FlaxslimError as error:
         where = f" ({error.path})" if error.path else ""
         return (), [f"heads are not shown: {error.problem}{where}"]
-    return tuple(filter(is_heads, every.cuts)), []
 
 
 def _flops(cfg: Any) -> float | None:

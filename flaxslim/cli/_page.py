@@ -94,7 +94,9 @@ def _widths(sites: Sequence[SiteWidth]) -> str:
             )
             for site in own
         ]
-        head = ("second layer", "before", "after", "what stays", "measured")[: len(rows[0])]
+        head = ("second layer", "before", "after", "what stays", "relative squared error")[
+            : len(rows[0])
+        ]
         what = f"{unit.capitalize()} of each layer"
         parts.append(_folded(f"{what} ({len(rows)})", _rows(what, head, rows), len(rows)))
     return "".join(parts)
@@ -114,8 +116,11 @@ def _bar(site: SiteWidth, largest: int) -> str:
 def _proof(proof: Proof) -> str:
     facts = [
         ("largest difference, of the largest output", f"{proof.relative:.1e}"),
-        ("tolerance", f"{proof.tolerance:.1e}" if proof.exact else "none: the cut is approximate"),
-        ("tolerance is", proof.tolerance_reason),
+        *(
+            [("tolerance", f"{proof.tolerance:.1e}"), ("tolerance is", proof.tolerance_reason)]
+            if proof.exact
+            else [("tolerance", "none: the cut is approximate")]
+        ),
         ("parameters are", proof.dtype),
         ("run on", proof.device),
     ]

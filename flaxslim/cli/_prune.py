@@ -21,13 +21,15 @@ from flaxslim.checkpoint._atomic import check_target, fresh_file
 from flaxslim.checkpoint._names import unused
 from flaxslim.checkpoint._write import refuse_loss
 from flaxslim.cli import _evaluate, _table
-from flaxslim.cli._console import console, messages
+from flaxslim.cli._console import console, in_flags, messages
 from flaxslim.cli._report import sizes
 from flaxslim.cli._slim import as_flax
 from flaxslim.errors import BudgetError, CalibrationWarning, FlaxslimError, TargetError
 from flaxslim.plots import _style
+from flaxslim.plots._widths import by_unit, widths
 from flaxslim.posttraining._allocate import Budget
 from flaxslim.posttraining._budget import shown
+from flaxslim.posttraining._checks import check_share
 from flaxslim.posttraining._data import CalibrationData, read_calibration
 from flaxslim.posttraining._kept import Kept
 from flaxslim.posttraining._prune import method_of
@@ -202,6 +204,8 @@ def run(
 
 def _wish(keep: float | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """What `prune` is asked for, which is one thing."""
+    if keep is not None:
+        check_share(keep)
     wished = given if keep is None else {"keep": keep, **given}
     if len(wished) != 1:
         raise BudgetError(
@@ -257,8 +261,11 @@ def _record(
 ) -> dict[str, Any]:
     """What `flaxslim.json` keeps, and what the model card says."""
     name = Path(source).name if os.path.isdir(source) else source
-    after = sum(row.after for row in report.rows)
-    before = sum(row.before for row in report.rows)
+    gone = " and ".join(
+        f"{sum(site.before - site.after for site in own):,} of "
+        f"{sum(site.before for site in own):,} {unit}"
+        for unit, own in by_unit(widths(report)).items()
+    )
     said = {k: str(v) for k, v in wish.items()}
     return {
         "flaxslim": flaxslim.__version__,
@@ -271,10 +278,9 @@ def _record(
             "calibration": data.source,
             "measured": proof.to_dict(),
         },
-        "card": f"{before - after:,} of {before:,} channels and heads were cut from `{name}` by "
-        f"flaxslim {flaxslim.__version__} without training (preset {how.preset}, "
-        f"{data.samples:,} calibration samples). What it computes is near what that model does, "
-        "not the same.",
+        "card": f"{gone} were cut from `{name}` by flaxslim {flaxslim.__version__} without "
+        f"training (preset {how.preset}, {data.samples:,} calibration samples). What it computes "
+        "is near what that model does, not the same.",
     }
 
 
@@ -388,4 +394,4 @@ def _notes() -> Iterator[None]:
         or w.category.__module__.startswith("flaxslim")
     )
     for text in said:
-        messages.print(f"note: {text}", markup=False, soft_wrap=True)
+        messages.print(f"note: {in_flags(text)}", markup=False, soft_wrap=True)

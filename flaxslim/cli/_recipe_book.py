@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxslim.cli._recipe_lines import Key
-from flaxslim.errors import RecipeError, nearest
+from flaxslim.errors import RecipeError
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -46,10 +46,3 @@ class Book:
         """What paths are relative to."""
         on_the_command_line = any(key[:end] in self.said for end in range(1, len(key) + 1))
         return Path() if on_the_command_line else self.path.parent
-
-
-def beside(path: Path) -> list[str]:
-    """What lies beside a path that is not there, spelled most like it."""
-    if not path.parent.is_dir():
-        return []
-    return nearest(path.name, (p.name for p in path.parent.iterdir()))

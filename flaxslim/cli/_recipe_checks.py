@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from flaxslim.cli._recipe import Recipe
-from flaxslim.cli._recipe_book import Book, beside
+from flaxslim.cli._recipe_book import Book
 from flaxslim.cli._tasks import TASKS
-from flaxslim.errors import RecipeError, nearest
+from flaxslim.errors import RecipeError, nearest, neighbours
 
 
 def contradictions(recipe: Recipe, book: Book) -> list[RecipeError]:
@@ -72,7 +72,7 @@ def _data(recipe: Recipe, book: Book) -> Iterable[RecipeError]:
                     ("data", field.name),
                     "there is no such file",
                     seen=str(value),
-                    near=beside(value),
+                    near=neighbours(value),
                 )
             )
     return ()

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from flaxslim.cli import _prune_commands
-from flaxslim.cli._recipe_book import Book, beside
+from flaxslim.cli._recipe_book import Book
 from flaxslim.cli._recipe_read import raise_mistakes
-from flaxslim.errors import RecipeError, nearest
+from flaxslim.errors import RecipeError, nearest, neighbours
 
 COMMAND = "command"
 _FILES = ("calibration", "evaluation")
@@ -69,7 +69,7 @@ def _placed(name: str, value: Any, book: Book) -> Any:
 
 
 def _missing(book: Book, name: str, path: Path) -> RecipeError:
-    return book.mistake((name,), "this is not there", seen=str(path), near=beside(path))
+    return book.mistake((name,), "this is not there", seen=str(path), near=neighbours(path))
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal
 
 from flaxslim.cli._kinds import Range, Source
 from flaxslim.cli._recipe import START, Recipe
-from flaxslim.cli._recipe_book import Book, beside
+from flaxslim.cli._recipe_book import Book
 from flaxslim.cli._recipe_checks import contradictions
 from flaxslim.cli._recipe_lines import Key, lines, parsed
 from flaxslim.cli._tasks import TASKS
-from flaxslim.errors import RecipeError, nearest
+from flaxslim.errors import RecipeError, nearest, neighbours
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,7 +266,7 @@ class _Values:
         if value.startswith((".", "/", "~")):
             self.book.missing.append(
                 self.book.mistake(
-                    key, "there is no such folder", seen=str(folder), near=beside(folder)
+                    key, "there is no such folder", seen=str(folder), near=neighbours(folder)
                 )
             )
             return str(folder)

@@ -1,5 +1,6 @@
 """`flaxslim slim`: read, plan, cut, prove, write."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,7 +14,7 @@ from typing import Any
 import flaxslim
 from flaxslim._apply import apply, resized
 from flaxslim._draw import plan
-from flaxslim._plan import Plan
+from flaxslim._plan import Cut, Plan
 from flaxslim._slim import mend_blocked
 from flaxslim._spec import Spec
 from flaxslim._tree import flatten
@@ -26,7 +27,9 @@ from flaxslim.checkpoint._write import refuse_loss, write
 from flaxslim.cli import NOT_PROVEN, NOTHING_DEAD, _table
 from flaxslim.cli._console import bar, console, in_flags, messages
 from flaxslim.cli._verify import Way, prove_checkpoints
-from flaxslim.errors import UnsupportedFormatError, WidthError
+from flaxslim.errors import FlaxslimError, UnsupportedFormatError, WidthError
+
+_QUICK = 2 * 10**9  # bytes, read in a second
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,12 @@ class Choice:
             multiple_of=self.multiples,
         )
 
+    def heads_apart(self, checkpoint: Checkpoint, spec: Spec | None = None) -> tuple[Cut, ...]:
+        """What would go of the heads if each layer had its own number of them."""
+        spec = spec or spec_named(checkpoint.config, "heads", checkpoint.naming)
+        own = dataclasses.replace(self, width="per_layer").plan(checkpoint, spec)
+        return tuple(filter(is_heads, own.cuts))
+
     @property
     def part(self) -> str:
         return "all" if self.heads else "ffn"
@@ -60,6 +69,10 @@ class Choice:
     @property
     def multiples(self) -> dict[str, int]:
         return {"f": self.multiple_of, "h": self.heads_multiple_of}
+
+
+def is_heads(cut: Cut) -> bool:
+    return cut.site.pair.axis == "h"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,9 +145,12 @@ def _run(source: str, out: Path, options: Options) -> int:
             before = as_flax(read(before.folder))
         status.update("looking for dead channels")
         chosen = options.choice.plan(before)
+        heads = _unasked(options.choice, before)
     for note in before.notes:
         messages.print(f"note: {note}", markup=False, soft_wrap=True)
     console.print(in_flags(str(chosen)), markup=False, soft_wrap=True)
+    if note := _table.heads_note(heads):
+        console.print(note, markup=False, soft_wrap=True)
     if why := chosen.why_nothing:
         if chosen.blocked:
             raise WidthError(why, mend=mend_blocked(chosen))
@@ -176,6 +192,17 @@ def _run(source: str, out: Path, options: Options) -> int:
         )
     messages.print(f"written to {out}", markup=False)
     return 0
+
+
+def _unasked(choice: Choice, checkpoint: Checkpoint) -> tuple[Cut, ...]:
+    """What of the heads could go, where nobody asked for them; what is wrong there spares all.
+
+    To look reads the attention kernels, which of a large checkpoint `inspect` has the time for.
+    """
+    if not choice.heads and sum(x.nbytes for x in flatten(checkpoint.params).values()) < _QUICK:
+        with contextlib.suppress(FlaxslimError):
+            return choice.heads_apart(checkpoint)
+    return ()
 
 
 def _counted(progress: Any, total: int) -> Any:
@@ -241,9 +268,10 @@ def record(source: str, chosen: Plan, proof: Any) -> dict[str, Any]:
     else:
         card += f"The cut is approximate (threshold {chosen.threshold:g})."
     if proof is not None:
+        asked = f"tolerance {proof.tolerance:.1e}, " if proof.exact else ""
         card += (
             f"\n\nMeasured on the same inputs: largest difference relative to the largest output "
-            f"{proof.relative:.1e} (tolerance {proof.tolerance:.1e}, {proof.device})."
+            f"{proof.relative:.1e} ({asked}{proof.device})."
         )
     return {
         "flaxslim": flaxslim.__version__,

@@ -30,6 +30,7 @@ class Slimming:
       said: what the model card says of it, as Markdown.
       widths: of each site; empty if the record tells none.
       proof: None if none was recorded.
+      error: a line on the outputs of what was pruned by data; empty for all else.
       changes: has a `Change` for each of the `amounts` of `_table` that was measured.
       scores: metrics by model.
       config: of the slimmed model.
@@ -41,6 +42,7 @@ class Slimming:
     said: str
     widths: tuple[SiteWidth, ...]
     proof: Proof | None
+    error: str
     changes: Any
     scores: Mapping[str, Mapping[str, float]]
     notes: tuple[str, ...]
@@ -54,7 +56,8 @@ class Slimming:
     @property
     def verdict(self) -> str:
         """Whether it computes the same, in a line or two."""
-        return "no proof was recorded" if self.proof is None else _table.verdict(self.proof)
+        proof = "no proof was recorded" if self.proof is None else _table.verdict(self.proof)
+        return "\n".join(filter(None, (proof, self.error)))
 
 
 def read(folder: Path) -> Slimming:
@@ -133,6 +136,7 @@ def _found(record: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "widths": sites,
         "proof": proof,
+        "error": "" if report is None else report.said_of_outputs,
         "changes": changes,
         "scores": _scores(run.get("scores") or pruned.get("scores") or {}),
         "notes": notes,

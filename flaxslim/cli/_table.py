@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from flaxslim._plan import Cut, many
 from flaxslim.cli._console import messages
 
 
@@ -95,9 +96,12 @@ def before_after(report: Any) -> Table:
 def verdict(proof: Any) -> str:
     """Whether slimming changed the function, in a line or two."""
     word = "equal to rounding" if proof.exact else "approximate"
+    of, asked = "", f" (tolerance {proof.tolerance:.1e})"
+    if not proof.exact:
+        of, asked = " of any one value", ""
     lines = [
-        f"{word if proof.ok else 'NOT EQUAL'}: largest difference {proof.relative:.1e} of the "
-        f"largest output (tolerance {proof.tolerance:.1e}), on {proof.device}"
+        f"{word if proof.ok else 'NOT EQUAL'}: largest difference{of} {proof.relative:.1e} of the "
+        f"largest output{asked}, on {proof.device}"
     ]
     if proof.control is not None and proof.control.smallest is not None:
         lines.append(
@@ -138,8 +142,8 @@ def inspection(report: Any) -> Group:
     for row in amounts(report):
         totals.add_row(*row)
     notes = [f"note: {note}" for note in report.all_notes]
-    if known and not asked and (dead := sum(cut.dead for cut in heads)):
-        notes.append(f"note: {dead} heads are dead; --heads --width per_layer cuts them")
+    if known and not asked and (note := heads_note(heads)):
+        notes.append(note)
     if not plan.removed:
         notes.append("nothing would be removed")
     return Group(
@@ -149,6 +153,15 @@ def inspection(report: Any) -> Group:
         totals,
         *map(Text, notes),
     )
+
+
+def heads_note(cuts: Iterable[Cut]) -> str | None:
+    """Of heads that nobody asked for: how many are dead, and by which flags they go."""
+    dead = sum(min(cut.dead, cut.removed) for cut in cuts)
+    if not dead:
+        return None
+    are, them = ("is", "it") if dead == 1 else ("are", "them")
+    return f"note: {many(dead, 'heads')} {are} dead; --heads --width per_layer cuts {them}"
 
 
 def _sites(what: str, unit: str, cuts: Iterable[Any], *, show_gone: bool) -> Table:

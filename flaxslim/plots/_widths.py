@@ -45,7 +45,7 @@ def widths(source: Plan | Report) -> tuple[SiteWidth, ...]:
                 unit=row.unit,
                 before=row.before,
                 after=row.after,
-                note=f"error {row.measured:.3f}",
+                note=f"error {row.measured:.3g}",
             )
             for row in source.rows
         )

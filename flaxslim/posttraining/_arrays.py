@@ -1,6 +1,6 @@
 """Calibration data that is arrays already: an .npz file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,15 @@ def read_arrays(path: Path, fields: Sequence[str] = ()) -> dict[str, np.ndarray]
     arrays = {
         name: _narrow(path, told, x) for name, (told, x) in zip(names, stored.items(), strict=False)
     }
-    lengths = {told: len(x) for told, x in zip(stored, arrays.values(), strict=True)}
+    as_named = dict(zip(stored, arrays.values(), strict=True))
+    lengths = {told: len(x) for told, x in as_named.items()}
     if len(set(lengths.values())) > 1:
         raise CalibrationError(
             "the arrays do not have equally many samples",
             path=str(path),
             seen=", ".join(f"{told}: {count}" for told, count in lengths.items()),
             expected="first axes of one size",
-            mend="name those of token ids and of their mask in fields",
+            mend=_mend_fields(as_named),
         )
     if not all(lengths.values()):
         raise CalibrationError(
@@ -50,9 +51,23 @@ def read_arrays(path: Path, fields: Sequence[str] = ()) -> dict[str, np.ndarray]
                 path=str(path),
                 seen=f"{x.dtype} of shape {x.shape}",
                 expected="integers, (samples, length)",
-                mend="name the arrays of token ids and of their mask in fields",
+                mend=_mend_fields(as_named),
             )
     return arrays
+
+
+def _mend_fields(arrays: Mapping[str, np.ndarray]) -> str:
+    """With their names, where shapes and the word "mask" tell them; those for calibration first."""
+    mend = "name the arrays of token ids and of their mask"
+    masks = [name for name in arrays if "mask" in name]
+    ids = [name for name, x in arrays.items() if name not in masks and x.dtype == np.int32]
+    pairs = [
+        (name, mask)
+        for mask in sorted(masks, key=lambda mask: "calib" not in mask)
+        for name in nearest(mask, ids, len(ids))
+        if arrays[name].shape == arrays[mask].shape
+    ]
+    return f"{mend}: fields={pairs[0]}" if pairs else f"{mend} in fields="
 
 
 def _stored(path: Path, fields: Sequence[str]) -> dict[str, Any]:
@@ -75,7 +90,7 @@ def _stored(path: Path, fields: Sequence[str]) -> dict[str, Any]:
             path=str(path),
             seen=", ".join(there[:8]) or "nothing",
             near=nearest(absent[0], there),
-            mend="name another one in fields",
+            mend="name another one in fields=",
         )
     if not stored:
         raise CalibrationError(
@@ -100,5 +115,5 @@ def _narrow(path: Path, name: str, x: Any) -> np.ndarray:
         path=str(path),
         seen=f"{x.dtype} of shape {x.shape}" if isinstance(x, np.ndarray) else "bytes",
         expected="integers that fit int32, or floats, with a first axis that counts the samples",
-        mend="write the file without it, or name the arrays to take in fields",
+        mend="write the file without it, or name the arrays to take in fields=",
     )

@@ -158,7 +158,8 @@ def _check(
             "even the cheapest widths exceed the limit",
             seen=f"a limit of {shown(limit, unit, decimal.ROUND_FLOOR)}",
             expected=f"at least {reachable}{share}",
-            mend=f"raise the limit to {reachable}, or let more places or smaller widths be chosen",
+            mend=f"raise the limit to {reachable}, or let more places and smaller widths be "
+            'chosen: spec="all", width="per_layer"',
         )
 
 

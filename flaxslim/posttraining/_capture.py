@@ -104,9 +104,7 @@ class Traced:
     """
 
     def __init__(self, fn: Callable[..., Any], params: Any, batch: Any):
-        closed, shape = jax.make_jaxpr(fn, return_shape=True)(params, batch)
-        self._closed = closed
-        self._out = jax.tree.structure(shape)
+        self._closed, self.outputs = jax.make_jaxpr(fn, return_shape=True)(params, batch)
         self.paths = list(_tree.flatten(params))
         found: list[Read] = []
         self.tables: set[str] = set()  # the parameters that are looked up by index
@@ -137,7 +135,7 @@ class Traced:
         views += [None] * (len(arrays) - len(leaves))
         into = _Found(reads=reads, tables=tables)
         out, _ = _run(self._closed.jaxpr, self._closed.consts, arrays, views, into)
-        return jax.tree.unflatten(self._out, out), reads
+        return jax.tree.unflatten(jax.tree.structure(self.outputs), out), reads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -55,14 +55,22 @@ def shares_of(keep: float | Mapping[str, float], sites: Sequence[Site]) -> dict[
                 expected=" or ".join(map(repr, axes)),
                 mend='pass spec="all" for the heads ("h") too',
             )
-        if not isinstance(share, numbers.Real) or not 0 < float(share) <= 1:
-            raise BudgetError(
-                "keep= is the share of the channels that stays",
-                seen=repr(share),
-                expected="above 0, up to 1; 0.7 keeps 70%",
-                mend="for 30% keep=0.3; to keep a percentage, divide it by 100",
-            )
+        check_share(share)
     return {axis: float(given.get(axis, 1.0)) for axis in axes}
+
+
+def check_share(share: Any) -> None:
+    """Raise `BudgetError` unless it is a share of the channels that can stay."""
+    is_number = isinstance(share, numbers.Real)
+    if is_number and 0 < float(share) <= 1:
+        return
+    percent = float(share) if is_number and 1 < float(share) <= 100 else 30.0
+    raise BudgetError(
+        "keep= is the share of the channels that stays",
+        seen=repr(share),
+        expected="above 0, up to 1; 0.7 keeps 70%",
+        mend=f"for {percent:g}% keep={percent / 100:g}; to keep a percentage, divide it by 100",
+    )
 
 
 def refuse_adapters(sites: Sequence[Site]) -> None:

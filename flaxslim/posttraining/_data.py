@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim.errors import CalibrationError, CalibrationWarning, nearest
+from flaxslim.errors import CalibrationError, CalibrationWarning, neighbours
 from flaxslim.posttraining import _arrays, _images, _text, _tokens
 
 _MULTIPLE = 16  # of which the lengths of padded batches are: each is compiled for once
@@ -94,7 +94,7 @@ def read_calibration(
         raise CalibrationError(
             "there is no such file or folder",
             path=str(ask.path),
-            near=_neighbours(ask.path),
+            near=neighbours(ask.path),
             expected=_text.KINDS,
             mend="check the spelling",
         )
@@ -140,7 +140,7 @@ class _Ask:
         """What means nothing for this kind of data is no option of it."""
         for name in (name for name, value in given.items() if value):
             raise CalibrationError(
-                f"{name} is for text, and this is none", path=str(self.path), mend="leave it out"
+                f"{name}= is for text, and this is none", path=str(self.path), mend="leave it out"
             )
 
     def drawn(self, count: int) -> np.ndarray:
@@ -277,10 +277,3 @@ def _positive(name: str, value: Any) -> int:
             f"{name} is no count", seen=repr(value), expected="a whole number from 1"
         )
     return int(value)
-
-
-def _neighbours(path: Path) -> list[str]:
-    try:
-        return nearest(path.name, (entry.name for entry in path.parent.iterdir()))
-    except OSError:
-        return []

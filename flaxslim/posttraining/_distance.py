@@ -14,6 +14,9 @@ from flaxslim.posttraining._calibration import Calibration
 # (outputs of the dense model, outputs, batch) -> scalar.
 Loss = Callable[[Any, Any, Any], Any]
 
+_DIVERGENCE = "KL divergence of logits, in nats"
+_SQUARED = "relative squared error"
+
 
 class Distance:
     """Of the outputs, by `loss`, or by the divergence of logits and the relative squared error of
@@ -44,6 +47,15 @@ class Distance:
         own = self._of_outputs if self.loss is None else self.loss
         return between + own(dense_out, out, batch)
 
+    @property
+    def measure(self) -> str:
+        """What the distance of the outputs is, in words."""
+        if self.loss is not None:
+            return "by loss="
+        outputs = self.calibration.traced(self.calibration.batches[0]).outputs
+        found = [self._measure(*leaf) for leaf in jax.tree_util.tree_leaves_with_path(outputs)]
+        return " and ".join(dict.fromkeys(filter(None, found))) or "of no output"
+
     def mean(self, params: Any, dense: Any, batches: Sequence[Any]) -> float:
         """The mean distance of the outputs on some batches."""
         measured = jax.jit(self)
@@ -53,12 +65,17 @@ class Distance:
         ours, theirs = jax.tree_util.tree_leaves_with_path(out), jax.tree.leaves(dense)
         found = []
         for (keys, x), y in zip(ours, theirs, strict=True):
-            if not jnp.issubdtype(x.dtype, jnp.floating) or not x.ndim:
-                continue
-            logits = "logits" in jax.tree_util.keystr(keys) or x.shape[-1] == self.vocabulary
-            how = self._divergence if logits and x.shape[-1] > 1 else self._relative
-            found.append(how(x, y, batch, "decoder"))
+            if measure := self._measure(keys, x):
+                how = self._divergence if measure == _DIVERGENCE else self._relative
+                found.append(how(x, y, batch, "decoder"))
         return sum(found, jnp.zeros(())) / max(len(found), 1)
+
+    def _measure(self, keys: Any, x: Any) -> str | None:
+        """By what an output is compared, if it is."""
+        if not jnp.issubdtype(x.dtype, jnp.floating) or not x.ndim:
+            return None
+        logits = "logits" in jax.tree_util.keystr(keys) or x.shape[-1] == self.vocabulary
+        return _DIVERGENCE if logits and x.shape[-1] > 1 else _SQUARED
 
     def _weights(self, x: Any, batch: Any, path: str, *, steps: bool = False) -> Any:
         counted = self.calibration.counted(batch, x.shape[:-1], path, steps=steps)

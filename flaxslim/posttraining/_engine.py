@@ -63,6 +63,7 @@ class Engine:
     alive: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     gradients: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     biases: dict[str, Any] = dataclasses.field(default_factory=dict)
+    few: bool = False  # whether it was told that there is too little data
 
     @property
     def ridge(self) -> float:
@@ -309,12 +310,13 @@ class Engine:
 
     def _warn_of_few(self, site: Site, moments: Sequence[Moments]) -> None:
         count, m = min(m.count for m in moments), len(moments[0].x)
-        if count < m:
+        if count < m and not self.few:
+            self.few = True  # as other sites will be
             warnings.warn(
                 f"{count:,} calibration positions for {m:,} hidden channels at "
                 f"{site.second.path}: what they read is known along so many directions only, and "
                 "the ridge decides about the others. Give more data (samples=, longer texts), or a "
-                "larger ridge=",
+                "larger ridge (Method(ridge=0.1))",
                 CalibrationWarning,
                 stacklevel=4,
             )

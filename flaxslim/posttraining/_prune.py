@@ -216,11 +216,13 @@ def zero(
         check(counts)
     new, rows = engine.pruned(ordered, rankings, counts)
     new, tuned = _tuned(engine, new, ordered, distance, only=_parameters(params))
+    held_out = split(calibration)[1]
     report = Report(
         rows=tuple(rows[site.second.path] for site in sites),
         samples=calibration.samples,
         positions=engine.positions,
-        output_error=distance.mean(new, tree, split(calibration)[1] or calibration.batches),
+        output_error=distance.mean(new, tree, held_out or calibration.batches),
+        measure=f"{distance.measure}, on {'held-out' if held_out else 'the calibration'} batches",
         tuned=tuned,
         cost=cost,
         notes=tuple(_notes(rows.values())),

@@ -15,7 +15,7 @@ KINDS = (
 )
 # Where no field is named, the first of these that is there.
 _NAMES = ("text", "sentence", "content")
-_BY_NAME = "say in fields which one to take"
+_BY_NAME = "say in fields= which one to take"
 _BY_NUMBER = _BY_NAME + ": by its name in the header, or by its number, from 1"
 
 
@@ -41,7 +41,7 @@ def read_texts(path: Path, fields: Sequence[str] = ()) -> list[tuple[str, ...]]:
             path=str(path),
             seen=", ".join(fields),
             expected="one sample a line",
-            mend="leave fields out, or name the file .jsonl, .csv or .tsv if it is one",
+            mend="leave fields= out, or name the file .jsonl, .csv or .tsv if it is one",
         )
     else:
         samples = ((line,) for _, line in lines(text))

@@ -9,6 +9,7 @@ import numpy as np
 from flaxslim import _config
 from flaxslim.errors import CalibrationError, UnknownFamilyError
 
+_FILES = ("tokenizer.json", "tokenizer_config.json")
 _CAUSAL = ("gpt2", "llama", "opt", "gptj", "gpt_neo", "bloom", "mistral", "gemma", "xglm")
 
 
@@ -22,11 +23,14 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer("a", verbose=False)  # a wrong value in its config is seen only now
         return tokenizer
     except Exception as error:  # transformers raises whatever the missing file leads to
+        seen = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        if not any((folder / name).is_file() for name in _FILES):
+            seen = f"neither {' nor '.join(_FILES)}"
         raise CalibrationError(
             "the model's folder has no tokenizer that can be loaded",
             path=str(folder),
-            seen=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            expected="tokenizer.json and tokenizer_config.json, or those of its class",
+            seen=seen,
+            expected=f"{' and '.join(_FILES)}, or those of its class",
             mend="pass an .npz of token ids, or save the tokenizer into the folder: "
             "tokenizer.save_pretrained(folder)",
         ) from error

@@ -90,10 +90,15 @@ def spec_for(cfg: Any, part: str = "ffn") -> Spec:
         return Spec(name=f"{joined}_{end}", pairs=tuple(pair for spec in parts for pair in spec))
     if name in FAMILIES:
         return FAMILIES[name][index]
+    problem = f"no spec for model_type {name!r}"
+    if name is None:
+        given = "no config was given" if cfg is None else "the config has no model_type"
+        problem = f"{given}, so the family is not known"
     raise UnknownFamilyError(
-        "the config has no model_type" if name is None else f"no spec for model_type {name!r}",
+        problem,
         near=nearest((name or "").lower(), [*FAMILIES, *COMPOSITES]),
-        mend="`flaxslim families` lists the known ones; for a model of your own pass "
+        mend=("pass the config that belongs to the parameters; " if cfg is None else "")
+        + "`flaxslim families` lists the known ones; for a model of your own pass "
         'spec=Spec(name="MY_FFN", pairs=Pair(first="up", second="down")), or let '
         "spec=flaxslim.discover(fn, params, *inputs) find it (`flaxslim inspect SOURCE --discover` "
         "for a Flax class of transformers)",

@@ -286,7 +286,7 @@ def test_a_gated_repository(hub, status, where):
 
 def test_a_server_that_fails(hub):
     hub.faults["owner/tiny"] = (500, "")
-    with pytest.raises(errors.HubError, match="the download did not finish") as caught:
+    with pytest.raises(errors.HubError, match="the Hub could not be asked") as caught:
         load("owner/tiny")
     assert "500" in str(caught.value)
 
@@ -312,9 +312,17 @@ def test_a_connection_that_drops_at_once(hub, params):
 
 def test_nobody_listens(monkeypatch, tmp_path):
     _point(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
-    with pytest.raises(errors.HubError, match="the Hub cannot be reached") as caught:
-        load("owner/tiny")
-    assert "check the connection and HF_ENDPOINT" in str(caught.value)
+    (tmp_path / "model-1").mkdir()
+    (tmp_path / "model-2").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(errors.HubError, match=r"^there is no folder model-l here; ") as caught:
+        load("model-l")
+    message = str(caught.value)
+    assert "the Hub cannot be reached" in message
+    assert "nearest:  model-1\n" in message
+    assert "check the connection and HF_ENDPOINT" in message
+    # The cause alone, not what three libraries made of it.
+    assert re.search(r"found:    ConnectionRefusedError: \[Errno \d+\] [\w ]+\n", message)
 
 
 def test_offline_without_a_cache(hub, offline):

@@ -202,6 +202,11 @@ def test_ctrl_c(run, broken, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_paths_are_not_turned_into_flags(run, tmp_path):
+    result = run("inspect", tmp_path / "keep=0.7")
+    _assert_explained(result, f"{tmp_path}/keep=0.7\n")
+
+
 def test_message_may_hold_square_brackets(run, tmp_path):
     """They are no markup: the path is shown as it is."""
     result = run("inspect", tmp_path / "[bold]x[/]")

@@ -256,7 +256,11 @@ def test_heads_that_were_not_asked_for_are_counted_all_the_same(run, pruned):
     rows = _rows(result.out)
     for layer, left in enumerate(HEADS_LEFT):
         assert [f"{ROOTS[layer]}/attention", "4", str(4 - len(left))] in rows
-    assert "note: 5 heads are dead; --heads --width per_layer cuts them" in result.out
+    note = "note: 5 heads are dead; --heads --width per_layer cuts them"
+    assert note in result.out
+    planned = ["slim", pruned["flax"], "out", "--dry-run"]
+    assert note in run(*planned).out
+    assert "are dead" not in run(*planned, *CUT).out
     report = json.loads(run("inspect", pruned["flax"], "--json").out)
     assert [heads["dead"] for heads in report["heads"]] == [1, 4]
     assert "num_attention_heads" not in report["widths"]

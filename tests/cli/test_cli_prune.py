@@ -74,6 +74,9 @@ def test_a_folder_comes_out_that_the_stock_class_loads(run, folder, texts, tmp_p
     assert result.code == 0, result.err
     assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
     assert "of     72 channels" in result.out
+    assert (
+        "from the dense ones (KL divergence of logits, in nats, on held-out batches)" in result.out
+    )
     assert "parameters" in result.out
     model: Any = FlaxBertForMaskedLM.from_pretrained(tmp_path / "out")
     assert model.config.intermediate_size == 36
@@ -81,11 +84,15 @@ def test_a_folder_comes_out_that_the_stock_class_loads(run, folder, texts, tmp_p
     assert record["exact"] is False
     assert len(record["prune"]["report"]["rows"]) == 2
     assert (tmp_path / "out" / "vocab.txt").is_file()
-    assert "without training" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "72 of 144 channels were cut" in card
+    assert "without training" in card
     told = run("report", tmp_path / "out")
     assert told.code == 0, told.err
-    assert "approximate: largest difference" in told.out
+    assert "approximate: largest difference of any one value" in told.out
+    assert "from the dense ones (KL divergence" in told.out
     assert "equal" not in told.out
+    assert "tolerance" not in told.out
 
 
 def test_a_budget_of_parameters_with_heads(run, folder, texts, tmp_path):
@@ -208,9 +215,8 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "no wish": ([], "--keep 0.7 keeps 70%"),
     "two wishes": (["--keep", 0.5, "--target", "1.5x"], "found:    --keep, --target"),
     "and what to say": (["--keep", 0.5, "--target", "1.5x"], "one of --keep"),
-    "a percentage": (["--keep", 70], "divide it by 100"),
     "a speed of nonsense": (["--target", "fast"], "1.5x"),
-    "too small": (["--max-params", "1k"], "cheapest"),
+    "too small": (["--max-params", "1k"], "be chosen: --heads --width per_layer"),
     "metric": (["--keep", 0.5, "--evaluate", "perplexty"], "perplexity"),
     "a picture of no kind": (["--keep", 0.5, "--plot", "widths.gif"], ".png, .svg or .pdf"),
     "a picture nowhere": (["--keep", 0.5, "--plot", "nowhere/w.png"], "no such folder"),
@@ -227,6 +233,14 @@ def test_what_is_wrong_is_said_and_nothing_written(name, run, folder, texts, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_percentage_is_refused_before_anything_is_read(run, tmp_path):
+    command = _prune_command(tmp_path / "none", tmp_path / "out", tmp_path / "none.txt")
+    result = run(*command, "--keep", 70)
+    assert result.code == 1
+    assert "--keep is the share" in result.err
+    assert "mend:     for 70% --keep 0.7" in result.err
+
+
 def test_without_a_tokenizer(run, folder, texts, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare)
@@ -235,5 +249,5 @@ def test_without_a_tokenizer(run, folder, texts, tmp_path):
             path.unlink()
     result = run(*_prune_command(bare, tmp_path / "out", texts, "--keep", 0.5))
     assert result.code == 1
-    assert "tokenizer" in result.err
+    assert "found:    neither tokenizer.json nor tokenizer_config.json\n" in result.err
     assert not (tmp_path / "out").exists()

@@ -118,7 +118,8 @@ def test_nothing_dead_writes_nothing(run, living_folder, tmp_path):
     result = run("slim", living_folder, tmp_path / "out")
     assert result.code == NOTHING_DEAD
     assert "Nothing was written: no channel at 2 sites of BERT_FFN is dead" in result.err
-    assert "threshold" in result.err
+    assert "flaxslim prune DIR OUT --calibration texts.txt --keep 0.7" in result.err
+    assert "a --threshold" in result.err
     assert not list(tmp_path.iterdir())
 
 
@@ -174,7 +175,9 @@ def test_threshold_is_called_approximate_everywhere(run, living_folder, tmp_path
     assert "approximate: largest difference" in result.out
     record = _record(out)
     assert record["exact"] is False
-    assert "approximate (threshold 0.7)" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "approximate (threshold 0.7)" in card
+    assert "tolerance" not in result.out + card
     measured = Proof.from_dict(record["proof"])
     assert measured.relative > 1e-3
     # `verify` asks for equality unless it is told not to.
