@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flaxslim import FlaxslimError
-from flaxslim.cli import _demo, _recipe_lines
+from flaxslim.cli import _demo, _recipe_book, _recipe_lines
 from flaxslim.cli._recipe import Pruning, Recipe
 from flaxslim.cli._recipe_read import parse, read
 
@@ -309,8 +309,21 @@ def test_a_bare_name_is_a_shipped_recipe(tmp_path, monkeypatch):
     with pytest.raises(FlaxslimError, match=r"are bloom_1b7, digits, (.|\n)*in configs/") as caught:
         _demo.shipped("none")
     assert "flaxslim run" not in str(caught.value)
+    (tmp_path / "digits").mkdir()  # an output of that name
+    assert _demo.shipped("digits") == _demo.recipes() / "digits.toml"
+    (tmp_path / "digits").rmdir()
     (tmp_path / "digits").touch()
     assert _demo.shipped("digits") == Path("digits")
+
+
+def test_an_installed_recipe_writes_to_where_the_command_runs(tmp_path, monkeypatch):
+    text = (_demo.recipes() / "digits.toml").read_text()
+    (tmp_path / "digits.toml").write_text(text)
+    beside = read(tmp_path / "digits.toml", files=False).recipe
+    assert beside.output.folder == tmp_path.parent / "out" / "digits"
+    monkeypatch.setattr(_recipe_book, "PACKAGED", tmp_path)
+    installed = read(tmp_path / "digits.toml", files=False).recipe
+    assert installed.output.folder == Path("out/digits")
 
 
 def test_files_that_are_not_there_are_mistakes_unless_they_may_be():

@@ -3,16 +3,14 @@
 import tempfile
 from pathlib import Path
 
-import flaxslim
 from flaxslim.cli import _recipe_read
+from flaxslim.cli._recipe_book import PACKAGED
 from flaxslim.errors import RecipeError, nearest, neighbours
 
 
 def recipes() -> Path:
     """The folder of the shipped recipes: in the package, or beside it in a working copy."""
-    package = Path(flaxslim.__file__).parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+    return PACKAGED if PACKAGED.is_dir() else PACKAGED.parents[1] / "configs"
 
 
 def shipped(name: str) -> Path:
@@ -21,7 +19,7 @@ def shipped(name: str) -> Path:
     Raises `RecipeError` where there is neither.
     """
     path, ours = Path(name), sorted(own.stem for own in recipes().glob("*.toml"))
-    if path.exists():
+    if path.is_file():
         return path
     if name in ours:
         return recipes() / f"{name}.toml"

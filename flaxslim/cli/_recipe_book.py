@@ -1,11 +1,15 @@
 """The book of mistakes that is kept while a recipe is read and checked."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
+import flaxslim
 from flaxslim.cli._recipe_lines import Key
 from flaxslim.errors import RecipeError
+
+PACKAGED = Path(flaxslim.__file__).parent / "configs"  # in a wheel; a working copy has none
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -42,7 +46,15 @@ class Book:
         """Note a mistake."""
         self.mistakes.append(self.mistake(key, problem, **details))
 
-    def base(self, key: Key) -> Path:
-        """What paths are relative to."""
+    def placed(self, key: Key, value: str) -> Path:
+        """The path that a key says: relative to the recipe, or to where the command runs.
+
+        A recipe in an installed package is read as if `configs/` lay where the command runs, or its
+        output would go into the package.
+        """
         on_the_command_line = any(key[:end] in self.said for end in range(1, len(key) + 1))
-        return Path() if on_the_command_line else self.path.parent
+        base = Path() if on_the_command_line else self.path.parent
+        if base == PACKAGED:
+            base = Path("configs")
+        path = base / Path(value).expanduser()
+        return Path(os.path.normpath(path))

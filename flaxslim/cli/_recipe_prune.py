@@ -57,7 +57,7 @@ def _placed(name: str, value: Any, book: Book) -> Any:
     """Paths are relative to the recipe; those of files must be there."""
     if not isinstance(value, str):
         return value
-    path = book.base((name,)) / Path(value).expanduser()
+    path = book.placed((name,), value)
     if name == "source":
         local = os.path.isdir(path) or value.startswith((".", "/", "~"))
         if local and not os.path.isdir(path):

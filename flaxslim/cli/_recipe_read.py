@@ -249,7 +249,7 @@ class _Values:
         if hint is Path:
             if not isinstance(value, str):
                 raise _Wrong(_KIND)
-            return self.book.base(key) / Path(value).expanduser()
+            return self.book.placed(key, value)
         if hint is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if hint is Mapping and isinstance(value, Mapping):
@@ -260,7 +260,7 @@ class _Values:
 
     def source(self, value: str, key: Key) -> str:
         """A folder as a path, or the id of a repository on the Hub. Raises `_Wrong`."""
-        folder = self.book.base(key) / Path(value).expanduser()
+        folder = self.book.placed(key, value)
         if os.path.isdir(folder) or value == START:
             return value if value == START else str(folder)
         if value.startswith((".", "/", "~")):
