@@ -146,11 +146,7 @@ def _run(source: str, out: Path, options: Options) -> int:
         status.update("looking for dead channels")
         chosen = options.choice.plan(before)
         heads = _unasked(options.choice, before)
-    for note in before.notes:
-        messages.print(f"note: {note}", markup=False, soft_wrap=True)
-    console.print(in_flags(str(chosen)), markup=False, soft_wrap=True)
-    if note := _table.heads_note(heads):
-        console.print(note, markup=False, soft_wrap=True)
+    _show(before, chosen, heads)
     if why := chosen.why_nothing:
         if chosen.blocked:
             raise WidthError(why, mend=mend_blocked(chosen))
@@ -192,6 +188,14 @@ def _run(source: str, out: Path, options: Options) -> int:
         )
     messages.print(f"written to {out}", markup=False)
     return 0
+
+
+def _show(before: Checkpoint, chosen: Plan, heads: tuple[Cut, ...]) -> None:
+    for note in before.notes:
+        messages.print(f"note: {note}", markup=False, soft_wrap=True)
+    console.print(in_flags(str(chosen)), markup=False, soft_wrap=True)
+    if note := _table.heads_note(heads):
+        console.print(note, markup=False, soft_wrap=True)
 
 
 def _unasked(choice: Choice, checkpoint: Checkpoint) -> tuple[Cut, ...]:

@@ -95,9 +95,7 @@ def tune(
     free = _free(calibration, leaves, fit[0], only)
     living = masks(sites, alive, lambda site: site.reading)
 
-    top = _RATE / max(map(_outputs, sites)) if how.learning_rate is None else how.learning_rate
-    schedule = optax.warmup_cosine_decay_schedule(0.0, top, max(how.steps // 10, 1), how.steps)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+    tx = _optimizer(how, sites)
     # In 16 bits a step would be lost in rounding, and Adam's squares would vanish.
     own = {path: jnp.asarray(leaves[path], _wide(leaves[path].dtype)) for path in free}
 
@@ -139,6 +137,12 @@ def tune(
         "after": best,
         "step": best_step,
     }
+
+
+def _optimizer(how: Tune, sites: Sequence[Site]) -> optax.GradientTransformation:
+    top = _RATE / max(map(_outputs, sites)) if how.learning_rate is None else how.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, top, max(how.steps // 10, 1), how.steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
 
 def split(calibration: Calibration) -> tuple[list[Any], list[Any]]:
