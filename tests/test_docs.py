@@ -243,7 +243,7 @@ def test_nothing_is_left_to_fill_in(page):
 
 
 def test_the_readme_is_short():
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 160
 
 
 def test_the_picture_is_what_its_script_draws():
