@@ -28,7 +28,7 @@ from flaxslim._discover._function import function
 from flaxslim._discover._groups import Group, Verdict
 from flaxslim._tree import flatten, replace
 
-FEW, MANY = 50, 2_000
+FEW, MANY = 25, 2_000
 
 
 @dataclasses.dataclass

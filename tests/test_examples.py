@@ -18,6 +18,8 @@ from flaxslim._tree import flatten
 from flaxslim.checkpoint import read
 from flaxslim.cli import main
 
+pytestmark = pytest.mark.long  # `.ci/run` has a step for them
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -88,7 +90,6 @@ def test_difference_of_the_example_would_show(convert, tiny_encoder, tmp_path):
     assert convert.difference(dense, less) > 1e-3
 
 
-@pytest.mark.long
 def test_conversion_example_on_a_trained_sentence_encoder(convert, data, tmp_path, capsys):
     source = data / "sentence-encoder"
     convert.main(str(source), tmp_path / "slim")
@@ -102,7 +103,6 @@ def test_conversion_example_on_a_trained_sentence_encoder(convert, data, tmp_pat
         assert (tmp_path / "slim" / name).read_bytes() == (source / name).read_bytes()
 
 
-@pytest.mark.long
 def test_command_line_on_a_trained_llama(data, tmp_path):
     """stories260K, a Flax msgpack: 40% of each layer dies, and the stock class sees no change."""
     from transformers import FlaxLlamaForCausalLM
@@ -156,7 +156,6 @@ def _perplexity(logits: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> float:
     return float(np.exp(-picked[mask[:, 1:] == 1].mean()))
 
 
-@pytest.mark.long
 def test_discovery_example(capsys):
     """Five kinds of models, each without a spec: found, cut, and the same function."""
     example = loaded(EXAMPLES / "discover_anything.py")
@@ -186,7 +185,6 @@ def test_discovery_example_kills_what_its_spec_reads():
     np.testing.assert_array_equal(killed["down"][~dead], params["down"][~dead])
 
 
-@pytest.mark.long
 def test_a_sentence_encoder_is_shrunk_and_served(data, tmp_path, capsys):
     example = loaded(EXAMPLES / "shrink_sentence_encoder.py")
     example.main(

@@ -46,7 +46,7 @@ FAMILIES = (
 # fmt: on
 SHORT = ("bert", "clip", "gpt2", "llama", "vit")  # all others in the long run
 # Of twelve layers in every run, of two besides in the long one.
-DEEP = ("FlaxBertForMaskedLM", "FlaxLlamaForCausalLM")
+DEEP = ("FlaxLlamaForCausalLM",)
 # The head of the latter has an FFN of its own outside of the stack.
 BIG_BIRD, REFUSED = "FlaxBigBirdForMaskedLM-full", "FlaxBigBirdForQuestionAnswering-full"
 

@@ -19,7 +19,7 @@ from flaxslim.specs import spec_for
 CONFIG = BertConfig(
     vocab_size=60,
     hidden_size=32,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     intermediate_size=48,
     max_position_embeddings=32,
