@@ -22,6 +22,7 @@ from flaxslim._config import Width
 from flaxslim._pair import measure
 from flaxslim._plan import Cut, Plan
 from flaxslim._roots import beside, table_path
+from flaxslim._spec import Site
 from flaxslim._tree import flatten, name_of
 from flaxslim.errors import LayoutError, PlanError, nearest
 
@@ -83,7 +84,11 @@ def _mend_modules(nodes: Mapping[str, Any], cut: Cut, expanded: bool) -> None:
 
 def _around(nodes: Mapping[str, Any], path: str) -> bool:
     """Whether a path lies in a module, and not among plain parameters beside one."""
-    return any(at == "" or path == at or path.startswith(f"{at}/") for at in nodes)
+    return any(_within(path, at) for at in nodes)
+
+
+def _within(path: str, place: str) -> bool:
+    return not place or path == place or path.startswith(f"{place}/")
 
 
 def _check_heads_told(nodes: Mapping[str, Any], cut: Cut) -> None:
@@ -93,7 +98,7 @@ def _check_heads_told(nodes: Mapping[str, Any], cut: Cut) -> None:
     """
     root, size = cut.site.root, cut.site.size
     for at, node in nodes.items():
-        if at != root and not at.startswith(f"{root}/" if root else ""):
+        if not _within(at, root):
             continue
         for name, value in vars(node).items():
             counts = "head" in name.lower() and not any(x in name.lower() for x in ("dim", "size"))
@@ -115,25 +120,36 @@ def told_before(module: Any, plan: Plan) -> list[str]:
     A layer says its own sizes; what is around it may compute with a number that it was given, or
     hold the config that the numbers came from.
     """
-    nodes, found = dict(modules(module)), []
-    for cut in plan.cuts:
-        size, pair, root = cut.site.size, cut.site.pair, cut.site.root
-        if pair.axis != "f" or not cut.removed:
-            continue
-        for at, node in nodes.items():
-            below = f"{at}/" if at else ""
-            if not any(t.path.rpartition("/")[0].startswith(below) for t in cut.site.cut):
-                continue
-            for name, value in vars(node).items():
-                place = f"{below}{name}".replace("/", ".")
-                if type(value) is int:
-                    if value == size and (not root or f"{at}/".startswith(f"{root}/")):
-                        found.append(f"{place} = {size}")
-                elif pair.width is not None and not isinstance(value, nnx.Module):
-                    key = pair.config + pair.width
-                    if _config.has(value, key) and _config.read(value, key) == size:
-                        found.append(f"{place}.{key} = {size}")
+    nodes = dict(modules(module))
+    found = (
+        f"{at}/{name}".strip("/").replace("/", ".") + f" = {cut.site.size}"
+        for cut in plan.cuts
+        if cut.site.pair.axis == "f" and cut.removed
+        for at, node in nodes.items()
+        if any(at != layer and _within(layer, at) for layer in _layers(cut.site))
+        for name in _of_size(node, cut.site, inside=_within(at, cut.site.root))
+    )
     return list(dict.fromkeys(found))
+
+
+def _layers(site: Site) -> set[str]:
+    return {tensor.path.rpartition("/")[0] for tensor in site.cut}
+
+
+def _of_size(node: Any, site: Site, *, inside: bool) -> Iterator[str]:
+    """Attributes that are as many as a site has channels, and configs that say so.
+
+    Numbers only `inside` of the layer: further out as many may be something else.
+    """
+    key = site.pair.config + (site.pair.width or "")
+    for name, value in vars(node).items():
+        if type(value) is int:
+            if inside and value == site.size:
+                yield name
+        elif not site.pair.width or isinstance(value, nnx.Module):
+            continue
+        elif _config.has(value, key) and _config.read(value, key) == site.size:
+            yield f"{name}.{key}"
 
 
 def check_shapes(module: Any, plan: Plan, cfg: Any) -> None:

@@ -41,11 +41,11 @@ def init(self: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
     """In place of `nn.Module.init`: what is traced are shapes, and the same ones once."""
     if not type(self).__module__.startswith("transformers."):
         return _init(self, rngs, *args, **kwargs)
-    key = _key(self, args, kwargs)
-    if key is None or (shapes := _shapes.get(key)) is None:
+    same = _what_shapes_depend_on(self, args, kwargs)
+    if same is None or (shapes := _shapes.get(same)) is None:
         shapes = jax.eval_shape(lambda rngs: _init(self, rngs, *args, **kwargs), rngs)
-        if key is not None:
-            _shapes[key] = shapes
+        if same is not None:
+            _shapes[same] = shapes
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((rngs, args))):
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     key = rngs["params"] if isinstance(rngs, dict) else rngs
@@ -59,8 +59,8 @@ def init(self: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
     return path_aware_map(draw, shapes)
 
 
-def _key(self: Any, args: Any, kwargs: Any) -> Any:
-    """What the shapes depend on; None where that is a layout which no config says."""
+def _what_shapes_depend_on(self: Any, args: Any, kwargs: Any) -> Any:
+    """To be compared; None where that is a layout which no config says."""
     contexts = _intercept._running.stack
     if contexts and not contexts[-1].by_config:
         return None

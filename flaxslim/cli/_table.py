@@ -95,10 +95,9 @@ def before_after(report: Any) -> Table:
 
 def verdict(proof: Any) -> str:
     """Whether slimming changed the function, in a line or two."""
-    word = "equal to rounding" if proof.exact else "approximate"
-    of, asked = "", f" (tolerance {proof.tolerance:.1e})"
+    word, of, asked = "equal to rounding", "", f" (tolerance {proof.tolerance:.1e})"
     if not proof.exact:
-        of, asked = " of any one value", ""
+        word, of, asked = "approximate", " of any one value", ""
     lines = [
         f"{word if proof.ok else 'NOT EQUAL'}: largest difference{of} {proof.relative:.1e} of the "
         f"largest output{asked}, on {proof.device}"
