@@ -2,16 +2,19 @@
 
     python benchmarks/prune_speed.py                    # orders of 768 to 3,072 channels; BERT-base
     python benchmarks/prune_speed.py --widths 14336     # needs about 10 GB
-    python benchmarks/prune_speed.py --layers 2 --low-memory
+    python benchmarks/prune_speed.py --widths --layers 2 6 12 --low-memory
 
+"Beyond" is the peak of memory less what was in memory before, the model among it.
 A greedy order takes about 2 m^3 multiplications and additions for m channels, whatever the layer
 puts out, and five matrices m x m in float64.
 """
 
 import argparse
+import multiprocessing
 import resource
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
@@ -68,7 +71,7 @@ def peak() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--widths", nargs="*", type=int, default=[768, 1536, 3072])
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", nargs="*", type=int, default=[12])
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--low-memory", action="store_true")
     args = parser.parse_args()
@@ -78,18 +81,29 @@ def main() -> None:
     found = {m: ordered(m) for m in args.widths}
     for m, (seconds, rate) in found.items():
         table.add_row(f"{m:,}", f"{seconds:.1f}", f"{rate:.0f}")
-    console.print(table)
+    if found:
+        console.print(table)
     if len(found) > 1:
         ms = sorted(found)
         slope = np.polyfit(np.log(ms), np.log([found[m][0] for m in ms]), 1)[0]
         console.print(f"grows as m^{slope:.2f}")
-    if args.layers:
-        seconds, size, beyond = bert(args.layers, args.preset, args.low_memory)
-        console.print(
-            f"BERT, {args.layers} layers of 768, {args.preset}"
-            f"{', low memory' if args.low_memory else ''}, 128 x 128 tokens: {seconds:.0f} s; "
-            f"model {size / 1e6:.0f} MB, at most {beyond / 1e6:.0f} MB beyond what was in memory"
-        )
+    if not args.layers:
+        return
+    how = f"{args.preset}{', low memory' if args.low_memory else ''}, 128 x 128 tokens"
+    columns = ("layers", "s", "model, MB", "beyond, MB")
+    table = Table(*columns, title=f"BERT of 768, {how}", title_justify="left")
+    # A process of its own for each: the peak of a process never falls.
+    with ProcessPoolExecutor(
+        1,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=warnings.simplefilter,
+        initargs=("ignore",),
+        max_tasks_per_child=1,
+    ) as pool:
+        for layers in args.layers:
+            seconds, size, beyond = pool.submit(bert, layers, args.preset, args.low_memory).result()
+            table.add_row(str(layers), f"{seconds:.0f}", f"{size / 1e6:.0f}", f"{beyond / 1e6:.0f}")
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from flaxslim import _mesh
-from flaxslim._plan import Plan
+from flaxslim._plan import Plan, counted, many
 from flaxslim.errors import ProcessError
 
 _BYTES = 96  # of each text that is compared
@@ -44,7 +44,8 @@ def agree_on(plan: Plan, leaves: Iterable[Any]) -> None:
     leaves = list(leaves)
     if jax.process_count() > 1 and any(map(_mesh.spans_processes, leaves)):
         digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:12]
-        gone = f"{plan.removed:,} channels at {len(plan.cuts)} sites go"
+        what = counted((cut.site, cut.removed) for cut in plan.cuts) or "nothing"
+        gone = f"{what} at {many(len(plan.cuts), 'sites')} to go"
         agree(leaves, **{"the plan": f"{gone} ({digest})"})
 
 

@@ -141,7 +141,7 @@ def check_disagreement(folder: Path) -> str:
     """What one process asks for differs; each of them raises, and none waits for another."""
     whole, params = net(), spread(net().params)
     last = jax.process_index() == jax.process_count() - 1
-    with pytest.raises(ProcessError, match=r"not agree on the plan(.|\n)*channels at 1 sites go"):
+    with pytest.raises(ProcessError, match=r"not agree on the plan(.|\n)*channels at 1 site to go"):
         plan(params, whole.cfg, whole.spec, multiple_of=16 if last else 1)
     version, flaxslim.__version__ = flaxslim.__version__, "9.9" if last else flaxslim.__version__
     with pytest.raises(ProcessError, match=r"the releases(.|\n)*flaxslim 9\.9, jax") as told:

@@ -17,7 +17,7 @@ EXIT_CODES = """exit codes:
   2    the command line itself is wrong
   3    nothing is dead, so nothing was written
   4    the two models are not proven equal, so nothing was written
-  130  stopped by Ctrl-C; no model was written
+  130  stopped by Ctrl-C; what stands at the target is whole, old or new
 
 environment:
   FLAXSLIM_TRACEBACK=1   show the traceback of an unexpected error"""
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FlaxslimError as error:
         return _complain(error, 1)
     except KeyboardInterrupt:
-        return _complain("stopped; nothing was written", INTERRUPTED)
+        return _complain("stopped; nothing half-written is left", INTERRUPTED)
     except Exception as error:
         return _unexpected(error)
     return int(code or 0)

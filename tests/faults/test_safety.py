@@ -171,4 +171,4 @@ def test_ctrl_c_while_it_is_still_being_imported(tmp_path):
         )
         assert done.returncode == 130, done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
-        assert "stopped; nothing was written" in done.stderr
+        assert "stopped; nothing half-written is left" in done.stderr
