@@ -1,6 +1,7 @@
 """Shared settings: the real data where it is at hand, and the table of families."""
 
 import gc
+import importlib.util
 import os
 import pathlib
 import tempfile
@@ -27,6 +28,10 @@ def pytest_configure(config) -> None:
     from initialised import initialised_by_numpy
 
     initialised_by_numpy()
+    if importlib.util.find_spec("transformers") is None:
+        import without_transformers
+
+        config.pluginmanager.register(without_transformers)
     if not hasattr(config, "workerinput"):  # a worker has the environment of the main process
         cache = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         config.add_cleanup(cache.cleanup)

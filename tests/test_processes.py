@@ -32,6 +32,8 @@ from flaxslim._tree import flatten, replace
 from flaxslim.errors import CalibrationError, ProcessError
 from flaxslim.training._sparsity import sparsity
 
+pytest.importorskip("transformers", reason="the jobs write folders, with its configs")
+
 WHERE = {"up/kernel": P("x", "y"), "up/bias": P("y"), "down/kernel": P("y", "x")}
 
 
