@@ -5,7 +5,8 @@ of one tensor at a time, or of some rows of it, are in memory.
 """
 
 import abc
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,3 +55,32 @@ class Lazy(abc.ABC):
             values[at : at + len(block)] = block
             at += len(block)
         return values if dtype is None else values.astype(dtype, copy=False)
+
+
+def transposed(leaf: Any, axes: Sequence[int]) -> Any:
+    """A leaf with its axes permuted; of a lazy one, later."""
+    if not isinstance(leaf, Lazy):
+        return leaf.transpose(axes)
+    return leaf if [*axes] == [*range(leaf.ndim)] else Transposed(leaf=leaf, axes=tuple(axes))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Transposed(Lazy):
+    """A lazy tensor with its axes permuted. While it is read it is in memory as a whole."""
+
+    leaf: Lazy
+    axes: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return tuple(self.leaf.shape[axis] for axis in self.axes)
+
+    @property
+    def dtype(self) -> np.dtype:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.leaf.dtype
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        values = np.asarray(self.leaf).transpose(self.axes)
+        rows = max(1, BLOCK * len(values) // max(self.nbytes, 1))
+        for start in range(0, len(values), rows):
+            yield np.ascontiguousarray(values[start : start + rows])

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxslim._lazy import transposed
 from flaxslim._spec import Spec
 from flaxslim._tree import flatten
 from flaxslim.checkpoint._leaf import Leaf, nest
@@ -150,11 +151,11 @@ def to_flax(params: Any, cfg: Any = None, model_class: type | None = None) -> di
         cfg: the config; may be left out with a `Checkpoint`.
         model_class: the Flax class whose tree is wanted; by default the one the config names.
 
-    Leaves are views (transposed, same dtype). A head that the config ties to the embedding, and
-    that the files therefore lack, is the transposed embedding. Any other tensor that the class
-    needs and the files lack is left out, with a warning; so are tensors that the class has no place
-    for, with a warning about those that are `unused`. Raises `ConfigError` if a shape contradicts
-    the config.
+    Leaves are views (transposed, same dtype); lazy ones stay lazy. A head that the config ties to
+    the embedding, and that the files therefore lack, is the transposed embedding. Any other tensor
+    that the class needs and the files lack is left out, with a warning; so are tensors that the
+    class has no place for, with a warning about those that are `unused`. Raises `ConfigError` if a
+    shape contradicts the config.
 
     >>> params = to_flax(read(folder))  # doctest: +SKIP
     """
@@ -237,7 +238,7 @@ def convert(params: Any, cfg: Any, model_class: type | None = None) -> Converted
     names = table({name: np.ndim(leaf) for name, leaf in tensors.items()}, shapes, base)
     flat: dict[str, Any] = {}
     for name, new in names.items():
-        leaf = tensors[name].transpose(new.axes)
+        leaf = transposed(tensors[name], new.axes)
         if tuple(leaf.shape) != shapes[new.path]:
             raise ConfigError(
                 "the config's sizes contradict the tensors",
@@ -282,7 +283,7 @@ def _tie(flat: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], cfg: Any) 
             and leaf.shape[::-1] == shapes[path]
         ]
         if len(embeddings) == 1:
-            flat[path] = embeddings[0].T
+            flat[path] = transposed(embeddings[0], (1, 0))
 
 
 # --- what has no place ------------------------------------------------------------------------

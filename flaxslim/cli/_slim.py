@@ -142,7 +142,7 @@ def _run(source: str, out: Path, options: Options) -> int:
         if options.format.startswith("flax") and before.naming == "torch":
             # First, so that the recorded plan has the names of what is written.
             refuse_loss(unused(before.params, before.config), options.format)
-            before = as_flax(read(before.folder))
+            before = as_flax(before)
         status.update("looking for dead channels")
         chosen = options.choice.plan(before)
         heads = _unasked(options.choice, before)

@@ -101,6 +101,27 @@ def test_lazily_the_same_bytes_are_written(tmp_path, monkeypatch, format, width,
     assert sum(map(len, weights(two).values())) < sum(map(len, weights(folder).values()))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("format", ["flax", "flax-safetensors"])
+def test_from_torch_to_flax_lazily_too(tmp_path, monkeypatch, format, tied):
+    monkeypatch.setattr(_lazy, "BLOCK", 64)
+    params = llama(ml_dtypes.bfloat16)
+    if tied:
+        del params["lm_head.weight"]
+    folder = save(
+        tmp_path / "source", params, LLAMA | {"tie_word_embeddings": tied}, format="torch"
+    )
+    there, away = read(folder), read(folder, lazy=True)
+    later = to_flax(away)
+    assert all(isinstance(leaf, _lazy.Lazy) for leaf in flatten(later).values())
+    assert ("lm_head/kernel" in flatten(later)) == ("lm_head/kernel" in flatten(to_flax(there)))
+    one, two = (
+        save(tmp_path / name, *slim(tree, there.config, "all"), format=format)
+        for name, tree in (("one", to_flax(there)), ("two", later))
+    )
+    assert weights(one) == weights(two) != {}
+
+
 DTYPES = ["float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool"]
 
 
