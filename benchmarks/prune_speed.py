@@ -90,8 +90,8 @@ def main() -> None:
     if not args.layers:
         return
     how = f"{args.preset}{', low memory' if args.low_memory else ''}, 128 x 128 tokens"
-    columns = ("layers", "s", "model, MB", "beyond, MB")
-    table = Table(*columns, title=f"BERT of 768, {how}", title_justify="left")
+    console.print(f"BERT of 768, {how}:")
+    table = Table("layers", "s", "model, MB", "beyond, MB")
     # A process of its own for each: the peak of a process never falls.
     with ProcessPoolExecutor(
         1,
