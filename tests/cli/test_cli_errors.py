@@ -197,7 +197,7 @@ def test_ctrl_c(run, broken, tmp_path, monkeypatch):
     monkeypatch.setattr(_slim, "prove_checkpoints", interrupt)
     result = run("slim", broken(), tmp_path / "out")
     assert result.code == INTERRUPTED == 130
-    assert "nothing was written" in result.err
+    assert "nothing half-written is left" in result.err
     assert "Traceback" not in result.err
     assert not (tmp_path / "out").exists()
 
