@@ -1,7 +1,7 @@
 """Time and memory of pruning without training: the greedy order alone, and a whole BERT.
 
     python benchmarks/prune_speed.py                    # orders of 768 to 3,072 channels; BERT-base
-    python benchmarks/prune_speed.py --widths 14336     # needs about 10 GB
+    python benchmarks/prune_speed.py --widths 14336     # needs 11.3 GB
     python benchmarks/prune_speed.py --widths --layers 2 6 12 --low-memory
 
 "Beyond" is the peak of memory less what was in memory before, the model among it.
