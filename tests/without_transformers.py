@@ -38,9 +38,9 @@ def pytest_make_collect_report(collector: Any) -> Any:
 def pytest_runtest_makereport(item: Any, call: Any) -> Any:
     report = yield
     error = call.excinfo
-    if error is None or not _MISSING.search(str(error.getrepr())):
+    if error is None or not _MISSING.search(str(report.longrepr)):
         return report
-    if may_ask(pathlib.Path(error.traceback[-1].path)):
+    if may_ask(pathlib.Path(error.traceback[-1].path)):  # of an example: doctest itself
         report.outcome = "skipped"
         report.longrepr = (str(item.path), 1, _REASON)
     return report
