@@ -29,6 +29,11 @@ class Lazy(abc.ABC):
         """
 
     @property
+    def block_rows(self) -> int:
+        """How many of the first axis are a block."""
+        return max(1, BLOCK * self.shape[0] // max(self.nbytes, 1)) if self.shape else 1
+
+    @property
     def ndim(self) -> int:
         return len(self.shape)
 
@@ -81,6 +86,5 @@ class Transposed(Lazy):
 
     def blocks(self) -> Iterator[np.ndarray]:
         values = np.asarray(self.leaf).transpose(self.axes)
-        rows = max(1, BLOCK * len(values) // max(self.nbytes, 1))
-        for start in range(0, len(values), rows):
-            yield np.ascontiguousarray(values[start : start + rows])
+        for start in range(0, len(values), self.block_rows):
+            yield np.ascontiguousarray(values[start : start + self.block_rows])

@@ -5,6 +5,7 @@ All others must pass. A core that asked for transformers unasked would fail, and
 
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,29 +21,27 @@ ROOMS = (
 )
 LIBRARY = pathlib.Path(__file__).parents[1] / "flaxslim"
 _MISSING = re.compile(r"No module named '?transformers")
-_REASON = "Skipped: transformers is not installed"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: Any) -> Any:
     report = yield
-    text = str(report.longrepr)
-    frames = re.findall(r"^(\S+\.py):\d+: in ", text, re.MULTILINE)
-    if report.failed and _MISSING.search(text) and may_ask(collector.config.rootpath / frames[-1]):
-        report.outcome = "skipped"
-        report.longrepr = (str(collector.path), 1, _REASON)
-    return report
+    frames = re.findall(r"^(\S+\.py):\d+: in ", str(report.longrepr), re.MULTILINE)
+    return _judged(report, collector, [collector.config.rootpath / frame for frame in frames])
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: Any, call: Any) -> Any:
     report = yield
-    error = call.excinfo
-    if error is None or not _MISSING.search(str(report.longrepr)):
-        return report
-    if may_ask(pathlib.Path(error.traceback[-1].path)):  # of an example: doctest itself
+    traceback = call.excinfo.traceback if call.excinfo else ()
+    # Of an example in a docstring the last frame is one of doctest's own.
+    return _judged(report, item, [pathlib.Path(frame.path) for frame in traceback])
+
+
+def _judged(report: Any, node: Any, frames: Sequence[pathlib.Path]) -> Any:
+    if report.failed and frames and _MISSING.search(str(report.longrepr)) and may_ask(frames[-1]):
         report.outcome = "skipped"
-        report.longrepr = (str(item.path), 1, _REASON)
+        report.longrepr = (str(node.path), 1, "Skipped: transformers is not installed")
     return report
 
 

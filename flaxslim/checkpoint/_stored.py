@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxslim._lazy import BLOCK, Lazy
+from flaxslim._lazy import Lazy
 from flaxslim.errors import CorruptFileError
 
 
@@ -30,7 +30,7 @@ class Stored(Lazy):
     def blocks(self) -> Iterator[np.ndarray]:
         """Raises `CorruptFileError` if the file has become shorter since its header was read."""
         length = self.shape[0] if self.shape else 1
-        rows = max(1, BLOCK * length // max(self.nbytes, 1))
+        rows = self.block_rows
         at, ends = 0, np.cumsum([size for _, size in self.spans])
         memory = np.empty((min(rows, length), *self.shape[1:]) if self.shape else (), self.dtype)
         with self.path.open("rb", buffering=0) as file:
