@@ -81,6 +81,29 @@ def verify(
         _check_same_class(m0, m1, split(after)[1])
     given = as_inputs(inputs) if inputs is not None else _made_inputs(m0, cfg, seed)
     spec = _known_spec(m0, m1, cfg) if spec is None else chosen(spec, cfg)
+    return _proved(
+        (m0, cfg),
+        (m1, small),
+        given,
+        spec,
+        tolerance=tolerance,
+        approximate=approximate,
+        repeats=repeats,
+    )
+
+
+def _proved(
+    before: tuple[Model, Any],
+    after: tuple[Model, Any],
+    given: Inputs,
+    spec: Spec | None,
+    *,
+    tolerance: float | None,
+    approximate: bool,
+    repeats: int,
+) -> Proof:
+    """The models of these configs are run, compared, put to the test, and timed."""
+    (m0, cfg), (m1, small) = before, after
     sites = spec.sites(m1.params, small) if spec is not None else ()
     notes = list(_notes(m0, m1))
 

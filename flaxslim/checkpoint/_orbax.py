@@ -214,6 +214,34 @@ def _write(
     Orbax gives the checkpoint its name when it is whole. If that fails, nothing is left.
     """
     import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=stored.ocdbt, use_zarr3=stored.zarr3, type_handler_registry=_handlers()
+    )
+    custom = {**(stored.custom or {}), "flaxslim": _said(chosen)}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        for path, text in beside.items():
+            path.write_text(text)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(target, args=ocp.args.PyTreeSave(tree, custom_metadata=custom))
+    except BaseException as error:
+        for path in beside:
+            path.unlink(missing_ok=True)
+        for partial in target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*"):
+            partial.rmtree()
+        if isinstance(error, OSError) and not isinstance(error, FlaxslimError):
+            raise TargetError(
+                "the checkpoint could not be written; nothing was kept",
+                path=str(target),
+                seen=error.strerror or error,
+            ) from error
+        raise
+
+
+def _handlers() -> Any:
+    """Orbax's registry of who writes what; a lazy leaf is read, cut and written chunk by chunk."""
+    import orbax.checkpoint as ocp
     import tensorstore
 
     class LazyHandler(ocp.type_handlers.NumpyHandler):
@@ -245,7 +273,7 @@ def _write(
                     await writing
             return []
 
-    registry = ocp.type_handlers.create_type_handler_registry(
+    return ocp.type_handlers.create_type_handler_registry(
         (int, ocp.type_handlers.ScalarHandler()),
         (float, ocp.type_handlers.ScalarHandler()),
         (str, ocp.type_handlers.StringHandler()),
@@ -253,28 +281,6 @@ def _write(
         (jax.Array, ocp.type_handlers.ArrayHandler()),
         (Lazy, LazyHandler()),
     )
-    handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=stored.ocdbt, use_zarr3=stored.zarr3, type_handler_registry=registry
-    )
-    custom = {**(stored.custom or {}), "flaxslim": _said(chosen)}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        for path, text in beside.items():
-            path.write_text(text)
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(target, args=ocp.args.PyTreeSave(tree, custom_metadata=custom))
-    except BaseException as error:
-        for path in beside:
-            path.unlink(missing_ok=True)
-        for partial in target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*"):
-            partial.rmtree()
-        if isinstance(error, OSError) and not isinstance(error, FlaxslimError):
-            raise TargetError(
-                "the checkpoint could not be written; nothing was kept",
-                path=str(target),
-                seen=error.strerror or error,
-            ) from error
-        raise
 
 
 def _said(chosen: Plan) -> dict[str, Any]:

@@ -180,11 +180,7 @@ def run(
         )
         if measure is not None:
             scores["pruned"] = measure(model.cls, params, cfg, model.checkpoint.folder)
-    console.print(_table.before_after(proof))
-    if report.cost:
-        console.print(_said_of_cost(report, given, proof), markup=False, soft_wrap=True)
-    for name, found in scores.items():
-        console.print(f"{name}: " + ", ".join(f"{key} {x:.4g}" for key, x in found.items()))
+    _say(proof, report, given, scores)
     with messages.status(f"writing {out}"):
         save(
             out,
@@ -200,6 +196,17 @@ def run(
         _style.write(flaxslim.plot_plan(report, title=title), plot)
     messages.print(f"written to {out} in {time.perf_counter() - began:.0f} s", markup=False)
     return 0
+
+
+def _say(
+    proof: Any, report: Report, given: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]]
+) -> None:
+    """What both models take, what was asked for beside what came of it, and the scores."""
+    console.print(_table.before_after(proof))
+    if report.cost:
+        console.print(_said_of_cost(report, given, proof), markup=False, soft_wrap=True)
+    for name, found in scores.items():
+        console.print(f"{name}: " + ", ".join(f"{key} {x:.4g}" for key, x in found.items()))
 
 
 def _wish(keep: float | None, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -216,17 +216,8 @@ def zero(
         check(counts)
     new, rows = engine.pruned(ordered, rankings, counts)
     new, tuned = _tuned(engine, new, ordered, distance, only=_parameters(params))
-    held_out = split(calibration)[1]
-    report = Report(
-        rows=tuple(rows[site.second.path] for site in sites),
-        samples=calibration.samples,
-        positions=engine.positions,
-        output_error=distance.mean(new, tree, held_out or calibration.batches),
-        measure=f"{distance.measure}, on {'held-out' if held_out else 'the calibration'} batches",
-        tuned=tuned,
-        cost=cost,
-        notes=tuple(_notes(rows.values())),
-    )
+    in_order = [rows[site.second.path] for site in sites]
+    report = _report(engine, distance, new, in_order, tuned=tuned, cost=cost)
     return _as_given(params, tree, new), report
 
 
@@ -293,6 +284,29 @@ def _tuned(
         distance=distance,
         seed=engine.seed,
         told=lambda done: engine.told("tuning", done, how.steps),
+    )
+
+
+def _report(
+    engine: Engine,
+    distance: Distance,
+    new: Any,
+    rows: Sequence[Row],
+    *,
+    tuned: Mapping[str, float],
+    cost: Mapping[str, float],
+) -> Report:
+    calibration = engine.calibration
+    held_out = split(calibration)[1]
+    return Report(
+        rows=tuple(rows),
+        samples=calibration.samples,
+        positions=engine.positions,
+        output_error=distance.mean(new, engine.dense, held_out or calibration.batches),
+        measure=f"{distance.measure}, on {'held-out' if held_out else 'the calibration'} batches",
+        tuned=tuned,
+        cost=cost,
+        notes=tuple(_notes(rows)),
     )
 
 

@@ -117,26 +117,36 @@ def tune(
     def held_out(own: Any) -> float:
         return float(np.mean([float(measured(own, params, dense, batch)) for batch in held]))
 
-    state = tx.init(own)
-    best, best_own, best_step = (start := held_out(own)), own, 0
-    rng = np.random.default_rng(seed)
-    batches = _batches(fit, how, rng)
+    batches = _batches(fit, how, np.random.default_rng(seed))
+
+    def following(own: Any, state: Any) -> Any:
+        return step(own, state, params, dense, next(batches))
+
+    best, losses = _best(own, tx.init(own), following, held_out, how, told)
+    return (_tree.replace(params, stored(best)) if losses["step"] else params), losses
+
+
+def _best(
+    own: Any,
+    state: Any,
+    following: Callable[[Any, Any], tuple[Any, Any]],
+    held_out: Callable[[Any], float],
+    how: Tune,
+    told: Callable[[int], None],
+) -> tuple[Any, dict[str, float]]:
+    """What has the least loss on what is held out, of all that was looked at along the steps."""
+    start = held_out(own)
+    best, least, at = own, start, 0
     for number in range(1, how.steps + 1):
-        own, state = step(own, state, params, dense, next(batches))
+        own, state = following(own, state)
         if number % how.every == 0 or number == how.steps:
             now = held_out(own)
-            if now < best:
-                best, best_own, best_step = now, own, number
+            if now < least:
+                best, least, at = own, now, number
             elif not math.isfinite(now):
                 break
         told(number)
-    if not best_step:
-        return params, {"before": start, "after": start, "step": 0}
-    return _tree.replace(params, stored(best_own)), {
-        "before": start,
-        "after": best,
-        "step": best_step,
-    }
+    return best, {"before": start, "after": least, "step": at}
 
 
 def _optimizer(how: Tune, sites: Sequence[Site]) -> optax.GradientTransformation:
