@@ -22,6 +22,11 @@ from jax.sharding import PartitionSpec as P
 
 from flaxslim.errors import ShardingError
 
+try:
+    from jax import shard_map
+except ImportError:  # before jax 0.7
+    from jax.experimental.shard_map import shard_map
+
 
 def on_mesh(x: Any) -> bool:
     """Whether an array lies on several devices of a mesh, in shards or copies.
@@ -196,7 +201,7 @@ def _reducing(
         return P(*(names[i] or None if whole[i] else None for i in range(len(whole))))
 
     specs = [split([n > 1 for n in own]) for own in shapes]
-    run = jax.shard_map(
+    run = shard_map(
         reduce,
         mesh=sharding.mesh,
         in_specs=(split([True] * ndim), *specs),
@@ -332,5 +337,5 @@ def _gathering(
     inside = [names[i] if i in rows else None for i in range(ndim)] if rows else [None]
     own, spec = P(*names), P(across or None, *inside)
     specs = (own, *(spec for _ in (*distances, 0)))
-    run = jax.shard_map(gather, mesh=sharding.mesh, in_specs=specs, out_specs=own)
+    run = shard_map(gather, mesh=sharding.mesh, in_specs=specs, out_specs=own)
     return jax.jit(run), spec

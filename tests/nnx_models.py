@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import older
 from flax import nnx
 
 from flaxslim import Pair, Spec
@@ -127,8 +128,8 @@ class Layer(nnx.Module):
 
     def __init__(self, dim: int, post: bool = False, **parts: nnx.Module):
         self.names = tuple(parts)
-        self.norms = nnx.List([RMSNorm(dim) for _ in parts])
-        self.posts = nnx.List([RMSNorm(dim) for _ in parts] if post else [])
+        self.norms = older.List([RMSNorm(dim) for _ in parts])
+        self.posts = older.List([RMSNorm(dim) for _ in parts] if post else [])
         for name, part in parts.items():
             setattr(self, name, part)
 
@@ -148,7 +149,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, dim: int, layers: Sequence[nnx.Module], rngs: nnx.Rngs):
         self.embed = nnx.Embed(VOCABULARY, dim, rngs=rngs)
-        self.layers = nnx.List(layers)
+        self.layers = older.List(layers)
         self.norm = RMSNorm(dim)
 
     def __call__(self, tokens: jax.Array, cache: Any = None, start: Any = 0) -> Any:
@@ -223,9 +224,9 @@ def qwen(cfg: QwenConfig, rngs: nnx.Rngs) -> Decoder:
     return Decoder(cfg.emb_dim, layers, rngs)
 
 
-def qwen_cache(cfg: QwenConfig) -> nnx.List:
+def qwen_cache(cfg: QwenConfig) -> Any:
     caches = [LayerCache(2, cfg.num_kv_heads, cfg.head_dim) for _ in range(cfg.num_layers)]
-    return nnx.List(caches)
+    return older.List(caches)
 
 
 class FlatLinear(nnx.Module):
@@ -234,7 +235,7 @@ class FlatLinear(nnx.Module):
     def __init__(self, size_in: int, size_out: int, rngs: nnx.Rngs, *, use_bias: bool = False):
         self.kernel = nnx.Param(jnp.zeros((size_in, size_out)))
         zeros = jnp.zeros(size_out)
-        self.bias = nnx.Param(zeros) if use_bias else nnx.data(zeros)
+        self.bias = nnx.Param(zeros) if use_bias else older.data(zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x @ self.kernel[...] + self.bias[...]
@@ -292,9 +293,9 @@ def gemma(cfg: GemmaConfig, rngs: nnx.Rngs) -> Decoder:
     return Decoder(cfg.hidden_size, layers, rngs)
 
 
-def gemma_cache(cfg: GemmaConfig) -> nnx.List:
+def gemma_cache(cfg: GemmaConfig) -> Any:
     count, heads = cfg.num_hidden_layers, cfg.num_key_value_heads
-    return nnx.List([LayerCache(2, heads, cfg.head_dim) for _ in range(count)])
+    return older.List([LayerCache(2, heads, cfg.head_dim) for _ in range(count)])
 
 
 # --- tunix ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import flaxslim
 from flaxslim import DiscoveryWarning, Spec, discover, explain, slim
 from flaxslim._discover import axis_rule
 from flaxslim._discover._rules._table import RULES
+from flaxslim._mesh import shard_map
 from flaxslim.errors import ConfigError, DiscoveryError, UnsupportedTreeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::flaxslim.DiscoveryWarning")
@@ -295,9 +296,6 @@ def test_a_constant_is_folded_only_where_no_edge_is_padded(padding: str, folds: 
 
 
 def test_shards_lose_the_same_channels() -> None:
-    shard_map = getattr(jax, "shard_map", None)
-    if shard_map is None:
-        from jax.experimental.shard_map import shard_map
     mesh = jax.sharding.AbstractMesh((2,), ("tp",))
     spec = jax.sharding.PartitionSpec
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import older
 import optax
 import pytest
 from flax import nnx
@@ -238,7 +239,7 @@ def test_layers_of_their_own_width_have_caches_of_their_own():
     ]
     with jax.default_matmul_precision("highest"):
         before, logits = greedy(c.model, qwen_cache(c.style.cfg))
-        after, found = greedy(small, nnx.List(own))
+        after, found = greedy(small, older.List(own))
     np.testing.assert_array_equal(after, before)
     assert gap(found, logits) <= 2e-6
     # By the number of the first layer's groups alone, that of the second would not do.
@@ -386,7 +387,7 @@ def test_a_module_on_a_mesh_stays_there():
 
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     init = nnx.with_partitioning(nnx.initializers.ones, ("fsdp", "tp"))
-    with jax.set_mesh(mesh):
+    with older.set_mesh(mesh):
         module = nnx.Dict(
             up=nnx.Linear(4, 6, kernel_init=init, rngs=nnx.Rngs(0)),
             down=nnx.Linear(6, 4, kernel_init=init, rngs=nnx.Rngs(0)),

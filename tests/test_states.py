@@ -441,13 +441,14 @@ HOLDERS: dict[str, Callable[[], Any]] = {
     "schedule_free in multi_transform": lambda: optax.multi_transform(
         {"all": optax.contrib.schedule_free_adamw(1e-2)}, jax.tree.map(lambda _: "all", mlp())
     ),
-    "madgrad": lambda: optax.contrib.madgrad(1e-2),
     "cocob": optax.contrib.cocob,
     "mechanize": lambda: optax.contrib.mechanize(optax.adam(1e-2)),
     "sam": lambda: optax.contrib.sam(optax.sgd(1e-2), optax.sgd(1e-3), sync_period=2),
     "dog": lambda: optax.contrib.dog(1.0),
     "prodigy": lambda: optax.contrib.prodigy(1.0),
 }
+if hasattr(optax.contrib, "madgrad"):
+    HOLDERS["madgrad"] = lambda: optax.contrib.madgrad(1e-2)
 
 
 @pytest.mark.parametrize("name", HOLDERS)
