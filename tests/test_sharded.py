@@ -274,11 +274,15 @@ def check_metadata() -> None:
             init = nnx.with_partitioning(lambda: arrays[name], tuple(specs[name]))
             self.kernel = nnx.Param(init())
 
+    class Block(nnx.Module):
+        def __init__(self):
+            self.up, self.down = Layer("up"), Layer("down")
+
     with older.set_mesh(mesh):
-        module = nnx.Dict(up=Layer("up"), down=Layer("down"))
+        module = Block()
     small, _ = slim(module, spec=spec)
     for name, x in arrays.items():
-        kernel, before = small[name].kernel, module[name].kernel
+        kernel, before = getattr(small, name).kernel, getattr(module, name).kernel
         assert kernel[...].size == 96
         assert kernel[...].sharding == x.sharding
         assert kernel.get_metadata() == before.get_metadata() != {}
