@@ -47,7 +47,7 @@ def measured(
         task.params,
         task.cfg,
         spec,
-        fn=task.fn,
+        model=task.fn,
         batches=task.calibration(seed, more=more),
         keep=None if isinstance(keep, Budget) else keep,
         budget=keep if isinstance(keep, Budget) else None,

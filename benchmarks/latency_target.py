@@ -60,7 +60,7 @@ def main() -> None:
                     model.params,
                     model.config,
                     "ffn" if args.ffn else "all",
-                    fn=FlaxBertModel,
+                    model=FlaxBertModel,
                     batches=data.batches,
                     budget=Budget(speedup=speedup),
                     preset=args.preset,

@@ -55,7 +55,7 @@ def bert(layers: int, preset: str, low_memory: bool) -> tuple[float, int, int]:
     flaxslim.prune(
         model.params,
         model.config,
-        fn=FlaxBertModel,
+        model=FlaxBertModel,
         batches=batches,
         keep=0.7,
         preset=preset,

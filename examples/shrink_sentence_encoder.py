@@ -47,7 +47,7 @@ def shrink(source: Path, texts: Path, out: Path, preset: str = "balanced") -> tu
     small, cfg = flaxslim.prune(
         dense.params,
         dense.config,
-        fn=FlaxBertModel,
+        model=FlaxBertModel,
         batches=data.batches,
         keep=KEEP,
         preset=preset,

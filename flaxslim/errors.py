@@ -347,8 +347,8 @@ class TrainingError(FlaxslimError, ValueError):
 class CalibrationError(FlaxslimError, ValueError):
     """Calibration data, a function or statistics from which nothing can be learnt.
 
-        flaxslim.prune(alive, sizes, MLP, fn=forward, batches=x, keep=0.5)  # wrong
-        flaxslim.prune(alive, sizes, MLP, fn=forward, batches=[x], keep=0.5)  # right
+        flaxslim.prune(alive, sizes, MLP, model=forward, batches=x, keep=0.5)  # wrong
+        flaxslim.prune(alive, sizes, MLP, model=forward, batches=[x], keep=0.5)  # right
 
     Mend: give a list of batches that `fn(params, batch)` runs on, with finite values.
     """

@@ -150,7 +150,7 @@ def check_disagreement(folder: Path) -> str:
         plan(params, whole.cfg, whole.spec)
     flaxslim.__version__ = version
     with pytest.raises(CalibrationError, match="refits layers on one host"):
-        prune(params, whole.cfg, whole.spec, fn=whole.fn, batches=[np.ones((4, 8))], keep=0.5)
+        prune(params, whole.cfg, whole.spec, model=whole.fn, batches=[np.ones((4, 8))], keep=0.5)
     return str(told.value)
 
 

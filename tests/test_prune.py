@@ -43,7 +43,7 @@ def pruned(net: Any, *, keep: Any = 0.5, method: Any = "balanced", **more: Any) 
         net.params,
         net.cfg,
         net.spec,
-        fn=net.fn,
+        model=net.fn,
         batches=more.pop("batches") if "batches" in more else batches(net),
         keep=keep,
         preset=method,
@@ -360,7 +360,7 @@ def test_what_else_reads_the_channels_has_a_say():
 
     pair = Pair(first="up", second="down", readers={"side": "f o"})
     small, _ = prune(
-        params, None, Spec(name="R", pairs=pair), fn=fn, batches=batches(mlp()), keep=0.5
+        params, None, Spec(name="R", pairs=pair), model=fn, batches=batches(mlp()), keep=0.5
     )
     kept = {tuple(column) for column in np.asarray(small["up"]).T.tolist()}
     first = {tuple(column) for column in np.asarray(params["up"]).T[:4].tolist()}
@@ -391,7 +391,7 @@ def test_a_channel_of_one_token_goes_without_drowning_the_others(compensation):
         params,
         None,
         Spec(name="P", pairs=pair),
-        fn=fn,
+        model=fn,
         batches=list(x),
         keep=7 / 8,
         preset=Method(score="fisher_mask", compensation=compensation),
@@ -416,7 +416,7 @@ def test_two_sites_that_share_a_bias_both_fold_into_it(compensation):
     pairs = tuple(Pair(first=up, second=down, second_bias="bias") for up, down in ("ab", "cd"))
     data, method = batches(mlp()), Method(compensation=compensation, ridge=1e-3)
     small, _ = prune(
-        params, None, Spec(name="P", pairs=pairs), fn=fn, batches=data, keep=0.5, preset=method
+        params, None, Spec(name="P", pairs=pairs), model=fn, batches=data, keep=0.5, preset=method
     )
     x = np.concatenate(data).reshape(-1, 6)
     np.testing.assert_allclose(fn(small, x).mean(0), fn(params, x).mean(0), atol=1e-4)
@@ -441,7 +441,7 @@ def test_steps_of_a_scan_are_masked_as_their_samples_are():
         mask[:, 3:] = 0
         data.append({"x": x, "attention_mask": mask})
     reports: list[Any] = []
-    prune(params, None, spec, fn=fn, batches=data, keep=0.5, report=reports.append)
+    prune(params, None, spec, model=fn, batches=data, keep=0.5, report=reports.append)
     assert reports[0].positions == 4 * 16 * 3 * 3
 
 
@@ -462,7 +462,7 @@ def test_what_goes_in_is_not_changed_and_comes_out_as_it_was():
     net = mlp()
     given = jax.tree.map(np.array, net.params)
     copy = jax.tree.map(np.array, net.params)
-    params, _ = prune(given, net.cfg, net.spec, fn=net.fn, batches=batches(net), keep=0.5)
+    params, _ = prune(given, net.cfg, net.spec, model=net.fn, batches=batches(net), keep=0.5)
     for path, x in flatten(given).items():
         np.testing.assert_array_equal(x, flatten(copy)[path])
     assert all(isinstance(x, np.ndarray) for x in flatten(params).values())
@@ -522,7 +522,7 @@ def test_stock_classes_with_their_heads(case):
         params,
         cfg,
         "all",
-        fn=cls,
+        model=cls,
         batches=data,
         keep=0.5,
         width="per_layer",
@@ -541,7 +541,7 @@ def test_stories_as_the_reference_says(data):
     task = accuracy_tasks.Stories()
     batches = task.calibration(0)
     small, cfg = prune(
-        task.params, task.cfg, fn=task.fn, batches=batches, keep=0.5, preset=Method(ridge=1e-2)
+        task.params, task.cfg, model=task.fn, batches=batches, keep=0.5, preset=Method(ridge=1e-2)
     )
     assert cfg.intermediate_size == 86
     (perplexity,) = task.at(cfg).evaluate(small)
@@ -614,7 +614,7 @@ def test_a_budget_of_time_is_met_by_what_was_measured(monkeypatch, tmp_path):
     sites = net.spec.sites(net.params, net.cfg)
     table = _cost.timetable(
         _cost.Whole(
-            fn=net.fn, params=net.params, cfg=net.cfg, spec=net.spec, batch=batches(net)[0]
+            model=net.fn, params=net.params, cfg=net.cfg, spec=net.spec, batch=batches(net)[0]
         ),
         {"f": sites},
     )
@@ -754,7 +754,7 @@ def test_heads_that_no_config_can_say_are_refused_before_anything_runs():
         raise AssertionError
 
     with pytest.raises(WidthError, match="per_layer"):
-        prune(params, cfg, "all", fn=never, batches=[np.zeros(1)], keep=0.5)
+        prune(params, cfg, "all", model=never, batches=[np.zeros(1)], keep=0.5)
 
 
 def test_a_function_of_one_size_is_told_apart():

@@ -214,7 +214,7 @@ def check_prune(where: Mapping[str, Any], multiple: int, *, explicit: bool = Fal
     rng = np.random.default_rng(0)
     batches = [rng.normal(size=(24, 8)).astype(np.float32) for _ in range(3)]
     spread = [jax.device_put(x, NamedSharding(mesh, P("x"))) for x in batches]
-    ask = functools.partial(prune, cfg=net.cfg, spec=net.spec, fn=net.fn, keep=0.55)
+    ask = functools.partial(prune, cfg=net.cfg, spec=net.spec, model=net.fn, keep=0.55)
     small, cfg = ask(params, batches=spread, preset="fast")
     expected, their_cfg = ask(net.params, batches=batches, preset="fast", multiple_of=multiple)
     assert cfg == their_cfg == {"hidden": -(-18 // multiple) * multiple}

@@ -38,7 +38,7 @@ from flaxslim.posttraining._report import Report
 # By what the library calls them.
 _FLAGS = {
     "keep": "--keep",
-    "speedup": "--target",
+    "speedup": "--speedup",
     "params": "--max-params",
     "bytes": "--max-bytes",
     "flops": "--max-flops",
@@ -122,7 +122,7 @@ def pruned(
         params, cfg = flaxslim.prune(
             *model.dense,
             "all" if how.heads else "ffn",
-            fn=model.cls,
+            model=model.cls,
             batches=model.data.batches,
             preset=how.preset,
             width=how.width,
@@ -219,7 +219,7 @@ def _wish(keep: float | None, given: Mapping[str, Any]) -> dict[str, Any]:
             "how small is it to be?",
             seen=", ".join(_FLAGS[name] for name in wished) or "no wish",
             expected=f"one of {', '.join(_FLAGS.values())}",
-            mend="--keep 0.7 keeps 70% of the channels of each layer; --target 1.5x makes it 1.5 "
+            mend="--keep 0.7 keeps 70% of the channels of each layer; --speedup 1.5x makes it 1.5 "
             "times as fast on this machine",
         )
     return {"keep": keep} if keep is not None else {"budget": Budget(**given)}

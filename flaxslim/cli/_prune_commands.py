@@ -34,7 +34,7 @@ def prune(
     keep: Annotated[
         float | None, arg(help="the share of the channels that stays in each layer, such as 0.7")
     ] = None,
-    target: Annotated[str | None, arg(help="how many times as fast as it is here: 1.5x")] = None,
+    speedup: Annotated[str | None, arg(help="how many times as fast as it is here: 1.5x")] = None,
     max_params: Annotated[str | None, arg(help="parameters in all, such as 15M")] = None,
     max_bytes: Annotated[str | None, arg(help="bytes in all, such as 60MB")] = None,
     max_flops: Annotated[float | None, arg(help="share of the dense model's FLOPs: 0.6")] = None,
@@ -67,7 +67,7 @@ def prune(
 ) -> int:
     """Prune a checkpoint without training it, by what it does on some data, and write it to OUT.
 
-    Give one wish: --keep, --target, --max-params, --max-bytes, --max-flops or --max-latency. What
+    Give one wish: --keep, --speedup, --max-params, --max-bytes, --max-flops or --max-latency. What
     is left makes up for what goes, so the function is nearly the same, not exactly; both models are
     run and compared. OUT loads in the stock class, with --width per_layer by
     flaxslim.from_pretrained.
@@ -76,7 +76,7 @@ def prune(
     from flaxslim.cli import _prune
 
     budget = {
-        "speedup": target,
+        "speedup": speedup,
         "params": max_params,
         "bytes": max_bytes,
         "flops": max_flops,

@@ -29,9 +29,9 @@ _NEAR = 0.02  # of the limit
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Whole:
-    """A whole model, and a batch to run it on. `fn` as in `prune`."""
+    """A whole model, and a batch to run it on. `model` as in `prune`."""
 
-    fn: Any
+    model: Any
     params: Any
     cfg: Any
     spec: Spec
@@ -44,9 +44,9 @@ class Whole:
             jax.eval_shape(fn, params, self.batch)
         except Exception as error:
             raise CalibrationError(
-                "fn cannot run smaller parameters, by which FLOPs and time are measured",
+                "the model cannot run smaller parameters, by which FLOPs and time are measured",
                 seen=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}",
-                expected="fn=FlaxBertModel, a Linen module, or a function of any sizes",
+                expected="model=FlaxBertModel, a Linen module, or a function of any sizes",
                 mend="pass the class or the module itself; or give a budget of parameters",
             ) from error
 
@@ -56,7 +56,7 @@ class Whole:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             small, new = slim(zeroed, self.cfg, self.spec, width="per_layer")
-        fn = function_of(self.fn, small, new)
+        fn = function_of(self.model, small, new)
         return fn, nnx.state(small) if isinstance(small, nnx.Module) else small
 
 
@@ -287,7 +287,7 @@ def _timed(
     leaves = jax.tree.leaves(whole.batch)
     shapes = ", ".join(f"{np.result_type(x)}{tuple(np.shape(x))}" for x in leaves)
     params = {p: np.shape(x) for p, x in _tree.flatten(whole.params).items()}
-    name = getattr(whole.fn, "__qualname__", type(whole.fn).__name__)
+    name = getattr(whole.model, "__qualname__", type(whole.model).__name__)
     return _latency.measure(
         run,
         dense,

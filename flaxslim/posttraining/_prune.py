@@ -52,7 +52,7 @@ def prune(
     cfg: Any = None,
     spec: SpecLike = None,
     *,
-    fn: Any = None,
+    model: Any = None,
     batches: Iterable[Any],
     keep: float | Mapping[str, float] | None = None,
     budget: Budget | None = None,
@@ -72,9 +72,9 @@ def prune(
 
     Args:
       params, cfg, spec, width, multiple_of: as in `flaxslim.slim`. Not changed.
-      fn: `fn(params, batch) -> outputs`, pure, which is called with parameters of the dense
-        shapes, and of smaller ones for a budget of FLOPs or time; or what makes one: a Flax class
-        of transformers or an instance, or a Linen module. May be left out for an nnx module.
+      model: a Flax class of transformers or an instance; a Linen module; or `fn(params, batch) ->
+        outputs`, pure, which is called with parameters of the dense shapes, and of smaller ones
+        for a budget of FLOPs or time. May be left out for an nnx module.
       batches: calibration data, some hundred samples: pytrees of arrays whose first axis counts
         samples, such as dicts of `input_ids` and `attention_mask`. One in four is held out, to
         choose ridges and to stop tuning by.
@@ -110,7 +110,7 @@ def prune(
     >>> params = {"up": {"kernel": rng.normal(size=(4, 8))}, "down": {"kernel": np.ones((8, 2))}}
     >>> fn = lambda p, x: jax.nn.relu(x @ p["up"]["kernel"]) @ p["down"]["kernel"]
     >>> batches = [rng.normal(size=(16, 4)) for _ in range(4)]
-    >>> small, cfg = prune(params, {"hidden": 8}, MLP, fn=fn, batches=batches, keep=0.5)
+    >>> small, cfg = prune(params, {"hidden": 8}, MLP, model=fn, batches=batches, keep=0.5)
     >>> small["down"]["kernel"].shape, cfg
     ((4, 2), {'hidden': 4})
     """
@@ -118,7 +118,7 @@ def prune(
         params,
         cfg,
         spec,
-        fn=fn,
+        model=model,
         batches=batches,
         keep=keep,
         budget=budget,
@@ -160,7 +160,7 @@ def zero(
     cfg: Any,
     spec: SpecLike,
     *,
-    fn: Any,
+    model: Any,
     batches: Iterable[Any],
     keep: float | Mapping[str, float] | None,
     budget: Budget | None,
@@ -193,7 +193,7 @@ def zero(
     check(first)
     tree = _on_device(params)
     calibration = Calibration(
-        function_of(fn, params, cfg), batches, params=tree, mask=mask, kept=kept
+        function_of(model, params, cfg), batches, params=tree, mask=mask, kept=kept
     )
     ordered = _in_order(sites, calibration)
     distance = Distance(calibration, ordered, cfg, loss)
@@ -208,7 +208,7 @@ def zero(
         low_memory=low_memory,
         distance=distance if shares is None or method.allocation == "global" else None,
     )
-    whole = Whole(fn=fn, params=params, cfg=cfg, spec=found, batch=calibration.batches[0])
+    whole = Whole(model=model, params=params, cfg=cfg, spec=found, batch=calibration.batches[0])
     rankings, counts, cost = _counted(
         engine, ordered, first, shares, budget, whole, width=width, multiple_of=multiple_of
     )

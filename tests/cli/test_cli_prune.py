@@ -213,9 +213,9 @@ def test_a_recipe_that_does_not_train_takes_no_first_step(run, recipe):
 
 WRONG: dict[str, tuple[list[Any], str]] = {
     "no wish": ([], "--keep 0.7 keeps 70%"),
-    "two wishes": (["--keep", 0.5, "--target", "1.5x"], "found:    --keep, --target"),
-    "and what to say": (["--keep", 0.5, "--target", "1.5x"], "one of --keep"),
-    "a speed of nonsense": (["--target", "fast"], "1.5x"),
+    "two wishes": (["--keep", 0.5, "--speedup", "1.5x"], "found:    --keep, --speedup"),
+    "and what to say": (["--keep", 0.5, "--speedup", "1.5x"], "one of --keep"),
+    "a speed of nonsense": (["--speedup", "fast"], "1.5x"),
     "too small": (["--max-params", "1k"], "be chosen: --heads --width per_layer"),
     "metric": (["--keep", 0.5, "--evaluate", "perplexty"], "perplexity"),
     "a picture of no kind": (["--keep", 0.5, "--plot", "widths.gif"], ".png, .svg or .pdf"),
