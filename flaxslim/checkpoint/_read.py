@@ -1,6 +1,7 @@
 """A folder or a Hub repository -> what it stores, and the same as Flax parameters."""
 
 import os
+import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -279,6 +280,7 @@ def _from_bin(path: Path, lazy: bool) -> tuple[dict[str, Any], str]:
             seen=f"torch {torch.__version__}",
             mend="install torch 2.6 or later, or " + mend,
         )
+    _check_records(path, mend)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip, runtime and OS errors for bad files
@@ -291,6 +293,30 @@ def _from_bin(path: Path, lazy: bool) -> tuple[dict[str, Any], str]:
     if not isinstance(state, Mapping):
         raise CorruptFileError("not a state dict", path=str(path), seen=type(state).__name__)
     return {name: _numpy(tensor) for name, tensor in state.items()}, "pt"
+
+
+def _check_records(path: Path, mend: str) -> None:
+    """Refuse an archive with records of which torch reads nothing, and gives what memory held.
+
+    Its zip reader takes a record for a folder by one bit, and skips one that says it has no bytes.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # the format of old: torch reads it whole or fails
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # torch says what is wrong
+    for record in records:
+        folder = record.is_dir() or record.external_attr & 0x10
+        if record.file_size and (folder or not record.compress_size):
+            raise CorruptFileError(
+                "the archive has a record without its bytes",
+                path=str(path),
+                seen=f"{record.filename}: "
+                + ("marked as a folder" if folder else f"0 of {record.file_size:,} bytes"),
+                mend=mend,
+            )
 
 
 def _numpy(tensor: Any) -> np.ndarray:

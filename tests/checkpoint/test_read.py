@@ -126,6 +126,23 @@ def test_pickled_weights_go_through_torch(torch_folder, params):
         np.testing.assert_array_equal(have[name], want[name])
 
 
+@pytest.mark.parametrize(("at", "value"), [(38, 0x10), (20, 0)], ids=["a folder", "no bytes"])
+def test_an_archive_of_which_torch_reads_uninitialised_memory_is_refused(at, value, torch_folder):
+    """One byte of a record in the archive's directory, which torch's reader believes."""
+    torch = pytest.importorskip("torch")
+    (torch_folder / "model.safetensors").unlink()
+    path = torch_folder / "pytorch_model.bin"
+    torch.save({"a": torch.ones(8, 8)}, path)
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\x01\x02", data.index(b"PK\x01\x02") + 4)  # of some record
+    while b"data/0" not in data[entry : entry + 80]:
+        entry = data.index(b"PK\x01\x02", entry + 4)
+    data[entry + at : entry + at + 2] = bytes([value, 0])
+    path.write_bytes(data)
+    with pytest.raises(errors.CorruptFileError, match="a record without its bytes"):
+        read(torch_folder)
+
+
 def test_a_pickle_that_would_run_code_is_refused(torch_folder, tmp_path):
     torch = pytest.importorskip("torch")
 
