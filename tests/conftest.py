@@ -1,6 +1,7 @@
 """Shared settings: the real data where it is at hand, and the table of families."""
 
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -10,7 +11,9 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time goes into compiling programs that run once: a third less of it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+if importlib.metadata.version("jaxlib").startswith(("0.6.", "0.7.", "0.8.", "0.9.", "0.10.")):
+    # Later ones end the process for a flag that they do not know.
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
