@@ -296,7 +296,8 @@ def test_a_constant_is_folded_only_where_no_edge_is_padded(padding: str, folds: 
 
 
 def test_shards_lose_the_same_channels() -> None:
-    mesh = jax.sharding.AbstractMesh((2,), ("tp",))
+    auto = jax.sharding.AxisType.Auto  # or the specs must be those of the inputs
+    mesh = jax.sharding.AbstractMesh((2,), ("tp",), axis_types=(auto,))
     spec = jax.sharding.PartitionSpec
 
     def local(p: Any, x: Any) -> Any:

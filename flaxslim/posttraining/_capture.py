@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxslim import _tree
+from flaxslim._jaxpr import scan_counts
 from flaxslim._spec import Site
 from flaxslim.errors import CalibrationError, nearest
 
@@ -268,7 +269,7 @@ def _contract(eqn: Any, given: Sequence[Any], own: Sequence[View | None], into: 
 def _scan(eqn: Any, given: Sequence[Any], own: Sequence[View | None], into: _Found) -> list[Any]:
     """A scan whose body tells, beside its own results, what its layers read in each step."""
     p = eqn.params
-    consts, carry = p["num_consts"], p["num_carry"]
+    consts, carry = scan_counts(p)
     body = p["jaxpr"]
     inside = [
         view if i < consts else _sliced(view) if i >= consts + carry else None

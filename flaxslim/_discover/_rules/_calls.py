@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from flaxslim._discover._atoms import Atom, Dim, roots
 from flaxslim._discover._rules._table import axis_call
 from flaxslim._discover._trace import Equation, Value
+from flaxslim._jaxpr import scan_counts
 
 SCANNED = "it is scanned over"
 
@@ -44,7 +45,7 @@ def while_(e: Equation) -> list[Value]:
 
 @axis_call("scan")
 def scan(e: Equation) -> list[Value]:
-    consts, count = e.params["num_consts"], e.params["num_carry"]
+    consts, count = scan_counts(e.params)
     e.walk.note_other_uses(e.inputs[consts : consts + count])
     carry, xs = _carried(e.inputs[consts : consts + count]), e.inputs[consts + count :]
     layers = e.fixed(e.params["length"], why=SCANNED)[0]
