@@ -1,6 +1,7 @@
 """An Orbax checkpoint as a tree of lazy leaves: metadata now, and values when asked for."""
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from flaxslim.errors import (
 
 _ITEMS = ("params", "items", "default", "state")  # as CheckpointManagers call what they save
 _METADATA = "_METADATA"
+_CHUNK = 2**20  # bytes; up to here a chunk may be larger than what lies in it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,7 +116,22 @@ def _opened(name: str, folder: Any, ocdbt: bool, zarr3: bool, context: Any) -> A
         ts_context=context,
     )
     spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=ocdbt)
-    return tensorstore.open(tensorstore.Spec(spec), open=True, read=True, context=context).result()
+    opening = tensorstore.open(tensorstore.Spec(spec), open=True, read=True, context=context)
+    return _checked(opening.result(), f"{folder}: {name}")
+
+
+def _checked(store: Any, path: str) -> Any:
+    """Refuse chunks that no array has; TensorStore ends the process where one finds no memory."""
+    chunk, shape = store.chunk_layout.read_chunk.shape or (), tuple(store.shape)
+    itemsize = store.dtype.numpy_dtype.itemsize
+    if itemsize * math.prod(chunk) > max(2 * itemsize * math.prod(shape), _CHUNK):
+        raise CorruptFileError(
+            "the chunks of an array are larger than the array",
+            path=path,
+            seen=f"chunks of {tuple(chunk)} for an array of {shape}",
+            mend="copy the checkpoint again",
+        )
+    return store
 
 
 def is_orbax(source: str | os.PathLike) -> bool:

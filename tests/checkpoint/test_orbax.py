@@ -332,6 +332,17 @@ def test_a_tensor_that_is_gone_is_told_by_its_name(tmp_path):
     assert _names(tmp_path) == ["dense"]
 
 
+def test_chunks_that_no_array_has_are_refused(tmp_path):
+    """TensorStore opens such an array, and ends the process when it reads it."""
+    source = save(tmp_path / "dense", maxtext(), use_ocdbt=False)
+    (path,) = source.glob("*wo.kernel/.zarray")
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({**said, "chunks": [2**53, *said["chunks"][1:]]}))
+    with pytest.raises(CorruptFileError, match=r"larger than the array(.|\n)*wo"):
+        convert_orbax(source, tmp_path / "slim", MAXTEXT_FFN, CONFIG)
+    assert _names(tmp_path) == ["dense"]
+
+
 def test_the_command_line_slims_a_checkpoint_of_maxtext(tmp_path, capsys):
     dense = maxtext()
     save(tmp_path / "dense", dense)
