@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flaxslim.checkpoint._read import read_config
 from flaxslim.errors import CalibrationError, CalibrationWarning
 from flaxslim.posttraining._data import read_calibration
-from flaxslim.posttraining._tokens import joined, windows
+from flaxslim.posttraining._tokens import joined, padded, windows
 
 WORDS = [f"w{i}" for i in range(90)]
 EOS, CLS, SEP = 2, 3, 4
@@ -483,3 +483,11 @@ def test_folders_of_images_that_do_not_serve(read, images, vision, tmp_path, mon
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     with pytest.raises(CalibrationError, match="Pillow is not installed"):
         read(images, VIT, folder=vision)
+
+
+@pytest.mark.parametrize("token", [2**31, -1])
+def test_a_token_that_no_vocabulary_has_is_refused(token):
+    """As a tokenizer.json may say."""
+    for call in (lambda: joined([[3, token]], None), lambda: padded([[3, token]], 4, 0)):
+        with pytest.raises(CalibrationError, match="no vocabulary has"):
+            call()

@@ -39,6 +39,8 @@ def load_tokenizer(folder: Path) -> Any:
 def joined(texts: Iterable[Sequence[int]], between: int | None) -> np.ndarray:
     """One stream, (n,) int32, of the tokens of all texts, with a token between them.
 
+    Raises `CalibrationError` for tokens that are no int32.
+
     >>> joined([[5, 6], [], [7]], 2)
     array([5, 6, 2, 7], dtype=int32)
     """
@@ -47,7 +49,7 @@ def joined(texts: Iterable[Sequence[int]], between: int | None) -> np.ndarray:
         if stream and ids and between is not None:
             stream.append(between)
         stream += ids
-    return np.asarray(stream, np.int32)
+    return _int32(stream)
 
 
 def windows(stream: np.ndarray, length: int) -> np.ndarray:
@@ -65,8 +67,20 @@ def padded(rows: Sequence[Sequence[int]], width: int, value: int) -> np.ndarray:
     """At the right, where positions that start from 0 stay what they are."""
     out = np.full((len(rows), width), value, np.int32)
     for i, row in enumerate(rows):
-        out[i, : len(row)] = row
+        out[i, : len(row)] = _int32(row)
     return out
+
+
+def _int32(ids: Sequence[int]) -> np.ndarray:
+    if ids and not 0 <= min(ids) <= max(ids) < 2**31:
+        raise CalibrationError(
+            "the tokenizer gives a token that no vocabulary has",
+            seen=f"{min(ids):,} to {max(ids):,}",
+            expected="from 0 to vocab_size - 1",
+            mend="save the tokenizer of this model into its folder: "
+            "tokenizer.save_pretrained(folder)",
+        )
+    return np.asarray(ids, np.int32)
 
 
 def encode(
