@@ -54,7 +54,8 @@ class FlaxslimError(Exception):
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """The `count` candidates that are spelled most like `name`."""
-    return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.3)
+    near = difflib.get_close_matches(name, list(candidates), n=max(count, 1), cutoff=0.3)
+    return near[:count]
 
 
 def neighbours(path: Path, among: Callable[[Path], bool] = Path.exists) -> list[str]:

@@ -229,6 +229,17 @@ def test_json_keeps_every_bit():
     assert Table.from_json(found.to_json()) == found
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"base": ', f'"base": 1{400 * "0"}, "x": '), ('"widths": [', '"widths": [Infinity,')],
+)
+def test_numbers_that_are_none_are_no_table(old, new):
+    text = Machine().measure().to_json()
+    assert old in text
+    with pytest.raises(ValueError, match="not a table of times"):
+        Table.from_json(text.replace(old, new))
+
+
 def test_a_table_is_measured_once(tmp_path: Path):
     first = Machine(noise=0.1)
     found = first.measure(cache=tmp_path / "a" / "b")

@@ -187,6 +187,14 @@ def test_json_that_is_no_plan_is_refused(text, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["second_bias", "first_biases"])
+def test_a_plan_with_an_empty_text_for_a_tensor_is_refused(name):
+    data = json.loads(plan(layers([0, 3]), {"hidden": 8}, SPEC).to_json())
+    data["cuts"][0][name] = "" if name == "second_bias" else [""]
+    with pytest.raises(PlanError, match="not the JSON of a plan"):
+        Plan.from_dict(data)
+
+
 def test_a_plan_with_a_part_missing_is_refused():
     data = plan(layers([0, 3]), {"hidden": 8}, SPEC).to_dict()
     for key in data:

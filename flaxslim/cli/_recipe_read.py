@@ -4,6 +4,7 @@ All mistakes of a recipe are told at once, each with its line.
 """
 
 import dataclasses
+import datetime
 import difflib
 import os
 import re
@@ -244,6 +245,8 @@ class _Values:
             if not isinstance(value, Mapping):
                 raise _Wrong(_KIND)
             return {name: self.plain(args[1], x, (*key, name)) for name, x in value.items()}
+        if hint in (Any, Mapping) and _dated(value):
+            raise _Wrong("holds a date or a time, which no key takes")
         if hint is Any:
             return value
         if hint is Path:
@@ -276,6 +279,15 @@ class _Values:
 
 
 _KIND = "is of the wrong kind"
+
+
+def _dated(value: Any) -> bool:
+    """Whether TOML's dates or times are in it: what is written elsewhere has none."""
+    if isinstance(value, Mapping):
+        return any(map(_dated, value.values()))
+    if isinstance(value, list):
+        return any(map(_dated, value))
+    return isinstance(value, datetime.date | datetime.time)
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

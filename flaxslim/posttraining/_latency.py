@@ -122,7 +122,7 @@ class Table:
             }
             words = {name: str(data[name]) for name in ("device", "dtype", "shapes")}
             table = cls(**words, base=float(data["base"]), curves=curves)
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"not a table of times: {error!r}") from error
         if not (math.isfinite(table.base) and table.base > 0):
             raise ValueError(f"not a time: {table.base}")

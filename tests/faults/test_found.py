@@ -34,6 +34,7 @@ from flaxslim.errors import (
     RecipeError,
     SpecError,
     TargetError,
+    nearest,
 )
 from flaxslim.posttraining._images import pixel_reader
 from flaxslim.specs import spec_for
@@ -104,6 +105,17 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 def test_yaml_that_stands_for_too_much(text):
     with pytest.raises(CorruptFileError):
         values_of(text, "x.yml")
+
+
+@pytest.mark.parametrize("value", ["2001-01-01", "[{ a = 07:32:00 }]"])
+def test_dates_in_a_recipe(value):
+    """TOML has them; JSON, in which the config is written, has not."""
+    with pytest.raises(RecipeError, match="a date or a time"):
+        _recipe_read.parse("", Path("x.toml"), [f"model.config.x = {value}"])
+
+
+def test_no_name_is_nearest_where_there_is_none():
+    assert nearest("attention_mask", [], 0) == []
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe", DEEP.encode()])
