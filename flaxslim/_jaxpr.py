@@ -14,7 +14,7 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     >>> scan_counts(jaxpr.jaxpr.eqns[-1].params)
     (1, 1)
     """
-    if "ft_in" in params:  # since jax 0.12
+    if "ft_in" in params:  # jax 0.12
         consts, carry, _ = params["ft_in"].unpack()
         return len(consts), len(carry)
     return params["num_consts"], params["num_carry"]

@@ -24,7 +24,7 @@ from flaxslim.errors import ShardingError
 
 try:
     from jax import shard_map
-except ImportError:  # before jax 0.7
+except ImportError:  # jax 0.6.0
     from jax.experimental.shard_map import shard_map
 
 
