@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from flaxslim import _config
-from flaxslim.errors import SpecError, nearest
+from flaxslim.errors import ConfigError, SpecError, nearest
 
 Activation = Callable[[np.ndarray], np.ndarray]
 
@@ -47,8 +47,13 @@ def _relu(x: np.ndarray) -> np.ndarray:
     return np.maximum(x, 0.0)
 
 
+def _elu(x: np.ndarray, alpha: float = 1.0) -> np.ndarray:
+    return np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0.0)))
+
+
 # The names of transformers' ACT2FN that mean the same function in Flax and in PyTorch.
 ACTIVATIONS: dict[str, Activation] = {
+    "elu": _elu,
     "gelu": _gelu,
     "gelu_python": _gelu,
     "gelu_fast": _gelu_tanh,
@@ -56,10 +61,12 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": _gelu_tanh,
     "identity": lambda x: x,
     "linear": lambda x: x,
+    "mish": lambda x: x * np.tanh(np.logaddexp(x, 0.0)),
     "quick_gelu": lambda x: x * _sigmoid(1.702 * x),
     "relu": _relu,
     "relu2": lambda x: _relu(x) ** 2,
     "relu6": lambda x: np.minimum(_relu(x), 6.0),
+    "selu": lambda x: 1.0507009873554805 * _elu(x, 1.6732632423543772),
     "sigmoid": _sigmoid,
     "silu": _silu,
     "softplus": lambda x: np.logaddexp(x, 0.0),
@@ -78,7 +85,8 @@ def activation_name(where: str | None, cfg: Any, prefix: str = "") -> str | None
     `where` is a name ("relu"), a key ("config.hidden_act"), or a key and what its None stands
     for ("config.hidden_activation or gelu_pytorch_tanh"). With "jax." in front the config holds
     a name in `jax.nn`, whose gelu is the approximate one. Of several (MaxText's
-    `["silu", "linear"]`) the first is meant. None if it cannot be told.
+    `["silu", "linear"]`) the first is meant, and the others must be linear, as they are for an up
+    layer; `ConfigError` if they are not. None if it cannot be told.
 
     >>> activation_name("config.hidden_act", {"hidden_act": "gelu"})
     'gelu'
@@ -93,7 +101,16 @@ def activation_name(where: str | None, cfg: Any, prefix: str = "") -> str | None
     key, _, default = where.removeprefix("config.").partition(" or ")
     value = _config.read(cfg, prefix + key) if _config.has(cfg, prefix + key) else None
     if isinstance(value, list | tuple) and value:
-        value = value[0]
+        value, *others = value
+        if any(other not in ("linear", "identity") for other in others):
+            raise ConfigError(
+                "more than one factor of the hidden value has an activation",
+                path=prefix + key,
+                seen=repr([value, *others]),
+                expected=f"one, and then linear: {[value, *['linear'] * len(others)]!r}",
+                mend="cut by a spec of your own without activation= and gated=: then only channels "
+                "that nothing reads go",
+            )
     return value if isinstance(value, str) else default or None
 
 

@@ -11,12 +11,13 @@ import numpy as np
 from flaxslim import _bits, _lora, _mesh, _processes, _record, _resize, _scales, _tree
 from flaxslim._activation import named
 from flaxslim._axes import namespace
+from flaxslim._config import Width
 from flaxslim._dead import added_by_constants, evidence, first_is_constant
 from flaxslim._lazy import Lazy
 from flaxslim._nnx import mended
 from flaxslim._plan import Cut, Plan
 from flaxslim._spec import Tensor
-from flaxslim.errors import PlanError, nearest
+from flaxslim.errors import NonFiniteError, PlanError, nearest
 
 
 def apply(plan: Plan, tree: Any, *, fold: bool = True, like: Any = None) -> Any:
@@ -152,6 +153,8 @@ def resized(plan: Plan, cfg: Any) -> Any:
     Raises `PlanError` if the config does not say the widths that the plan was made for, and
     `ConfigError` if it has no place for widths that differ among layers.
     """
+    if cfg is None and not plan.values:
+        return None
     for cut in plan.cuts if plan.values else ():
         site = cut.site
         said = _record.said(cfg, site.pair, site.name, site.layer)
@@ -163,20 +166,39 @@ def resized(plan: Plan, cfg: Any) -> Any:
                 expected=site.size,
                 mend="pass the config that belongs to these parameters, or make a new plan",
             )
-    if not plan.values:
-        return cfg
-    new = _resize.replaced(cfg, plan.values)
+    new = _resize.replaced(cfg, plan.values) if plan.values else cfg
     for cut in plan.cuts:
-        said = _record.said(new, cut.site.pair, cut.site.name, cut.site.layer)
-        if said is not None and said != cut.width:
-            raise PlanError(
-                "the values of the plan do not say the widths that it leaves",
-                path=f"{cut.site.pair.width_expression} of {cut.site.name}",
-                seen=said,
-                expected=cut.width,
-                mend="make the plan anew, with the config that belongs to these parameters",
-            )
+        if plan.values or cut.removed:
+            _check_said(cut, new)
     return new
+
+
+def _check_said(cut: Cut, cfg: Any) -> None:
+    """Raise `PlanError` unless a config says the sizes that a cut leaves."""
+    pair, site = cut.site.pair, cut.site
+    said = _record.said(cfg, pair, site.name, site.layer)
+    if said is not None and said != cut.width:
+        raise PlanError(
+            "the config would not say the widths that the plan leaves (was it made without this "
+            "config, or does the config compute the key?)",
+            path=f"{pair.width_expression} of {site.name}",
+            seen=said,
+            expected=cut.width,
+            mend="make the plan anew, with the config that belongs to these parameters; if it "
+            "computes the key, name the one that it is computed from: Pair(width=...)",
+        )
+    inside = dict(site.second.axes.known)
+    for name, expression in pair.sizes.items() if cut.width else ():
+        size = Width(expression=expression, prefix=pair.config).read(cfg)
+        if size != inside.get(name):
+            raise PlanError(
+                f"the config would say another size of axis {name!r} than before the cut",
+                path=f"{pair.config}{expression} of {site.name}",
+                seen=size,
+                expected=inside.get(name),
+                mend="the width is tied to other sizes, and only a layout can say it: "
+                'Pair(fixed=True), and slim(..., width="per_layer")',
+            )
 
 
 def check_fits(plan: Plan, leaves: Mapping[str, Any]) -> None:
@@ -255,5 +277,14 @@ def _folded(cut: Cut, leaves: Mapping[str, Any], bias: Any) -> Any:
             "fold=False; if they are parameters, make a new plan for them",
         )
     added = added_by_constants(seen, site, leaves[site.second.path], bias, folded)
-    total = (_mesh.host(bias).astype(np.float64) + added).astype(bias.dtype)
+    with np.errstate(over="ignore"):
+        total = (_mesh.host(bias).astype(np.float64) + added).astype(bias.dtype)
+    if not np.isfinite(total.astype(np.float64)).all():
+        assert site.second_bias is not None
+        raise NonFiniteError(
+            f"a bias with the constants folded into it goes beyond what {bias.dtype} can say",
+            path=site.second_bias.path,
+            seen=f"constants that add up to {np.abs(added).max():.3g}",
+            mend="cast the parameters to float32 first",
+        )
     return total if namespace(bias) is np else jax.device_put(total, bias.sharding)

@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import math
 import re
+import types
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -96,10 +97,19 @@ def replace(cfg: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _with(cfg: Any, name: str, value: Any) -> Any:
-    if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
+    if isinstance(cfg, type | types.ModuleType):
+        raise ConfigError(
+            "a config is an object: a class or a Python module cannot be copied with another size",
+            seen=str(cfg),
+            mend="pass an instance of a class or dataclass, or a dict",
+        )
+    if dataclasses.is_dataclass(cfg):
         if name not in (names := [field.name for field in dataclasses.fields(cfg)]):
             raise _no_field(cfg, name, names)
-        return dataclasses.replace(cfg, **{name: value})
+        try:
+            return dataclasses.replace(cfg, **{name: value})  # pyright: ignore[reportArgumentType]
+        except (TypeError, ValueError) as error:  # init=False, an InitVar without a default
+            raise _no_field(cfg, name, names) from error
     if isinstance(cfg, MutableMapping) and not hasattr(cfg, "unlock"):
         # dict and its subclasses; a ConfigDict has `unlock` and is copied below.
         new = copy.copy(cfg)
@@ -107,8 +117,8 @@ def _with(cfg: Any, name: str, value: Any) -> Any:
         return new
     if isinstance(cfg, Mapping) and not hasattr(cfg, "unlock"):
         return type(cfg)({**cfg, name: value})  # pyright: ignore[reportCallIssue]
-    new = copy.deepcopy(cfg)
     try:
+        new = copy.deepcopy(cfg)
         setattr(new, name, value)
     except (AttributeError, TypeError) as error:  # slots, a NamedTuple, a locked ConfigDict
         raise _no_field(cfg, name, keys(cfg)) from error

@@ -1,6 +1,7 @@
 """The copies of the parameters in a tree: where they are, and which parameter a leaf stands for."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -74,6 +75,8 @@ class Names:
 
     def __init__(self, params: Mapping[str, Any]):
         self.parameters = {path: path for path in params}
+        # How many numbers they are: what optax.flatten makes one vector of.
+        self.total = sum(math.prod(np.shape(x)) for x in params.values())
         if any(path.startswith("params/") for path in params):
             for path in sorted(params, key=lambda path: not path.startswith("params/")):
                 self.parameters.setdefault(path.partition("/")[2], path)

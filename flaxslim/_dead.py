@@ -16,6 +16,11 @@ projection, W2 its rows of the output projection. Its output is an average of va
 that sum to one, so values that are zero or constant stay so (what the queries and keys are is of no
 account).
 
+Two things no tensor tells. A convolution may pad its input with zeros, and a constant is none at
+such an edge: through a window nothing but zero is folded. And what a spec names beside the pair, a
+norm's scale and bias or another kernel, may stand between the layers and change what they hand on:
+of such a pair of channels only rule (i) is asked.
+
 Arrays here are `(s, f)`: one row for each index of the stacked axes (layers that are scanned,
 experts), which have channels of their own; s = 1 for most.
 """
@@ -46,8 +51,8 @@ class Evidence:
         gated one.
       bare: no low-rank matrix adds to the row that reads the channel, `(s, f)`.
       first_bias: as many of `(s, f, m)`: of a head, m = k values.
-      foldable: there is a second bias to fold a constant into, a constant is one, and nothing
-        else reads it.
+      foldable: there is a second bias to fold a constant into, a constant is one, at every place
+        that the second layer reads, and nothing else reads it.
     """
 
     second_zero: np.ndarray
@@ -170,7 +175,7 @@ def evidence(
         second_zero=zero & bare,
         bare=bare,
         first_zero=tuple(
-            row
+            row & (not site.pair.between)
             for t in site.first
             for row in np.logical_and.reduce(
                 [_zero_firsts(leaves[m.path], m, site) for m in with_lora(t, lora)]
@@ -179,8 +184,17 @@ def evidence(
         first_bias=_biases(site, leaves),
         gated=site.pair.gated,
         activation=activation,
-        foldable=foldable and site.second_bias is not None and not site.readers,
+        foldable=foldable
+        and site.second_bias is not None
+        and not site.readers
+        and not _windowed(site.second),
     )
+
+
+def _windowed(kernel: Tensor) -> bool:
+    """Whether a kernel reads more than one place at once, some of which may lie beyond an edge."""
+    sizes = kernel.axes.sizes(kernel.shape)
+    return any(size > 1 for name, size in sizes.items() if name in WINDOW)
 
 
 def with_lora(kernel: Tensor, lora: Mapping[str, list[Tensor]]) -> list[Tensor]:

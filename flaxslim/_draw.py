@@ -18,6 +18,7 @@ from flaxslim._spec import Site, SpecLike
 from flaxslim._tree import flatten
 from flaxslim.errors import (
     ConfigError,
+    IncompletePairError,
     PlanError,
     SiteShapeError,
     UnsupportedDtypeError,
@@ -109,6 +110,7 @@ def draw(
     _processes.agree(leaves.values())
     _widths.check_entries(multiple_of, sites)
     _refuse_quantised(sites, cfg, leaves)
+    _refuse_unnamed_biases(sites, leaves)
     in_nnx = any(modules(params))
     sized = cfg is not None or not in_nnx
     shared = frozenset[str]()
@@ -140,7 +142,7 @@ def draw(
         cuts=ordered,
         resizes=resizes,
         values=values,
-        threshold=threshold,
+        threshold=float(threshold),
         notes=(
             *_notes(sites, ordered, cfg, leaves),
             *_multiples.notes(ordered, asked),
@@ -152,9 +154,10 @@ def draw(
     return made
 
 
-def check_dead(plan: Plan, leaves: Mapping[str, Any]) -> None:
-    """Raise `PlanError` if an exact plan, made for other parameters, would cut living channels."""
+def check_dead(plan: Plan, leaves: Mapping[str, Any], cfg: Any) -> None:
+    """Raise `PlanError` if an exact plan, made for another model, would cut living channels."""
     for cut in plan.cuts if plan.exact else ():
+        _check_activation(cut, cfg)
         folded = cut.folded
         found = mark(cut.site, leaves, named(cut.activation), foldable=bool(folded.any()))
         living = ~found.dead | (found.folded & ~folded)
@@ -167,6 +170,20 @@ def check_dead(plan: Plan, leaves: Mapping[str, Any]) -> None:
                 mend="make a new plan for these parameters; `apply` cuts by a plan whatever the "
                 "values are",
             )
+
+
+def _check_activation(cut: Cut, cfg: Any) -> None:
+    pair = cut.site.pair
+    if cfg is None or not cut.removed or {*cut.rules} <= {"i"}:
+        return
+    if (said := activation_name(pair.activation, cfg, pair.config)) != cut.activation:
+        raise PlanError(
+            "the plan is for another activation, by which channels were found dead",
+            path=cut.site.second.path,
+            seen=f"{said}, by {pair.activation} of the config",
+            expected=cut.activation,
+            mend="make a new plan, with this config",
+        )
 
 
 def _marked(
@@ -210,6 +227,40 @@ def _refuse_quantised(sites: Sequence[Site], cfg: Any, leaves: Mapping[str, Any]
             path=path,
             mend=mend,
         )
+
+
+def _refuse_unnamed_biases(sites: Sequence[Site], leaves: Mapping[str, Any]) -> None:
+    """Raise `IncompletePairError` for what looks like a first bias that the spec does not name.
+
+    Without it the rules would take the bias for zero.
+    """
+    unbiased = {
+        t.path: site
+        for site in sites
+        for t, bias in zip(site.first, site.first_biases, strict=True)
+        if bias is None and site.size not in _outside(site)
+    }
+    for path, kernel, site in beside(sites, leaves) if unbiased else ():
+        if kernel.path in unbiased and np.shape(leaves[path]) == (site.size,):
+            raise IncompletePairError(
+                "a vector with a number for each channel stands beside a first layer that has no "
+                "bias by the spec",
+                path=path,
+                seen=f"shape {np.shape(leaves[path])}, beside {kernel.path} {kernel.shape}",
+                expected=f"a bias called {site.pair.bias!r}",
+                mend="name it: Pair(first_bias=...), or bias= if the biases of all layers are "
+                'called so; if it is none, Pair(tables={"name": "f"}) cuts it along',
+            )
+
+
+def _outside(site: Site) -> set[int]:
+    """The sizes of what the channels of a site are computed from, and of what reads them."""
+    return {
+        size
+        for t in (*site.first, *site.reading)
+        for name, size in t.axes.sizes(t.shape).items()
+        if name != site.axis(t)
+    }
 
 
 def _check_arguments(width: str, multiple_of: Any, threshold: float) -> None:
@@ -310,6 +361,12 @@ def _notes(
             notes.append(
                 f"the activation of {pair.at or pair.second} is unknown ({name or 'not given'}): "
                 f"of the rules {', '.join(f'({r})' for r in RULES)} only {rules} were used"
+            )
+        elif pair.between:
+            named_too = ", ".join((*pair.also, *pair.tables))
+            notes.append(
+                f"{named_too} of {pair.at or pair.second} may stand between its layers: only "
+                "channels that nothing reads were cut"
             )
     if any(cut.folded.any() and cut.site.pair.axis == "h" for cut in cuts):
         notes.append(

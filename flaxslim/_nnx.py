@@ -47,10 +47,33 @@ def mended(tree: Any, plan: Plan, *, places: Iterable[str] = ("",), expanded: bo
         prefix = f"{place}/" if place else ""
         own = {at.removeprefix(prefix): node for at, node in nodes.items() if at.startswith(prefix)}
         own |= {"": nodes[place]} if place in nodes else {}
+        _refuse_tied(own, plan)
         for cut in plan.cuts:
             _mend_layers(own, cut, left, expanded)
             _mend_modules(own, cut, expanded)
     return tree
+
+
+def _refuse_tied(nodes: Mapping[str, Any], plan: Plan) -> None:
+    """Raise `PlanError` if a variable that is cut belongs to another module, too.
+
+    It has one path, so the spec sees one of its places, and the rules have judged that one alone.
+    """
+    holders: dict[int, list[str]] = {}
+    for at, node in {id(node): (at, node) for at, node in nodes.items()}.values():
+        for name, value in vars(node).items():
+            if isinstance(value, nnx.Variable):
+                holders.setdefault(id(value), []).append(f"{at}/{name}".strip("/"))
+    tied = {path: paths for paths in holders.values() if len(paths) > 1 for path in paths}
+    for site in (cut.site for cut in plan.cuts if cut.removed):
+        for path in (tensor.path for tensor in site.tensors if tensor.path in tied):
+            raise PlanError(
+                "two modules hold one variable that would be cut, and the rules have judged one",
+                path=path,
+                seen=", ".join(tied[path]),
+                mend="give each a variable of its own, nnx.Param(x[...]); or share the whole "
+                "module, self.b = self.a",
+            )
 
 
 def _mend_layers(

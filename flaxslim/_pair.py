@@ -83,9 +83,10 @@ class Pair:
       readers: other layers that read the hidden channels, with their patterns:
         `{"gate_head": "f o"}`. They are cut along, and a channel that nothing reads is one that
         none of them reads. Nothing but zero is ever folded into a bias then.
-      activation: its name ("relu"), where the config holds it ("config.hidden_act"), or an
-        expression in `x` ("x * tanh(log1p(exp(x)))"): `+ - * / **`, one comparison at a time,
-        and functions by their names in JAX. It is never run as Python.
+      activation: its name in Hugging Face's configs ("relu"), where a config holds it
+        ("config.hidden_act"), with "jax." in front of either if it is that of `jax.nn` ("jax.gelu",
+        the approximate one); or an expression in `x` ("x * tanh(log1p(exp(x)))"): `+ - * / **`, one
+        comparison at a time, and functions by their names in JAX. It is never run as Python.
       gated: the hidden value is act(gate) * up. Gate and up are two first layers, or the two
         halves of one whose pattern has a factor 2.
       axis: the prunable axis in the patterns.
@@ -101,7 +102,8 @@ class Pair:
         head: `{"relative_attention_bias/embedding": "b h"}`. One that fewer sites own than use
         it is shared by its stack, whose sites then keep the same heads. A name may begin with
         another collection of Linen, in which the layer root has the same path below "params":
-        `{"batch_stats:bn/mean": "f"}`.
+        `{"batch_stats:bn/mean": "f"}`. Of channels that have some (or `also`), which may change
+        what the second layer reads, only those go that nothing reads.
       parts: of a fused first layer (a literal factor in its pattern), which parts are the hidden
         value: `(2,)` of `"d (3 h k)"`.
       group, group_width: the axis of key/value groups in the patterns, and its config key.
@@ -169,6 +171,12 @@ class Pair:
         self._check_axes()
         self._check_readers()
         self._check_modules()
+        if not self.firsts or not all((*self.layers,)):
+            raise SpecError(
+                "a pair needs a first and a second layer",
+                seen=f"first={self.first!r}, second={self.second!r}",
+                expected='first="up", second="down"',
+            )
         if self.first_bias is not None and len(as_tuple(self.first_bias)) != len(self.firsts):
             raise AxisPatternError(
                 "as many first biases as first layers are needed",
@@ -197,12 +205,29 @@ class Pair:
                 seen=f"first={self.first!r} with pattern {self.first_axes!r}",
                 expected="first=(gate, up), or one fused layer with a factor 2 in its pattern",
             )
+        self._check_parts()
+
+    def _check_parts(self) -> None:
         count = next((f for f in Axes(self.first_axes).factors if isinstance(f, int)), 0)
-        if self.parts and max(self.parts) >= count:
+        if self.parts and not all(0 <= part < count for part in self.parts):
             raise AxisPatternError(
                 "the first layer has no such part",
                 seen=f"parts={self.parts} of pattern {self.first_axes!r}",
                 expected="a literal factor in the pattern, and parts counted from 0",
+            )
+        if self.parts and self.gated and len(self.parts) != 2:
+            raise AxisPatternError(
+                "a fused layer that is gated has two parts: the gate and up",
+                seen=f"parts={self.parts}",
+                expected="parts=(0, 1), or none, which means the same",
+            )
+        whole = self.gated or count in (0, 1, *Axes(self.second_axes).factors)  # or: shards
+        if self.activation and not self.parts and not whole:
+            raise AxisPatternError(
+                "which part of the fused first layer has the activation?",
+                seen=f"pattern {self.first_axes!r}, activation={self.activation!r}",
+                expected="gated=True (act(gate) * up), or parts=(2,): what is the hidden value, "
+                "counted from 0",
             )
 
     def _check_readers(self) -> None:
@@ -242,6 +267,14 @@ class Pair:
         raise AxisPatternError(
             f"the pattern has no axis {self.axis!r}, which the pair prunes", seen=repr(pattern)
         )
+
+    @property
+    def between(self) -> bool:
+        """Whether it names tensors that may change what the first layers hand to the second.
+
+        Of attention such are queries, keys, and biases of the scores: no part of the values.
+        """
+        return self.axis != "h" and bool(self.also or self.tables)
 
     @property
     def unit(self) -> str:

@@ -55,15 +55,20 @@ def values(
 
 
 def untold(cuts: Iterable[Cut], cfg: Any) -> list[Pair]:
-    """The pairs that were cut and whose width no key of the config says."""
+    """The pairs that were cut and whose size no key of the config says: channels or groups."""
     pairs = {
         cut.site.pair: None
         for cut in cuts
         if cut.removed
-        and cut.site.pair.width is None
+        and _untold(cut)
         and cut.site.name not in _record.sites(cfg, cut.site.pair.config)
     }
     return list(pairs)
+
+
+def _untold(cut: Cut) -> bool:
+    pair, before = cut.site.pair, cut.site.groups
+    return pair.width is None or (pair.group_width is None and len(cut.groups) != len(before))
 
 
 def _by_key(cuts: Iterable[Cut]) -> list[list[Cut]]:

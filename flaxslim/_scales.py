@@ -8,8 +8,11 @@ import dataclasses
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from flaxslim._axes import pattern_of
 from flaxslim._plan import Cut
@@ -42,9 +45,19 @@ def beside(sites: Sequence[Site], leaves: Mapping[str, Any]) -> Iterator[tuple[s
 
 
 def companions(sites: Sequence[Site], leaves: Mapping[str, Any]) -> Iterator[str]:
-    """The scales and the like in the folder of a kernel that is cut, which no spec names."""
-    for path, _, _ in beside(sites, leaves):
-        if COMPANION.fullmatch(path.rpartition("/")[2]):
+    """The scales and the like in the folder of a kernel that is cut, which no spec names.
+
+    Beside kernels of wide floats that share a folder, in which anything may lie, a scale has the
+    name of its kernel in front ("w1_scale").
+    """
+    paths = {t.path for site in sites for t in site.cut if len(t.shape) > 1}
+    kernels = Counter(path.rpartition("/")[0] for path in paths)
+    for path, kernel, _ in beside(sites, leaves):
+        folder, _, name = path.rpartition("/")
+        if (match := COMPANION.fullmatch(name)) is None:
+            continue
+        narrow = np.dtype(leaves[kernel.path].dtype).itemsize == 1
+        if narrow or kernels[folder] == 1 or match["kernel"] == kernel.path.rpartition("/")[2]:
             yield path
 
 

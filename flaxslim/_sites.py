@@ -317,6 +317,7 @@ def _check_claims(sites: Iterable[Site]) -> None:
     """
     claims: dict[tuple[str, int], Site] = {}
     for site in sites:
+        _check_once(site)
         for t in site.cut:
             other = claims.setdefault((t.path, t.axes.dimension(site.axis(t))), site)
             if other is not site:
@@ -335,6 +336,20 @@ def _check_claims(sites: Iterable[Site]) -> None:
                 seen=f"{other.pair} and {site.pair}",
                 mend="cut by the one first and then by the other: two specs, one after another",
             )
+
+
+def _check_once(site: Site) -> None:
+    """A pair names each tensor that it cuts once, if not along several dimensions."""
+    counts = Counter((t.path, t.axes.dimension(site.axis(t))) for t in site.cut)
+    (path, _), count = counts.most_common(1)[0]
+    if count > 1:
+        raise SiteShapeError(
+            "a pair names one tensor twice, which would be cut twice",
+            path=path,
+            seen=str(site.pair),
+            mend="name it once; biases of layers are found by themselves, and need no place in "
+            "tables=",
+        )
 
 
 def _named(sites: Sequence[Site]) -> list[Site]:

@@ -77,7 +77,7 @@ def slim(
     else:
         leaves = flatten(params)
         check_fits(plan, leaves)
-        check_dead(plan, leaves)
+        check_dead(plan, leaves, cfg)
     return carried_out(plan, params, cfg)
 
 
@@ -109,8 +109,8 @@ def carried_out(plan: Plan, tree: Any, cfg: Any, *, like: Any = None) -> tuple[A
             )
     if cfg is not None and (pairs := untold(plan.cuts, new)):
         warnings.warn(
-            f"the config goes on to say the old width of {'; '.join(map(str, pairs))}: name its "
-            "key, Pair(width=...), or discover(..., cfg=cfg)",
+            f"the config goes on to say the old size of {'; '.join(map(str, pairs))}: name its "
+            "key, Pair(width=...), of key/value groups group_width; or discover(..., cfg=cfg)",
             ConfigKeptWarning,
             stacklevel=3,
         )

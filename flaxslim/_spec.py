@@ -109,8 +109,14 @@ class Spec:
     pairs: tuple[Pair, ...] | Pair
 
     def __post_init__(self) -> None:
-        pairs = (self.pairs,) if isinstance(self.pairs, Pair) else tuple(self.pairs)
-        object.__setattr__(self, "pairs", pairs)
+        pairs = self.pairs if isinstance(self.pairs, list | tuple) else (self.pairs,)
+        if not pairs or not all(isinstance(pair, Pair) for pair in pairs):
+            raise SpecError(
+                "pairs= of a Spec is a Pair, or several",
+                seen=f"pairs={self.pairs!r}",
+                expected='pairs=Pair(first="up", second="down"), or a tuple of such',
+            )
+        object.__setattr__(self, "pairs", tuple(pairs))
 
     def __iter__(self) -> Iterator[Pair]:
         assert isinstance(self.pairs, tuple)

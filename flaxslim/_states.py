@@ -164,7 +164,12 @@ def _refuse_strangers(
     refused = [
         path
         for path, x in others.items()
-        if np.shape(x) and (_is_alike(x, shapes) or _is_below(path, cuts, names))
+        if np.shape(x)
+        and (
+            _is_alike(x, shapes)
+            or (shapes and np.shape(x) == (names.total,))
+            or _is_below(path, cuts, names)
+        )
     ]
     if refused:
         raise PlanError(

@@ -132,7 +132,7 @@ def multiple_for(site: Site, multiple_of: int | Mapping[str, int]) -> int:
 def _fits(name: str, site: Site) -> bool:
     if site.pair.axis == HEADS:
         return name == HEADS
-    return name == site.pair.axis or fnmatchcase(site.root, name)
+    return name in (site.pair.axis, site.root) or fnmatchcase(site.root, name)
 
 
 def check_entries(multiple_of: int | Mapping[str, int], sites: Sequence[Site]) -> None:

@@ -4,6 +4,7 @@ import collections
 import copy
 import dataclasses
 import math
+import threading
 import types
 from typing import Any, NamedTuple
 
@@ -262,3 +263,27 @@ def test_a_config_without_a_model_type(cfg):
 def test_model_type():
     assert _config.model_type(BertConfig()) == "bert"
     assert _config.model_type({"model_type": "bert"}) == "bert"
+
+
+@pytest.mark.parametrize("cfg", [Inner, types], ids=["class", "Python module"])
+def test_what_cannot_be_copied_is_no_config(cfg):
+    with pytest.raises(ConfigError, match="a config is an object"):
+        _config.replace(cfg, {"hidden": 3})
+
+
+@dataclasses.dataclass
+class Derived:
+    hidden: int = dataclasses.field(init=False, default=8)
+
+
+class Locked:
+    def __init__(self):
+        self.hidden, self.lock = 8, threading.Lock()
+
+
+@pytest.mark.parametrize("make", [Derived, Locked])
+def test_a_field_that_cannot_be_set_is_told(make):
+    cfg = make()
+    with pytest.raises(ConfigError, match="cannot be set"):
+        _config.replace(cfg, {"hidden": 3})
+    assert cfg.hidden == 8

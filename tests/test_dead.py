@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
@@ -34,7 +35,7 @@ from strategies import (
 from flaxslim import Pair, Plan, Spec, _bits, apply, plan, slim
 from flaxslim._activation import activation
 from flaxslim._tree import flatten, replace
-from flaxslim.errors import NonFiniteError, UnsupportedDtypeError
+from flaxslim.errors import ConfigError, NonFiniteError, UnsupportedDtypeError
 
 quiet, loud, acts = (st.sampled_from(sorted(names)) for names in (QUIET, LOUD, ACTS))
 
@@ -725,3 +726,89 @@ def test_a_constant_that_is_no_number_is_not_folded(text):
         warnings.simplefilter("error")
         p = plan(tree, spec=reading(text, readers={}))
     assert p.removed == 0
+
+
+# --- what no tensor tells ---------------------------------------------------------------------
+
+
+class Convs(nn.Module):
+    """Two convolutions, whose second one pads as it is told."""
+
+    f: int
+    padding: str = "SAME"
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(self.f, (3, 3), name="up")(x))
+        return nn.Conv(2, (3, 3), padding=self.padding, name="down")(x)
+
+
+def changed(variables: Any, path: str, index: Any, value: float) -> Any:
+    return replace(variables, {path: flatten(variables)[path].at[index].set(value)})
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_a_constant_is_not_folded_through_a_window_which_may_reach_beyond_an_edge(padding):
+    x = jax.random.normal(jax.random.key(0), (1, 5, 5, 3))
+    v: Any = Convs(6, padding).init(jax.random.key(1), x)
+    v = changed(v, "params/up/kernel", (..., slice(0, 3)), 0)
+    v = changed(v, "params/up/bias", 0, 1.5)  # a constant; the next is zero, by rule (iii)
+    v = changed(v, "params/up/bias", 2, -1.5)  # and the third one's relu
+    pair = Pair(first="up", second="down", first_axes="x y d f", second_axes="x y f d")
+    pair = dataclasses.replace(pair, activation="relu", width="f")
+    small, cfg = slim(v, {"f": 6}, Spec(name="CONVS", pairs=pair))
+    assert cfg == {"f": 4}
+    before: Any = Convs(6, padding).apply(v, x)
+    after: Any = Convs(**cfg, padding=padding).apply(small, x)
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_stands_between_the_layers_leaves_only_what_nothing_reads(gated):
+    """A norm's bias makes something of a channel that is zero before it."""
+    firsts = ("gate", "up") if gated else "up"
+    tables: dict[str, str] = dict.fromkeys(("norm/scale", "norm/bias"), "f")
+    pair = Pair(first=firsts, second="down", activation="relu", gated=gated, tables=tables)
+    rng = np.random.default_rng(0)
+    tree = {
+        name: {"kernel": rng.normal(size=(3, 6)), "bias": rng.normal(size=6)}
+        for name in ("gate", "up")
+    } | {"norm": {"scale": np.ones(6), "bias": np.ones(6)}, "down": {"kernel": np.ones((6, 2))}}
+    for first in ("gate", "up"):
+        tree[first]["kernel"][:, :2] = tree[first]["bias"][:2] = 0
+    tree["down"]["kernel"][3] = 0
+    p = plan(tree, spec=Spec(name="NORMED", pairs=pair))
+    assert p.cuts[0].keep == (0, 1, 2, 4, 5)
+    assert p.cuts[0].rules == {"i": 1}
+    assert any("norm/scale, norm/bias of down may stand between" in note for note in p.notes)
+
+
+def test_a_second_factor_with_an_activation_is_refused():
+    cfg = {"acts": ["silu", "sigmoid"]}
+    with pytest.raises(ConfigError, match="more than one factor") as caught:
+        activation("config.acts", cfg)
+    assert "['silu', 'linear']" in str(caught.value.expected)
+    assert activation("config.acts", {"acts": ["silu", "linear"]}) is not None
+
+
+@pytest.mark.parametrize("name", ["elu", "selu", "mish"])
+def test_activations_are_those_of_jax(name):
+    x = np.linspace(-4, 4, 33)
+    ours: Any = activation(name, None)
+    with enable_x64():
+        np.testing.assert_allclose(ours(x), getattr(jax.nn, name)(x), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.float8_e4m3fn])
+def test_constants_that_go_beyond_what_a_bias_can_say_are_refused(dtype):
+    """The model may compute in float32, and be fine."""
+    largest = float(jnp.finfo(dtype).max)
+    tree = {
+        "up": {"kernel": np.array([[0, 1, 1]]), "bias": np.array([largest, 0, 0])},
+        "down": {"kernel": np.ones((3, 2)), "bias": np.full(2, largest)},
+    }
+    tree = jax.tree.map(lambda x: x.astype(dtype), tree)
+    spec = Spec(name="MLP", pairs=Pair(first="up", second="down", activation="relu"))
+    with pytest.raises(NonFiniteError, match=r"beyond what .* can say") as caught:
+        slim(tree, spec=spec)
+    assert caught.value.path == "down/bias"

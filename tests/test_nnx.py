@@ -620,3 +620,37 @@ def test_a_number_that_a_class_keeps_is_told(modules, told):
     assert sizes == {"hidden": 5}
     proof = verify(net, small, inputs=jnp.ones((2, 3)), spec=spec)
     assert (small.layer.hidden, proof.ok) == ((5, False) if modules else (8, True))
+
+
+class Tied(nnx.Module):
+    """An FFN, and another layer that has a variable in common with it."""
+
+    def __init__(self, name: str):
+        rngs = nnx.Rngs(0)
+        self.up, self.down = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)
+        self.zero = nnx.Linear(4, 8, rngs=rngs) if name == "up" else nnx.Linear(8, 4, rngs=rngs)
+        self.zero.kernel = getattr(self, name).kernel
+
+
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_a_variable_that_another_module_holds_too_is_not_cut(name):
+    """A path has one of its places, and the rules see that one alone."""
+    model = Tied(name)
+    spec = Spec(name="MLP", pairs=Pair(first="up", second="down"))
+    model.down.kernel[...] = model.down.kernel[...].at[:2].set(0)
+    with pytest.raises(PlanError, match="two modules hold one variable") as caught:
+        slim(model, spec=spec)
+    assert {f"{name}/kernel", "zero/kernel"} == set(str(caught.value.seen).split(", "))
+    model.zero.kernel = nnx.Param(model.zero.kernel[...])
+    assert slim(model, spec=spec)[0].down.kernel.shape == (6, 4)
+
+
+def test_a_plan_that_was_made_without_the_config_is_refused_with_it():
+    """Or the config would go on to say the old width."""
+    model = Tied("up")
+    model.zero.kernel = nnx.Param(model.zero.kernel[...])
+    model.down.kernel[...] = model.down.kernel[...].at[:2].set(0)
+    p = plan(model, spec=Spec(name="MLP", pairs=Pair(first="up", second="down", width="hidden")))
+    with pytest.raises(PlanError, match="made without this config"):
+        slim(model, {"hidden": 8}, plan=p)
+    assert slim(model, plan=p)[0].up.kernel.shape == (4, 6)

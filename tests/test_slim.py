@@ -20,7 +20,13 @@ import flaxslim
 from flaxslim import ConfigKeptWarning, NothingRemovedWarning, Pair, Plan, Spec, apply, plan, slim
 from flaxslim._layout import Layout
 from flaxslim._tree import flatten, replace
-from flaxslim.errors import LayoutError, NonFiniteError, PlanError, WidthError
+from flaxslim.errors import (
+    LayoutError,
+    NonFiniteError,
+    PlanError,
+    UnsupportedDtypeError,
+    WidthError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -553,5 +559,79 @@ def test_a_config_that_cannot_say_the_new_width_is_named():
     """A spec without a width key cuts the tensors and would leave the config as it is."""
     tree = {"up": {"kernel": np.ones((2, 3))}, "down": {"kernel": np.diag([1.0, 0.0, 1.0])}}
     spec = Spec(name="MLP", pairs=Pair(first="up", second="down"))
-    with pytest.warns(ConfigKeptWarning, match="the old width of up"):
+    with pytest.warns(ConfigKeptWarning, match="the old size of up"):
         slim(tree, {"hidden": 3}, spec)
+
+
+def test_a_stored_plan_is_for_the_activation_by_which_it_was_made():
+    spec = Spec(name="M", pairs=Pair(first="up", second="down", activation="config.act", width="f"))
+    tree = {
+        "up": {"kernel": np.ones((2, 3)), "bias": np.zeros(3)},
+        "down": {"kernel": np.ones((3, 2)), "bias": np.zeros(2)},
+    }
+    tree["up"]["kernel"][:, 0], tree["up"]["bias"][0] = 0, -1
+    p = flaxslim.plan(tree, {"act": "relu", "f": 3}, spec)
+    with pytest.raises(PlanError, match="for another activation") as caught:
+        slim(tree, {"act": "gelu", "f": 3}, plan=p)
+    assert (caught.value.expected, "gelu" in str(caught.value.seen)) == ("relu", True)
+    assert slim(tree, {"act": "relu", "f": 3}, plan=p)[1] == {"act": "relu", "f": 2}
+
+
+def _attention(*, group: str | None = None, **more: Any) -> tuple[Any, Spec]:
+    """Four heads of 4, the first two of which nothing reads."""
+    rng, axes = np.random.default_rng(0), f"d ({group or 'h'} k)"
+    wide = 8 if group else 16
+    tree = {name: {"kernel": rng.normal(size=(16, wide))} for name in "kv"}
+    tree |= {name: {"kernel": rng.normal(size=(16, 16))} for name in "qo"}
+    tree["o"]["kernel"][:8] = 0
+    pair = Pair(
+        first="v",
+        first_axes=axes,
+        also={"q": "d (h k)", "k": axes},
+        second="o",
+        second_axes="(h k) d",
+        axis="h",
+        group=group,
+        width="heads",
+        **more,
+    )
+    return tree, Spec(name="ATTENTION", pairs=pair)
+
+
+def test_a_head_size_that_follows_from_the_number_of_heads_must_stay_as_it_is():
+    tree, spec = _attention(sizes={"k": "d/heads"})
+    with pytest.raises(PlanError, match="another size of axis 'k'") as caught:
+        slim(tree, {"heads": 4, "d": 16}, spec)
+    assert (caught.value.seen, caught.value.expected) == (8, 4)
+    tree, spec = _attention(sizes={"k": "head_dim"})
+    assert slim(tree, {"heads": 4, "head_dim": 4}, spec)[1] == {"heads": 2, "head_dim": 4}
+
+
+def test_groups_that_no_key_says_are_named():
+    tree, spec = _attention(group="g", sizes={"k": "head_dim"})
+    with pytest.warns(ConfigKeptWarning, match="group_width"):
+        small, _ = slim(tree, {"heads": 4, "head_dim": 4, "kv_heads": 2}, spec)
+    assert small["v"]["kernel"].shape == (16, 4)
+
+
+def test_a_scale_among_tensors_of_wide_floats_is_none_of_a_quantised_kernel():
+    tree = {"w1": np.ones((2, 3)), "w2": np.diag([1.0, 0.0, 1.0]), "ln_scale": np.ones(2)}
+    spec = Spec(name="MLP", pairs=Pair(first="w1", second="w2"))
+    assert slim({**tree, "scale": np.ones(2)}, spec=spec)[0]["w1"].shape == (2, 2)
+    with pytest.raises(UnsupportedDtypeError, match="its scales"):
+        slim({**tree, "w1_scale": np.ones(1)}, spec=spec)
+
+
+def test_a_threshold_may_be_any_real_number():
+    tree = {"up": {"kernel": np.ones((2, 3))}, "down": {"kernel": np.diag([1.0, 0.1, 1.0])}}
+    spec = Spec(name="MLP", pairs=Pair(first="up", second="down"))
+    p = flaxslim.plan(tree, spec=spec, threshold=np.float32(0.5))  # pyright: ignore
+    assert flaxslim.Plan.from_json(p.to_json()) == p
+
+
+def test_a_root_is_found_by_its_name_also_where_it_reads_as_a_pattern():
+    layer = {"up": {"kernel": np.ones((2, 3))}, "down": {"kernel": np.diag([1.0, 0.0, 1.0])}}
+    tree = {"layers[0]": layer, "layers[1]": layer}
+    spec = Spec(name="MLP", pairs=Pair(at="layers[{i}]", first="up", second="down"))
+    p = flaxslim.plan(tree, spec=spec, width="per_layer", multiple_of={"layers[0]": 3})
+    assert [cut.width for cut in p.cuts] == [3, 2]

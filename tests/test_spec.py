@@ -152,6 +152,9 @@ def test_a_torch_tree_is_the_transposed_flax_tree(layout):
     jax.tree.map(np.testing.assert_array_equal, small, rename(slim(n.tree, n.cfg, spec)[0]))
 
 
+FUSED: dict = {"first": "up", "second": "down", "first_axes": "d (2 f)"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -162,6 +165,10 @@ def test_a_torch_tree_is_the_transposed_flax_tree(layout):
         ({"first": ("a", "b", "c"), "second": "down", "gated": True}, "a gate and an up layer"),
         ({"first": ("a", "b"), "second": "down", "first_bias": "x"}, "as many first biases"),
         ({"first": "up", "second": "down", "readers": {"gate": "d o"}}, "has no axis 'f'"),
+        ({**FUSED, "parts": (2,)}, "no such part"),
+        ({**FUSED, "parts": (0, -1)}, "no such part"),
+        ({**FUSED, "parts": (1,), "gated": True}, "two parts"),
+        ({**FUSED, "activation": "silu"}, "which part of the fused first layer"),
     ],
 )
 def test_a_pair_that_makes_no_sense_is_refused(arguments, message):
@@ -288,6 +295,52 @@ def test_a_bias_that_the_spec_names_must_be_there():
     with pytest.raises(IncompletePairError, match="names a bias") as caught:
         Spec(name="X", pairs=pair).sites({"up": dense(2, 3), "down": dense(3, 2)})
     assert caught.value.path == "up/offset"
+
+
+@pytest.mark.parametrize(
+    ("tree", "arguments", "path"),
+    [
+        ({"w1": np.ones((4, 8)), "b1": np.ones(8), "w2": np.ones((8, 4))}, {}, "b1"),
+        (
+            {"w1": {"w": np.ones((4, 8)), "b": np.ones(8)}, "w2": {"w": np.ones((8, 4))}},
+            {"kernel": "w"},
+            "w1/b",
+        ),
+    ],
+)
+def test_a_bias_that_the_spec_does_not_name_is_not_taken_for_zero(tree, arguments, path):
+    pair = Pair(first="w1", second="w2", activation="relu", **arguments)
+    with pytest.raises(IncompletePairError, match="a number for each channel") as caught:
+        plan(tree, spec=Spec(name="X", pairs=pair))
+    assert caught.value.path == path
+    named = {"bias": "b"} if arguments else {"first_bias": path}
+    plan(tree, spec=Spec(name="X", pairs=dataclasses.replace(pair, **named)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"first": ("up", "up"), "gated": True, "activation": "relu"},
+        {"tables": {"up/bias": "f"}},
+        {"also": {"up": "d f"}},
+    ],
+)
+def test_a_tensor_that_one_pair_names_twice_is_refused(arguments):
+    pair = Pair(**{"first": "up", "second": "down", **arguments})
+    with pytest.raises(SiteShapeError, match="names one tensor twice"):
+        Spec(name="X", pairs=pair).sites({"up": dense(2, 3), "down": dense(3, 2)})
+
+
+@pytest.mark.parametrize("pairs", [(), "up", [("up", "down")], None])
+def test_a_spec_is_made_of_pairs(pairs):
+    with pytest.raises(SpecError, match="a Pair, or several"):
+        Spec(name="X", pairs=pairs)
+
+
+@pytest.mark.parametrize("first", [(), ""])
+def test_a_pair_has_two_layers(first):
+    with pytest.raises(SpecError, match="a first and a second layer"):
+        Pair(first=first, second="down")
 
 
 @pytest.mark.parametrize("path", ["intermediate/dense/kernel", "intermediate/dense/bias"])

@@ -1193,3 +1193,13 @@ def test_constants_of_a_quantised_layer_are_refused():
     tree["block"]["up"]["scale"] = scale
     with pytest.raises(UnsupportedDtypeError, match="quantised"):
         apply(plan(params, spec=SPEC), tree, like=params)
+
+
+def test_a_state_of_one_flat_vector_is_refused():
+    """As optax.flatten makes it: what belongs to a channel lies anywhere in it."""
+    params = mlp()
+    params["block"]["down"]["kernel"] = params["block"]["down"]["kernel"].at[jnp.array(DEAD)].set(0)
+    p = plan(params, spec=SPEC)
+    tx = optax.chain(optax.flatten(optax.adam(1e-3)), optax.trace(0.9))
+    with pytest.raises(PlanError, match="2 leaves may follow a parameter"):
+        apply(p, tx.init(params), like=params)
