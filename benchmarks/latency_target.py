@@ -6,7 +6,7 @@
 Each run times the widths anew. FFN channels and heads compete: what goes is what is missed the
 least for the time that it takes. A batch is 8 windows of 128 tokens of STS-B's training sentences;
 what was measured is the ratio of the median times of the dense model and the finished one, which
-take turns. "of outputs" is the relative squared error of the outputs on batches held out.
+take turns. "of outputs" is the relative squared error of the outputs on calibration batches.
 """
 
 import argparse

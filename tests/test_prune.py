@@ -22,6 +22,7 @@ from flaxslim.errors import BudgetError, CalibrationError, CalibrationWarning, W
 from flaxslim.posttraining import _rank
 from flaxslim.posttraining._allocate import parameters_of
 from flaxslim.posttraining._calibration import Calibration
+from flaxslim.posttraining._cost import Whole
 from flaxslim.posttraining._method import PRESETS
 from flaxslim.specs import spec_for
 
@@ -84,7 +85,8 @@ def test_every_preset_on_every_layout(name, method):
     assert [row.after for row in report.rows] == [row.before // 2 for row in report.rows]
     json.dumps(report.to_dict())
     assert report.rows[0].path in str(report)
-    assert "(relative squared error, on held-out batches)" in str(report)
+    which = "held-out" if method == "best" else "calibration"  # a refit knows all of them
+    assert f"(relative squared error, on {which} batches)" in str(report)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -262,7 +264,8 @@ def test_a_disk_that_takes_no_statistics_costs_no_run(tmp_path):
         pruned(NETS["mlp"](), statistics=tmp_path / "file")
 
 
-def test_padding_is_not_looked_at():
+@pytest.mark.parametrize("ones", [(), (1, 1)], ids=["b t", "b 1 1 t"])
+def test_padding_is_not_looked_at(ones):
     net = mlp()
     plain_fn = net.fn
 
@@ -278,7 +281,9 @@ def test_padding_is_not_looked_at():
         padded.append(
             {
                 "x": np.concatenate([batch["x"], junk], 1),
-                "attention_mask": np.pad(batch["attention_mask"], ((0, 0), (0, 3))),
+                "attention_mask": np.pad(batch["attention_mask"], ((0, 0), (0, 3))).reshape(
+                    16, *ones, 8
+                ),
             }
         )
     net = dataclasses.replace(net, fn=fn)
@@ -451,7 +456,7 @@ def test_of_a_single_batch_no_ridge_is_chosen():
     params, _, report = pruned(net, batches=data)
     assert {row.ridge for row in report.rows} == {1e-2}
     # Nor is anything held out to measure by; and what is measured is what its name says.
-    assert report.measure == "relative squared error, on the calibration batches"
+    assert report.measure == "relative squared error, on calibration batches"
     before, after = (np.asarray(net.fn(p, x), np.float64) for p in (net.params, params))
     variance = ((before - before.mean((0, 1))) ** 2).sum()
     expected = ((after - before) ** 2).sum() / variance
@@ -468,17 +473,19 @@ def test_what_goes_in_is_not_changed_and_comes_out_as_it_was():
     assert all(isinstance(x, np.ndarray) for x in flatten(params).values())
 
 
-def test_nnx_module():
+def test_nnx_module(tmp_path):
     class Mlp(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
             self.up, self.down = nnx.Linear(6, 10, rngs=rngs), nnx.Linear(10, 3, rngs=rngs)
+            self.drop = nnx.Dropout(0.1, rngs=rngs)
 
         def __call__(self, x: Any) -> Any:
-            return self.down(jax.nn.relu(self.up(x)))
+            return self.down(self.drop(jax.nn.relu(self.up(x))))
 
     model = Mlp(nnx.Rngs(0))
     spec = Spec(name="M", pairs=Pair(first="up", second="down"))
-    small, _ = prune(model, None, spec, batches=batches(mlp()), keep=0.5)
+    model.eval()
+    small, _ = prune(model, None, spec, batches=batches(mlp()), keep=0.5, statistics=tmp_path)
     assert small.up.out_features == 5
     x = batches(mlp())[0]
     assert ((small(x) - model(x)) ** 2).mean() < (model(x) ** 2).mean()
@@ -688,6 +695,55 @@ def test_what_does_not_reach_the_outputs_goes(small):
     assert sizes[f"layers/{small}"] + 3 <= sizes[f"layers/{1 - int(small)}"]
 
 
+@pytest.mark.parametrize("preset", ["balanced", "fast", "magnitude"])
+def test_a_layer_that_puts_out_nothing_gives_up_its_channels_first(preset):
+    """Its error is that of the ridge alone, and is no share of anything."""
+    net = unsized(mlp(layers=2))
+    up = net.params["layers"]["0"]["up"]
+    net.params["layers"]["0"]["up"] = {**up, "bias": jnp.full_like(up["bias"], -1000)}
+    limit = int(0.6 * count(net.params))
+    params, _, report = pruned(
+        net, keep=None, budget=Budget(params=limit), width="per_layer", method=preset
+    )
+    sizes = [site.size for site in net.spec.sites(params)]
+    assert sizes[0] <= 1 < sizes[1]
+    assert report.rows[0].measured == 0
+    assert (report.rows[0].predicted or 0) < 1
+
+
+def test_one_number_for_each_sample_is_measured_as_a_column_is():
+    net = mlp()
+    errors = {}
+    for name, last in (("numbers", 0), ("column", slice(1))):
+        fn = lambda p, x, last=last: net.fn(p, x)[:, 0, last]  # noqa: E731
+        *_, report = pruned(dataclasses.replace(net, fn=fn), keep=0.3)
+        errors[name] = report.output_error
+    np.testing.assert_allclose(errors["numbers"], errors["column"], rtol=1e-4)
+    assert 0 < errors["column"] < 10
+
+
+def test_of_one_sample_a_batch_the_error_is_relative_to_what_is_put_out():
+    net = mlp()
+    fn = lambda p, x: net.fn(p, x)[:, 0]  # noqa: E731
+    one = [batch[:1] for batch in batches(net, count=8)]
+    *_, report = pruned(dataclasses.replace(net, fn=fn), batches=one, keep=0.3)
+    assert 0 < report.output_error < 10
+
+
+def test_times_are_those_of_the_function_and_not_of_its_name():
+    net = unsized(mlp())
+    found = []
+    for repeats in (1, 1, 2):
+
+        def fn(p: Any, x: Any, repeats: int = repeats) -> Any:
+            return sum(net.fn(p, x + i) for i in range(repeats))
+
+        batch = batches(net)[0]
+        own = Whole(model=fn, params=net.params, cfg=None, spec=net.spec, batch=batch)
+        found.append(own.digest)
+    assert found[0] == found[1] != found[2]
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[dict[str, Any], type, str]] = {
@@ -704,6 +760,9 @@ WRONG: dict[str, tuple[dict[str, Any], type, str]] = {
         CalibrationError,
         "held out",
     ),
+    "no several batches": ({"batches": 5}, CalibrationError, "not several batches"),
+    "lists": ({"batches": [{"x": [[1.0, 2.0]]}]}, CalibrationError, "a tree of arrays"),
+    "no samples": ({"batches": [np.float32(1)]}, CalibrationError, "a tree of arrays"),
     "one batch alone": (
         {"batches": np.ones((4, 5, 6), np.float32)},
         CalibrationError,

@@ -12,7 +12,7 @@ plan
 training
     `flaxslim run digits`, narrower: dense at first, then while channels die, and after the cut.
 sweep
-    `flaxslim sweep` on stories260K: the error of its outputs on stories that were held out.
+    `flaxslim sweep` on stories260K: the error of its outputs on calibration stories.
 """
 
 import argparse

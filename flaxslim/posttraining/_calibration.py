@@ -73,15 +73,18 @@ class Calibration:
         kept: Kept | None = None,
     ):
         self.fn, self.mask, self.kept = fn, mask, kept
-        if isinstance(batches, Mapping) or hasattr(batches, "shape"):
+        several = isinstance(batches, Iterable) and not isinstance(batches, Mapping | str)
+        if not several or hasattr(batches, "shape"):
             raise CalibrationError(
-                "batches= is one batch, and not some of them",
+                "batches= is not several batches",
                 seen=f"a {type(batches).__name__}",
                 expected="a list of batches",
                 mend="pass [batch]; better four or more, of which some are held out",
             )
         # A tokenizer's BatchEncoding is no pytree, but a mapping.
         batches = [dict(b) if isinstance(b, Mapping) else b for b in batches]
+        for number, batch in enumerate(batches):
+            _check_arrays(batch, number)
         self.batches = [jax.tree.map(_mesh.automatic, b) for b in batches]
         if not self.batches:
             raise CalibrationError(
@@ -100,7 +103,8 @@ class Calibration:
     @property
     def samples(self) -> int:
         """How many there are in all batches."""
-        return sum(len(jax.tree.leaves(batch)[0]) for batch in self.batches)
+        arrays = (jax.tree.leaves(batch) for batch in self.batches)
+        return sum(next(np.shape(x)[0] for x in own if np.ndim(x)) for own in arrays)
 
     @property
     def running(self) -> list[str]:
@@ -138,6 +142,9 @@ class Calibration:
         front = 1 if steps else 0
         own = tuple(lead[front:])
         for mask in masks:
+            if mask is not None and mask.ndim > 2:  # (b, 1, 1, t), as attention adds it
+                kept = [n for i, n in enumerate(mask.shape) if i == 0 or n > 1]
+                mask = mask.reshape(kept)
             if mask is not None and own[:1] == (mask.size,) and mask.ndim > 1:
                 mask = mask.reshape(-1)
             if mask is not None and tuple(mask.shape) == own[: mask.ndim]:
@@ -254,6 +261,22 @@ class Calibration:
                 parts += [_product(x, y), y.sum(1), _product(y, y)]
             total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
         return total
+
+
+def _check_arrays(batch: Any, number: int) -> None:
+    """Raise `CalibrationError` unless a batch holds arrays, one of them with an axis of samples."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    others = [(keys, x) for keys, x in leaves if not hasattr(x, "shape")]
+    if others or not any(np.ndim(x) for _, x in leaves):
+        keys, x = (others or leaves or [((), None)])[0]
+        raise CalibrationError(
+            "a batch is a tree of arrays, whose first axis counts samples",
+            path=f"batches[{number}]{jax.tree_util.keystr(keys)}",
+            seen=f"{x!r}"[:60],
+            expected="arrays",
+            mend='np.asarray(...) makes one of lists; tokenizer(texts, return_tensors="np", '
+            "padding=True)",
+        )
 
 
 def _add(sums: dict[str, list[np.ndarray]], found: Mapping[str, Sequence[Any]]) -> None:

@@ -1,6 +1,7 @@
 """What a model costs at any widths: parameters, bytes, FLOPs and milliseconds, of each site."""
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from flaxslim.errors import BudgetError, CalibrationError
 from flaxslim.posttraining import _allocate, _latency
 from flaxslim.posttraining._allocate import Budget
 from flaxslim.posttraining._function import function_of
+from flaxslim.posttraining._kept import digest
 from flaxslim.posttraining._rank import Ranking, alive_of, count_of
 from flaxslim.training._channels import masks
 
@@ -36,6 +38,13 @@ class Whole:
     cfg: Any
     spec: Spec
     batch: Any
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all that it computes: a function of the same name may be another by now."""
+        params = nnx.state(self.params) if isinstance(self.params, nnx.Module) else self.params
+        closed = jax.make_jaxpr(function_of(self.model, params, self.cfg))(params, self.batch)
+        return digest(str(closed.jaxpr), closed.consts)
 
     def check_runs_smaller(self, sites: Sequence[Site]) -> None:
         """Raise `CalibrationError` if the function cannot be counted or timed at other sizes."""
@@ -286,15 +295,14 @@ def _timed(
 
     leaves = jax.tree.leaves(whole.batch)
     shapes = ", ".join(f"{np.result_type(x)}{tuple(np.shape(x))}" for x in leaves)
-    params = {p: np.shape(x) for p, x in _tree.flatten(whole.params).items()}
-    name = getattr(whole.model, "__qualname__", type(whole.model).__name__)
+    dtypes = [x.dtype for x in _tree.flatten(whole.params).values()]
     return _latency.measure(
         run,
         dense,
         grid,
         cache=cache,
         shapes=shapes,
-        dtype=str(jnp.result_type(*_tree.flatten(whole.params).values())),
-        key=f"{name} {params} {whole.cfg} {key}",
+        dtype=str(jnp.result_type(*(t for t in dtypes if jnp.issubdtype(t, jnp.floating)))),
+        key=f"{whole.digest} {whole.cfg} {key}" if cache is not None else "",
         told=lambda done, total: told("timing", done, total),
     )

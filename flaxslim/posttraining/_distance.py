@@ -82,12 +82,15 @@ class Distance:
         return jnp.ones(x.shape[:-1]) if counted is None else counted.astype(jnp.float32)
 
     def _relative(self, x: Any, y: Any, batch: Any, path: str, *, steps: bool = False) -> Any:
-        """|x - y|^2 over the variance of y, over what counts."""
+        """|x - y|^2 over the variance of y, of what counts; over |y|^2 where that is one alone."""
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        if x.ndim == 1:  # one number for each sample
+            x, y = x[:, None], y[:, None]
         weights = self._weights(x, batch, path, steps=steps)[..., None]
         x, y = (jnp.where(weights > 0, z, 0) for z in (x, y))  # padding may be anything
         axes = tuple(range(x.ndim - 1))
-        mean = (y * weights).sum(axes) / jnp.maximum(weights.sum(), 1)
+        count = weights.sum()
+        mean = jnp.where(count > 1, (y * weights).sum(axes) / jnp.maximum(count, 1), 0)
         return (weights * (x - y) ** 2).sum() / ((weights * (y - mean) ** 2).sum() + 1e-9)
 
     def _divergence(self, x: Any, y: Any, batch: Any, path: str) -> Any:

@@ -22,6 +22,7 @@ from flaxslim.posttraining._rank import (
     alive_of,
     count_of,
     rank,
+    relative,
     takes_gradients,
     takes_mean,
     units_of,
@@ -145,9 +146,7 @@ class Engine:
                     unit=site.pair.unit,
                     before=site.size * site.rows,
                     after=int(self.alive[path].sum()),
-                    predicted=None
-                    if path in self.gradients
-                    else float(ranking.errors[gone] / max(ranking.energy, 1e-30)),
+                    predicted=None if path in self.gradients else float(ranking.relative[gone]),
                     measured=measured,
                     ridge=ridge,
                 )
@@ -295,7 +294,7 @@ class Engine:
             leaf = self.biases.get(bias.path, self.leaves[bias.path])  # two sites may share one
             changed[bias.path] = _like(np.asarray(leaf).astype(np.float64) + shift, leaf)
             self.biases[bias.path] = changed[bias.path]
-        return changed, wrong / max(total, 1e-30), max(ridges, default=None)
+        return changed, relative(wrong, total), max(ridges, default=None)
 
     def _ridge(
         self, site: Site, fit: Moments, held: Moments, w: np.ndarray, inner: np.ndarray
@@ -328,7 +327,7 @@ def _share_order(own: Sequence[Ranking], found: dict[str, Ranking]) -> None:
         return
     lost = np.zeros_like(own[0].errors[1:], shape=own[0].orders.shape)
     for ranking in own:
-        steps = np.diff(ranking.errors) / max(ranking.energy, 1e-30)
+        steps = np.diff(ranking.relative)
         for row, order in zip(lost, ranking.orders, strict=True):
             row[order] += steps
     orders = np.argsort(lost, axis=1, kind="stable")

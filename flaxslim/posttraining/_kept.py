@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -95,6 +96,8 @@ def digest(*parts: Any) -> str:
         if isinstance(leaf, str):
             found.update(_ADDRESS.sub("", leaf).encode())
         else:
+            if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+                leaf = jax.random.key_data(leaf)
             array = np.ascontiguousarray(leaf)
             found.update(f"{array.shape} {array.dtype}".encode())
             found.update(array.reshape(-1).view(np.uint8).data)

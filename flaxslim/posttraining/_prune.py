@@ -76,8 +76,8 @@ def prune(
         outputs`, pure, which is called with parameters of the dense shapes, and of smaller ones
         for a budget of FLOPs or time. May be left out for an nnx module.
       batches: calibration data, some hundred samples: pytrees of arrays whose first axis counts
-        samples, such as dicts of `input_ids` and `attention_mask`. One in four is held out, to
-        choose ridges and to stop tuning by.
+        samples, such as dicts of `input_ids` and `attention_mask`. By one in four ridges are chosen
+        and tuning is stopped; only tuning never learns from it.
       keep: the share of the channels that stays at each site, above 0 and up to 1; by axis
         `{"f": 0.7, "h": 0.75}`.
       budget: or what all of the model may cost (`flaxslim.Budget`).
@@ -298,12 +298,14 @@ def _report(
 ) -> Report:
     calibration = engine.calibration
     held_out = split(calibration)[1]
+    # Unless it is tuned, the refit knows them, too.
+    which = "held-out" if held_out and tuned else "calibration"
     return Report(
         rows=tuple(rows),
         samples=calibration.samples,
         positions=engine.positions,
         output_error=distance.mean(new, engine.dense, held_out or calibration.batches),
-        measure=f"{distance.measure}, on {'held-out' if held_out else 'the calibration'} batches",
+        measure=f"{distance.measure}, on {which} batches",
         tuned=tuned,
         cost=cost,
         notes=tuple(_notes(rows)),

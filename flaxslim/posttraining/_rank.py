@@ -34,6 +34,7 @@ NAMES = (
     "fisher_mask",
     *(n for n in SCORES if n not in ("snip_momentum", "movement")),
 )
+_SILENT = 1e-30  # the energy of a layer that puts out nothing
 # What needs the gradient of a loss.
 GRADIENTS = frozenset(
     name for name in NAMES if name == "fisher_mask" or (name in SCORES and SCORES[name].gradients)
@@ -87,11 +88,24 @@ class Ranking:
     @property
     def effects(self) -> np.ndarray:
         """`(u + 1,)`: what the errors are expected to do to the model's outputs."""
-        return self.effect * self.errors / max(self.energy, 1e-30)
+        return self.effect * self.relative
+
+    @property
+    def relative(self) -> np.ndarray:
+        """`(u + 1,)`: the errors relative to the energy."""
+        return relative(self.errors, self.energy)
 
     def kept(self, count: int) -> list[np.ndarray]:
         """The units that are left in each row when `count` stay, ascending."""
         return [np.sort(order[len(order) - count :]) for order in self.orders]
+
+
+def relative(error: Any, energy: float) -> Any:
+    """A squared error relative to the energy of what is put out.
+
+    Of a layer that puts out nothing nothing is lost: an error is that of the ridge alone.
+    """
+    return error / energy if energy > _SILENT else 0.0 * error
 
 
 def rank(

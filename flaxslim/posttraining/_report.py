@@ -36,9 +36,9 @@ class Report:
     Attributes:
       rows: one for each site.
       samples, positions: how much calibration data there was.
-      output_error: distance of the outputs from those of the dense model on what was held out:
-        the mean over outputs of the Kullback-Leibler divergence of logits (nats), and of the
-        relative squared error of others.
+      output_error: distance of the outputs from those of the dense model: the mean over outputs of
+        the Kullback-Leibler divergence of logits (nats), and of the relative squared error of
+        others.
       measure: which of these it is, and on which batches, in words.
       tuned: loss on what was held out before and after, and after how many steps; empty if nothing
         was tuned.
