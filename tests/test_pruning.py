@@ -717,3 +717,38 @@ def test_a_score_of_the_wrong_shape_is_refused():
 def test_there_is_no_sparsity_in_what_was_not_pruned():
     with pytest.raises(TrainingError, match=r"flaxslim\.pruning"):
         flaxslim.sparsity(optax.adam(0.1).init(mlp().params))
+
+
+def test_what_an_axis_owes_is_none_of_another_that_has_not_begun():
+    """A gradient that is no number delays the channels; no head dies for it before its time."""
+    spec = flaxslim.Spec(
+        name="BOTH",
+        pairs=(
+            flaxslim.Pair(first="up", second="down"),
+            flaxslim.Pair(first="v", second="o", first_axes="d h", second_axes="h d", axis="h"),
+        ),
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"up": (4, 8), "down": (8, 3), "v": (4, 8), "o": (8, 3)}
+    params = {name: {"kernel": rng.normal(size=shape)} for name, shape in shapes.items()}
+    schedules = {
+        "f": flaxslim.linear(0, 0.5, begin=2, end=10, every=2),
+        "h": flaxslim.scheduled(lambda step: 0.5, begin=1000),
+    }
+    tx: Any = flaxslim.pruning(optax.sgd(0.0), spec, schedules, "snip")
+    state = tx.init(params)
+    for step in range(5):
+        value = np.nan if step == 2 else 0.1
+        _, state = tx.update(jax.tree.map(lambda x, v=value: x * v, params), state, params)
+    sites = flaxslim.sparsity(state).sites
+    assert sites["o/kernel"].alive.all()
+    assert not sites["down/kernel"].alive.all()
+
+
+@pytest.mark.parametrize("share", [50.0, -0.5, float("nan")])
+def test_a_sparsity_that_is_no_share_is_refused(share):
+    net = mlp(layers=1)
+    schedule = flaxslim.scheduled(lambda step: share)
+    tx: Any = flaxslim.pruning(optax.sgd(0.1), net.spec, schedule)
+    with pytest.raises(TrainingError, match="is no share"):
+        tx.init(net.params)

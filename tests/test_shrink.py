@@ -424,6 +424,15 @@ def test_channels_that_are_zero_and_were_not_pruned_are_refused():
         shrink(params, tx.init(params), CFG, net.spec)
 
 
+def test_so_they_are_where_the_state_is_of_the_tree_inside():
+    net, tx, *_ = _pruned()
+    params = jax.tree.map(jnp.asarray, net.params)
+    down = params["layers"]["0"]["down"]
+    down["kernel"] = down["kernel"].at[jnp.array([2, 3])].set(0)
+    with pytest.raises(TrainingError, match="2 channels are dead, but not by pruning"):
+        shrink({"params": params}, tx.init(params), CFG, net.spec)
+
+
 def test_channels_that_were_pruned_and_are_not_zero_are_refused():
     """A decay that stands after `pruning` in a chain moves what `pruning` had made zero."""
     net = mlp(1)

@@ -69,7 +69,10 @@ class Decide:
         owed: jax.Array,
     ) -> Verdict:
         """Who is alive after this step. What takes time is done only in the steps that are due."""
-        due = {axis: schedule.is_due(count) | owed for axis, schedule in self.schedules.items()}
+        due = {
+            axis: schedule.is_due(count) | (owed & (count > schedule.begin))
+            for axis, schedule in self.schedules.items()
+        }
         seen = {site.second.path: site for site in sites if site.pair.axis in due}
         if not seen:
             return Verdict(channels=channels, skipped=jnp.zeros((), jnp.int32), owed=owed)

@@ -32,6 +32,7 @@ from flaxslim.training._state import BySite, PruningState, by_site, nested
 
 # The largest count that the state can hold.
 _MOST = np.iinfo(np.int32).max
+_ROUNDING = 1e-6  # that a share may be beyond 0 or 1 by
 
 # A Schedule, a function of the step, a share; or these by axis: {"f": ..., "h": ...}.
 ScheduleLike = Any
@@ -228,6 +229,7 @@ class Pruning:
                     stacklevel=5,
                 )
                 continue
+            _check_shares(axis, schedule)
             if schedule.end is None:
                 continue
             how = self.decide.how
@@ -253,6 +255,21 @@ class Pruning:
 
 
 # --- what is refused --------------------------------------------------------------------------
+
+
+def _check_shares(axis: str, schedule: Schedule) -> None:
+    """Raise `TrainingError` unless a schedule begins and ends with a share."""
+    for step in (schedule.begin, schedule.end):
+        if step is None:
+            continue
+        with jax.ensure_compile_time_eval():
+            share = float(schedule(step))
+        if not -_ROUNDING <= share <= 1 + _ROUNDING:
+            raise TrainingError(
+                f"the sparsity of axis {axis!r} is no share",
+                seen=f"{share} at step {step}",
+                expected="0.0 to 1.0: 0.5 is half of the channels",
+            )
 
 
 def _transformation(inner: Any) -> optax.GradientTransformationExtraArgs:

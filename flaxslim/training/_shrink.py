@@ -17,7 +17,7 @@ from flaxslim._plan import Plan
 from flaxslim._slim import carried_out
 from flaxslim._spec import SpecLike
 from flaxslim.errors import NothingRemovedWarning, TrainingError
-from flaxslim.training._sparsity import Sparsity, sparsity
+from flaxslim.training._sparsity import SiteChannels, Sparsity, sparsity
 
 _log = logging.getLogger("flaxslim")
 
@@ -118,7 +118,7 @@ def _check_pruned(plan: Plan, trees: Any) -> None:
         return
     living = revived = 0
     for cut in plan.cuts:
-        if (site := known.sites.get(cut.site.second.path)) is not None:
+        if (site := _of(cut.site.second.path, known)) is not None:
             alive = site.alive.copy()
             revived += max(int((~alive).sum()) - cut.dead, 0)
             np.put_along_axis(alive, cut.kept, False, axis=-1)
@@ -139,6 +139,18 @@ def _check_pruned(plan: Plan, trees: Any) -> None:
             "p = flaxslim.plan(params, cfg, spec), flaxslim.slim(params, cfg, plan=p), "
             "flaxslim.apply(p, opt_state, like=params)",
         )
+
+
+def _of(path: str, known: Sparsity) -> SiteChannels | None:
+    """What is known of a site; the state may be of the tree in or around these parameters."""
+    if path in known.sites:
+        return known.sites[path]
+    found = [
+        site
+        for other, site in known.sites.items()
+        if path.endswith(f"/{other}") or other.endswith(f"/{path}")
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _known(trees: Any) -> Sparsity | None:
