@@ -88,6 +88,9 @@ MISTAKES = [
     ("end = 50", 'schedule = "stepwise"', 17, "needs its steps", "1000"),
     ("end = 50", 'schedule = "stepwise"\nstepwise = {"x" = 0.1}', 18, "no step", '"0" to "99"'),
     ("end = 50", "end = 50\nstepwise = {'1' = 0.1}", 18, "no steps of its own", "stepwise"),
+    ("end = 50", "schedule = 'stepwise'\nstepwise = {'9' = 0.1}", 16, "by itself", "sparsity 0.5"),
+    ("end = 50", "end = 50\nfade = 3", 18, "must have faded", "channels die 1 steps apart"),
+    ("end = 50", "end = 50\nregrow = 0.2\nallocation = 'global'", 18, "give way", "regrow 0.2"),
     (
         "end = 50",
         'end = 50\nschedule = "exponential"\n[pruning.sparsity]\nf = 1',

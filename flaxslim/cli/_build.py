@@ -8,6 +8,7 @@ import optax
 
 import flaxslim
 from flaxslim.cli._recipe import Recipe, Train
+from flaxslim.errors import RecipeError
 from flaxslim.specs import chosen
 
 
@@ -50,6 +51,21 @@ def learning_rate(train: Train, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, fall], [train.warmup]) if train.warmup else fall
 
 
+def check_widths(recipe: Recipe, cfg: Any) -> None:
+    """Raise `RecipeError` if what is to be cut in the end has no key of the config to say it."""
+    shrink = recipe.shrink
+    if shrink.width != "uniform" or not (shrink.end or shrink.at):
+        return
+    for pair in chosen(recipe.pruning.spec, cfg):
+        if recipe.pruning.shares.get(pair.axis) and pair.fixed:
+            raise RecipeError(
+                f"the class ties the number of {pair.unit} to other sizes, so that its config can "
+                "say no smaller one",
+                seen=f'pruning.spec = "{recipe.pruning.spec}", shrink.width = "uniform"',
+                mend='shrink.width = "per_layer" (--set shrink.width=per_layer)',
+            )
+
+
 def optimizer(recipe: Recipe, cfg: Any, steps: int, *, prunes: bool) -> Any:
     """The optimizer of a recipe, for a model of these sizes."""
     inner = _inner(recipe.train, learning_rate(recipe.train, steps))
@@ -59,7 +75,7 @@ def optimizer(recipe: Recipe, cfg: Any, steps: int, *, prunes: bool) -> Any:
     return flaxslim.pruning(
         inner,
         chosen(p.spec, cfg),
-        _schedules(recipe),
+        schedules(recipe),
         p.score,
         cfg=cfg,
         allocation=p.allocation,
@@ -86,7 +102,7 @@ def _decayed(decay: float, tx: optax.GradientTransformation) -> optax.GradientTr
     return optax.chain(optax.add_decayed_weights(decay), tx) if decay else tx
 
 
-def _schedules(recipe: Recipe) -> dict[str, Any]:
+def schedules(recipe: Recipe) -> dict[str, Any]:
     """When channels die, by axis."""
     p = recipe.pruning
     if p.schedule == "stepwise":

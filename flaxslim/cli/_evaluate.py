@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,12 @@ def metric(name: str | None, data: Path | None) -> Metric | None:
     for data that are missing.
     """
     if name is None:
+        if data is not None:
+            raise CalibrationError(
+                "nothing says what is measured on the data",
+                seen=f"--evaluation {data}",
+                mend=f"name it, too: --evaluate {' | '.join(NAMES)}",
+            )
         return None
     if ":" in name:
         return _of_user(name)
@@ -63,9 +70,18 @@ def _of_user(name: str) -> Metric:
         sys.path.pop(0)
 
     def measured(cls: Any, params: Any, cfg: Any, folder: Path) -> Mapping[str, float]:
-        value = found(params, cfg)
-        named = value if isinstance(value, Mapping) else {function: value}
-        return {str(key): float(x) for key, x in named.items()}
+        try:
+            value = found(params, cfg)
+            numbers = value if isinstance(value, Mapping) else {function: value}
+            return {str(key): float(x) for key, x in numbers.items()}
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise CalibrationError(
+                "the metric gave no number",
+                path=name,
+                seen=f"{type(error).__name__}: {error}, {last.filename}:{last.lineno}",
+                expected="a number, or numbers by name, of (params, config)",
+            ) from error
 
     return measured
 
@@ -79,6 +95,18 @@ def _model(cls: Any, params: Any, cfg: Any) -> Callable[..., Any]:
     run = jax.jit(function_of(cls, params, cfg))
     on_device = jax.device_put(params)
     return lambda batch: run(on_device, batch)
+
+
+def _logits(outputs: Any, cls: Any) -> Any:
+    """The logits, of a class that has a head for them."""
+    if (logits := getattr(outputs, "logits", None)) is None:
+        raise CalibrationError(
+            "the class puts out no logits, so no next token can be measured",
+            seen=cls.__name__,
+            expected="a class with a language model's head, such as FlaxGPT2LMHeadModel",
+            mend="prune a checkpoint of the whole language model, or choose another metric",
+        )
+    return logits
 
 
 def _perplexity(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[str, float]:
@@ -101,7 +129,7 @@ def _perplexity(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> di
     for batch in found.batches:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         counted = np.ones_like(ids)[:, 1:] if mask is None else mask[:, 1:]
-        logits = run(batch).logits
+        logits = _logits(run(batch), cls)
         total += float((np.asarray(losses(logits[:, :-1], ids[:, 1:])) * counted).sum())
         tokens += float(counted.sum())
     if not tokens:
@@ -134,7 +162,7 @@ def _lambada(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[
     run, right = _model(cls, params, cfg), 0
     shortened = [t[-_longest(cfg) :] for t in tokens]
     for batch, own in of_like_lengths(shortened, 8):
-        found = np.asarray(run(batch).logits.argmax(-1))
+        found = np.asarray(_logits(run(batch), cls).argmax(-1))
         for guess, row in zip(found, own, strict=True):
             end = len(shortened[row])
             start = max(end - int(words[row]), 1)

@@ -24,7 +24,13 @@ from flaxslim.cli import _evaluate, _table
 from flaxslim.cli._console import console, in_flags, messages
 from flaxslim.cli._report import sizes
 from flaxslim.cli._slim import as_flax
-from flaxslim.errors import BudgetError, CalibrationWarning, FlaxslimError, TargetError
+from flaxslim.errors import (
+    BudgetError,
+    CalibrationError,
+    CalibrationWarning,
+    FlaxslimError,
+    TargetError,
+)
 from flaxslim.plots import _style
 from flaxslim.plots._widths import by_unit, widths
 from flaxslim.posttraining._allocate import Budget
@@ -57,6 +63,12 @@ class Data:
     fields: tuple[str, ...]
     packed: str
     seed: int
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise CalibrationError(
+                "a seed is no negative number", seen=f"--seed {self.seed}", expected="0 or more"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

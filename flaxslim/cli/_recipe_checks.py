@@ -16,7 +16,7 @@ from flaxslim.errors import RecipeError, nearest, neighbours
 def contradictions(recipe: Recipe, book: Book) -> list[RecipeError]:
     """Mistakes that no single value shows. A missing file of the data is noted in the book."""
     found: list[RecipeError] = []
-    for check in (_model, _data, _steps, _schedule, _sparsity, _shrink, _output):
+    for check in (_model, _data, _steps, _schedule, _sparsity, _moves, _shrink, _output):
         found += check(recipe, book)
     return found
 
@@ -139,6 +139,13 @@ def _sparsity(recipe: Recipe, book: Book) -> Iterator[RecipeError]:
             "a stepwise schedule needs its steps",
             expected='stepwise = { "1000" = 0.3, "2000" = 0.5 }',
         )
+    if pruning.schedule == "stepwise" and pruning.sparsity:
+        yield book.mistake(
+            ("pruning", "sparsity"),
+            "a stepwise schedule says its shares by itself",
+            seen=f"sparsity {pruning.sparsity!r}, stepwise {dict(pruning.stepwise)!r}",
+            mend="leave sparsity out",
+        )
     if pruning.stepwise and pruning.schedule != "stepwise":
         yield book.mistake(
             ("pruning", "stepwise"),
@@ -160,6 +167,30 @@ def _sparsity(recipe: Recipe, book: Book) -> Iterator[RecipeError]:
                 "the schedule starts above its end",
                 seen=f"start {pruning.start:g}, sparsity {share:g} of {axis}",
             )
+
+
+def _moves(recipe: Recipe, book: Book) -> Iterator[RecipeError]:
+    """Channels that fade or grow again, as far as the schedule leaves room."""
+    from flaxslim.cli._build import schedules
+
+    pruning = recipe.pruning
+    if not recipe.prunes or any(_schedule(recipe, book)):
+        return
+    if pruning.regrow and (pruning.fade or pruning.allocation == "global"):
+        yield book.mistake(
+            ("pruning", "regrow"),
+            "channels give way to others at once, and at each site by itself",
+            seen=f"regrow {pruning.regrow:g}, fade {pruning.fade}, allocation {pruning.allocation}",
+            mend="leave out regrow, or fade and allocation",
+        )
+    gap = min(schedule.gap for schedule in schedules(recipe).values())
+    if pruning.fade > gap:
+        yield book.mistake(
+            ("pruning", "fade"),
+            "what is doomed must have faded before the next channels die",
+            seen=f"fade {pruning.fade}, and channels die {gap:g} steps apart",
+            expected=f"at most {gap:g} steps; or raise pruning.every",
+        )
 
 
 def _shrink(recipe: Recipe, book: Book) -> Iterator[RecipeError]:

@@ -65,7 +65,7 @@ def _placed(name: str, value: Any, book: Book) -> Any:
         return path if local else value
     if name in _FILES and not os.path.exists(path):
         book.missing.append(_missing(book, name, path))
-    return path if name in (*_FILES, "out") else value
+    return path if name in (*_FILES, "out", "plot") else value
 
 
 def _missing(book: Book, name: str, path: Path) -> RecipeError:

@@ -74,9 +74,8 @@ def test_a_folder_comes_out_that_the_stock_class_loads(run, folder, texts, tmp_p
     assert result.code == 0, result.err
     assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
     assert "of     72 channels" in result.out
-    assert (
-        "from the dense ones (KL divergence of logits, in nats, on held-out batches)" in result.out
-    )
+    measure = "KL divergence of logits, in nats, on calibration batches"
+    assert f"from the dense ones ({measure})" in result.out
     assert "parameters" in result.out
     model: Any = FlaxBertForMaskedLM.from_pretrained(tmp_path / "out")
     assert model.config.intermediate_size == 36
@@ -185,6 +184,12 @@ def test_a_recipe_stands_for_the_command(run, recipe):
     assert read(recipe.parent / "other").config.intermediate_size == 36
 
 
+def test_a_picture_lies_beside_its_recipe(run, recipe):
+    recipe.write_text(RECIPE.replace("keep = 0.5", 'keep = 0.5\nplot = "w.png"'))
+    shown = run("run", recipe, "--dry-run")
+    assert f"--plot {recipe.parent / 'w.png'}" in shown.out.replace("\n", " ")
+
+
 BAD_RECIPES: dict[str, tuple[str, str, str]] = {
     "no such flag": ("keep = 0.5", "keeps = 0.5", "prune.toml:8"),
     "what was meant": ("keep = 0.5", "keeps = 0.5", "nearest:  keep"),
@@ -220,6 +225,9 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "metric": (["--keep", 0.5, "--evaluate", "perplexty"], "perplexity"),
     "a picture of no kind": (["--keep", 0.5, "--plot", "widths.gif"], ".png, .svg or .pdf"),
     "a picture nowhere": (["--keep", 0.5, "--plot", "nowhere/w.png"], "no such folder"),
+    "data without a metric": (["--keep", 0.5, "--evaluation", "x.txt"], "--evaluate perplexity"),
+    "a metric that fails": (["--keep", 0.5, "--evaluate", "json:dumps"], "gave no number"),
+    "a negative seed": (["--keep", 0.5, "--seed", -1], "no negative number"),
     "metric without data": (["--keep", 0.5, "--evaluate", "stsb"], "--evaluation FILE"),
 }
 

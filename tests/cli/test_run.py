@@ -27,7 +27,7 @@ from flaxslim.cli import (
     _slimming,
 )
 from flaxslim.cli._recipe import Recipe
-from flaxslim.errors import DivergedError, TargetError
+from flaxslim.errors import DivergedError, RecipeError, TargetError
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 
@@ -192,6 +192,13 @@ def test_dense_steps_heads_a_teacher_and_widths_of_their_own(tmp_path):
     assert rows[-1].sparsity == 0.5
     assert rows[-1].width_min < rows[-1].width_max, "those of the FFNs, one by one"
     assert report.scores["pruned"] == report.scores["slimmed, reloaded"]
+
+
+def test_heads_that_no_key_can_say_are_refused_before_the_first_step(tmp_path):
+    recipe = _tiny(tmp_path / "out", "pruning.spec=heads", "pruning.sparsity=0.5")
+    with pytest.raises(RecipeError, match="per_layer"):
+        _run.run(recipe)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_without_pruning_is_a_run(tmp_path):
