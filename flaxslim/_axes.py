@@ -142,12 +142,13 @@ class Axes:
     def bias(self, names: Collection[str]) -> "Axes":
         """The pattern of a bias that has the axes `names` of this kernel.
 
-        A stack has its axis at the same place in every tensor, as `nn.scan` does it.
+        A stack has its axis at the same place in every tensor, as `nn.scan` does it. The single
+        input of a depthwise convolution is no dimension of its bias.
 
-        >>> str(Axes("l d f").bias("lf")), str(Axes("d l f").bias("lf"))
-        ('l f', 'f l')
+        >>> [str(Axes(pattern).bias("lf")) for pattern in ("l d f", "d l f", "x 1 f")]
+        ['l f', 'f l', 'f']
         """
-        dimensions = list(self.only({*names} - {*self.stack}).dimensions)
+        dimensions = [d for d in self.only({*names} - {*self.stack}).dimensions if d != (1,)]
         for number, dim in enumerate(self.dimensions):
             if {*dim} & {*self.stack} & {*names}:
                 dimensions.insert(number, dim)

@@ -108,8 +108,8 @@ def _with(cfg: Any, name: str, value: Any) -> Any:
             raise _no_field(cfg, name, names)
         try:
             return dataclasses.replace(cfg, **{name: value})  # pyright: ignore[reportArgumentType]
-        except (TypeError, ValueError) as error:  # init=False, an InitVar without a default
-            raise _no_field(cfg, name, names) from error
+        except (TypeError, ValueError) as error:  # init=False, an InitVar, a check of its own
+            raise _no_field(cfg, name, names, error) from error
     if isinstance(cfg, MutableMapping) and not hasattr(cfg, "unlock"):
         # dict and its subclasses; a ConfigDict has `unlock` and is copied below.
         new = copy.copy(cfg)
@@ -121,17 +121,19 @@ def _with(cfg: Any, name: str, value: Any) -> Any:
         new = copy.deepcopy(cfg)
         setattr(new, name, value)
     except (AttributeError, TypeError) as error:  # slots, a NamedTuple, a locked ConfigDict
-        raise _no_field(cfg, name, keys(cfg)) from error
+        raise _no_field(cfg, name, keys(cfg), error) from error
     return new
 
 
-def _no_field(cfg: Any, name: str, names: Sequence[str]) -> ConfigError:
+def _no_field(
+    cfg: Any, name: str, names: Sequence[str], error: Exception | None = None
+) -> ConfigError:
     return ConfigError(
         f"a {type(cfg).__name__} has no field to say this in"
         if name not in names
         else f"a field of a {type(cfg).__name__} cannot be set",
         path=name,
-        seen=f"the fields {', '.join(names)}",
+        seen=f"the fields {', '.join(names)}" + (f"; {error}" if error else ""),
         mend=f'give it a field "{name}" that may be None and can be set; or keep one width for '
         'all layers (width="uniform"), or pass a dict',
     )

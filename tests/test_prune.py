@@ -295,6 +295,16 @@ def test_padding_is_not_looked_at(ones):
         pruned(net, batches=without)
 
 
+def test_a_mask_of_queries_and_keys_does_not_say_which_positions_count():
+    net = mlp()
+    plain = net.fn
+    net = dataclasses.replace(net, fn=lambda p, batch: plain(p, batch["x"]))
+    data = [{"x": x, "attention_mask": np.ones((16, 5, 5))} for x in batches(net)]
+    with pytest.raises(CalibrationError, match="which positions count"):
+        pruned(net, batches=data)
+    pruned(net, batches=data, mask=lambda batch: batch["attention_mask"].any(-1))
+
+
 def test_a_mask_of_ones_own_may_not_fit_what_has_no_positions():
     """A pooled output has none; a site has, and a mask that does not fit it is refused."""
     net = mlp()
@@ -740,7 +750,7 @@ def test_times_are_those_of_the_function_and_not_of_its_name():
 
         batch = batches(net)[0]
         own = Whole(model=fn, params=net.params, cfg=None, spec=net.spec, batch=batch)
-        found.append(own.digest)
+        found.append(own.fingerprint)
     assert found[0] == found[1] != found[2]
 
 

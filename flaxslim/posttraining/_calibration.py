@@ -138,13 +138,10 @@ class Calibration:
             names = ["decoder_attention_mask"] if decodes else ["attention_mask"]
             if "decoder" not in path:
                 names.append("decoder_attention_mask")
-            masks = [batch[name] for name in names if name in batch]
+            masks = [_of_positions(batch[name], name) for name in names if name in batch]
         front = 1 if steps else 0
         own = tuple(lead[front:])
         for mask in masks:
-            if mask is not None and mask.ndim > 2:  # (b, 1, 1, t), as attention adds it
-                kept = [n for i, n in enumerate(mask.shape) if i == 0 or n > 1]
-                mask = mask.reshape(kept)
             if mask is not None and own[:1] == (mask.size,) and mask.ndim > 1:
                 mask = mask.reshape(-1)
             if mask is not None and tuple(mask.shape) == own[: mask.ndim]:
@@ -261,6 +258,21 @@ class Calibration:
                 parts += [_product(x, y), y.sum(1), _product(y, y)]
             total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
         return total
+
+
+def _of_positions(mask: Any, name: str) -> Any:
+    """A mask `(b, t)`; one of `(b, 1, 1, t)`, as attention adds it, says the same."""
+    if mask.ndim > 2:
+        mask = mask.reshape([n for i, n in enumerate(mask.shape) if i == 0 or n > 1])
+    if mask.ndim > 2:
+        raise CalibrationError(
+            "it does not follow from this mask which positions count",
+            path=name,
+            seen=f"shape {tuple(mask.shape)}",
+            expected="(b, t)",
+            mend="say which count: prune(..., mask=lambda batch: ...) -> (b, t)",
+        )
+    return mask
 
 
 def _check_arrays(batch: Any, number: int) -> None:

@@ -40,7 +40,7 @@ class Whole:
     batch: Any
 
     @functools.cached_property
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """Of all that it computes: a function of the same name may be another by now."""
         params = nnx.state(self.params) if isinstance(self.params, nnx.Module) else self.params
         closed = jax.make_jaxpr(function_of(self.model, params, self.cfg))(params, self.batch)
@@ -303,6 +303,6 @@ def _timed(
         cache=cache,
         shapes=shapes,
         dtype=str(jnp.result_type(*(t for t in dtypes if jnp.issubdtype(t, jnp.floating)))),
-        key=f"{whole.digest} {whole.cfg} {key}" if cache is not None else "",
+        key=f"{whole.fingerprint} {whole.cfg} {key}" if cache is not None else "",
         told=lambda done, total: told("timing", done, total),
     )
