@@ -19,10 +19,9 @@ from flaxslim._inputs import inputs_for
 from flaxslim._prove import flops
 from flaxslim._tree import flatten
 from flaxslim.errors import BudgetError, CalibrationError, CalibrationWarning, WidthError
-from flaxslim.posttraining import _rank
+from flaxslim.posttraining import _cost, _rank
 from flaxslim.posttraining._allocate import parameters_of
 from flaxslim.posttraining._calibration import Calibration
-from flaxslim.posttraining._cost import Whole
 from flaxslim.posttraining._method import PRESETS
 from flaxslim.specs import spec_for
 
@@ -601,7 +600,7 @@ def test_a_budget_of_flops():
 
 def test_a_budget_of_time_is_met_by_what_was_measured(monkeypatch, tmp_path):
     """With a clock by which a call takes as many seconds as the model has hidden channels."""
-    from flaxslim.posttraining import _cost, _latency
+    from flaxslim.posttraining import _latency
 
     net, widths, now = mlp(layers=2), [0], [0.0]
 
@@ -642,7 +641,6 @@ def test_a_budget_of_time_is_met_by_what_was_measured(monkeypatch, tmp_path):
 
 def test_what_the_table_of_times_was_wrong_by_is_cut_besides(monkeypatch):
     """The whole saves but four fifths of what its places do one by one."""
-    from flaxslim.posttraining import _cost
     from flaxslim.posttraining._latency import Curve, Table
 
     net, tried = unsized(mlp(layers=3)), []
@@ -740,6 +738,27 @@ def test_of_one_sample_a_batch_the_error_is_relative_to_what_is_put_out():
     assert 0 < report.output_error < 10
 
 
+def test_an_nnx_module_with_random_keys_can_be_timed(monkeypatch):
+    class Mlp(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.up, self.down = nnx.Linear(6, 10, rngs=rngs), nnx.Linear(10, 3, rngs=rngs)
+            self.drop = nnx.Dropout(0.1, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            return self.down(self.drop(jax.nn.relu(self.up(x))))
+
+    def measured(run: Any, dense: Any, grid: Any, *, dtype: str, **more: Any) -> Any:
+        run(dict.fromkeys(dense, 4))()
+        raise StopIteration(dtype)
+
+    monkeypatch.setattr(_cost._latency, "measure", measured)
+    model = Mlp(nnx.Rngs(0))
+    model.eval()
+    spec = Spec(name="M", pairs=Pair(first="up", second="down"))
+    with pytest.raises(StopIteration, match="float32"):
+        prune(model, None, spec, batches=batches(mlp()), budget=Budget(speedup="1.5x"))
+
+
 def test_times_are_those_of_the_function_and_not_of_its_name():
     net = unsized(mlp())
     found = []
@@ -749,7 +768,7 @@ def test_times_are_those_of_the_function_and_not_of_its_name():
             return sum(net.fn(p, x + i) for i in range(repeats))
 
         batch = batches(net)[0]
-        own = Whole(model=fn, params=net.params, cfg=None, spec=net.spec, batch=batch)
+        own = _cost.Whole(model=fn, params=net.params, cfg=None, spec=net.spec, batch=batch)
         found.append(own.fingerprint)
     assert found[0] == found[1] != found[2]
 

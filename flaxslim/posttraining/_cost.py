@@ -42,8 +42,8 @@ class Whole:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Of all that it computes: a function of the same name may be another by now."""
-        params = nnx.state(self.params) if isinstance(self.params, nnx.Module) else self.params
-        closed = jax.make_jaxpr(function_of(self.model, params, self.cfg))(params, self.batch)
+        fn = function_of(self.model, self.params, self.cfg)
+        closed = jax.make_jaxpr(fn)(_state(self.params), self.batch)
         return digest(str(closed.jaxpr), closed.consts)
 
     def check_runs_smaller(self, sites: Sequence[Site]) -> None:
@@ -65,8 +65,11 @@ class Whole:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             small, new = slim(zeroed, self.cfg, self.spec, width="per_layer")
-        fn = function_of(self.model, small, new)
-        return fn, nnx.state(small) if isinstance(small, nnx.Module) else small
+        return function_of(self.model, small, new), _state(small)
+
+
+def _state(params: Any) -> Any:
+    return nnx.state(params) if isinstance(params, nnx.Module) else params
 
 
 def first_units(params: Any, sites: Sequence[Site], counts: Mapping[str, int]) -> Any:
