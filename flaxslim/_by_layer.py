@@ -73,14 +73,14 @@ def verify_by_layer(
         if progress is not None:
             progress(number, len(sites))
         if path not in small:
-            rows.append(_fault(path, "the site is not there after the cut"))
+            rows.append(fault(path, "the site is not there after the cut"))
             continue
         act = activation(site.pair.activation, before[1], site.pair.config)
         row, control = _compared(site, small[path], old, new, act, seed)
         rows.append(row)
         controls += [control] if control is not None else []
         bias = site.second_bias
-        if bias is not None and not row.fault and not _equal(old[bias.path], new[bias.path]):
+        if bias is not None and not row.fault and not equal(old[bias.path], new[bias.path]):
             dtype = np.dtype(old[bias.path].dtype)
             if (rounding := 2 * float(jnp.finfo(dtype).eps)) > tolerance:
                 tolerance = rounding
@@ -110,7 +110,8 @@ def _total(leaves: Mapping[str, Any], what: str) -> int:
     return sum(getattr(leaf, what) for leaf in leaves.values())
 
 
-def _fault(path: str, fault: str) -> OutputRow:
+def fault(path: str, what: str) -> OutputRow:
+    """A row that fails the proof."""
     return OutputRow(
         path=path,
         shape=(),
@@ -118,7 +119,7 @@ def _fault(path: str, fault: str) -> OutputRow:
         largest=0.0,
         difference=math.inf,
         relative=math.inf,
-        fault=fault,
+        fault=what,
     )
 
 
@@ -133,7 +134,7 @@ def _compared(
     """One site before and after: a row of the proof, and a wrong cut."""
     kept = _kept(_marks(site, old), _marks(small, new))
     if kept is None:
-        return _fault(
+        return fault(
             site.second.path, "a channel after the cut is, bit for bit, none of those before"
         ), None
     act = act or named("gelu")  # unknown: then only what nothing reads was cut, whatever it is
@@ -290,9 +291,9 @@ def _rest(old: Mapping[str, Any], new: Mapping[str, Any], inside: set[str]) -> O
     outside = {*old, *new} - inside
     for path in sorted(outside):
         if path not in old or path not in new:
-            return _fault(path, f"only the model {'before' if path in old else 'after'} has it")
-        if not _equal(old[path], new[path]):
-            return _fault(path, "it belongs to no site, and is not the same before and after")
+            return fault(path, f"only the model {'before' if path in old else 'after'} has it")
+        if not equal(old[path], new[path]):
+            return fault(path, "it belongs to no site, and is not the same before and after")
     return OutputRow(
         path=f"{len(outside)} other tensors",
         shape=(),
@@ -303,7 +304,7 @@ def _rest(old: Mapping[str, Any], new: Mapping[str, Any], inside: set[str]) -> O
     )
 
 
-def _equal(a: Any, b: Any) -> bool:
+def equal(a: Any, b: Any) -> bool:
     """Whether two tensors are the same, bit for bit."""
     if tuple(a.shape) != tuple(b.shape) or a.dtype != b.dtype:
         return False

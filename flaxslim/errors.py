@@ -281,7 +281,7 @@ class NothingRemovedWarning(UserWarning):
 
 
 class ConfigKeptWarning(UserWarning):
-    """What was cut has no key in the config, which goes on to say the old width.
+    """What was cut has no key in the config, which goes on to say the old size.
 
         pair = Pair(first="up", second="down")
         slim(mlp, sizes, Spec(name="MLP", pairs=pair))  # wrong

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from scipy import special
 
+from flaxslim._jaxpr import scan_counts
+
 Arrays = Sequence[Any]
 
 
@@ -201,7 +203,7 @@ def _split(values: Arrays, params: Mapping[str, Any]) -> list[Any]:
 
 
 def _scan(values: Arrays, params: Mapping[str, Any]) -> list[Any]:
-    consts, count, length = params["num_consts"], params["num_carry"], params["length"]
+    (consts, count), length = scan_counts(params), params["length"]
     carry, xs = list(values[consts : consts + count]), values[consts + count :]
     rows: list[list[Any]] = []
     order = range(length)[::-1] if params["reverse"] else range(length)

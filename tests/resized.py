@@ -23,6 +23,7 @@ from flaxslim._discover._place import Place
 from flaxslim._discover._rules._elementwise import IDENTITY
 from flaxslim._discover._rules._table import CALLS
 from flaxslim._discover._trace import Seen, Walk, alive
+from flaxslim._jaxpr import scan_counts
 
 Kept = Mapping[Atom, np.ndarray]  # which indices of a class of axes are left
 
@@ -492,7 +493,7 @@ def _while(step: Step, args: list[Array], kept: Kept) -> Sequence[Any]:
 
 def _scan(step: Step, args: list[Array], kept: Kept) -> Sequence[Any]:
     p = step.eqn.params
-    consts, count = p["num_consts"], p["num_carry"]
+    consts, count = scan_counts(p)
     carry = _carried(args[consts : consts + count], step, kept)
     rows, outs = args[consts + count :], []
     order = range(p["length"])

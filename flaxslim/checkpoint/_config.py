@@ -9,6 +9,8 @@ import numpy as np
 
 from flaxslim.errors import ConfigError
 
+_DTYPES = ("dtype", "torch_dtype")
+
 
 def config_text(cfg: Any, dtype: Any = None) -> str:
     """The JSON of a config, with `dtype` as the dtype of its weights if one is given.
@@ -24,9 +26,22 @@ def config_text(cfg: Any, dtype: Any = None) -> str:
     values = {key: _plain(value, str(key)) for key, value in _values(cfg).items()}
     if dtype is not None:
         # "torch_dtype" is the older spelling, which all releases of transformers 4 read.
-        spelled = [key for key in ("dtype", "torch_dtype") if key in values] or ["torch_dtype"]
-        values.update(dict.fromkeys(spelled, np.dtype(dtype).name))
+        if not any(key in values for key in _DTYPES):
+            values["torch_dtype"] = None
+        values = _with_dtype(values, np.dtype(dtype).name)
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _with_dtype(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The values with another dtype, also of the parts of a composite."""
+    return {
+        key: name
+        if key in _DTYPES
+        else _with_dtype(value, name)
+        if isinstance(value, dict)
+        else value
+        for key, value in values.items()
+    }
 
 
 def _values(cfg: Any) -> dict[Any, Any]:

@@ -98,6 +98,13 @@ def side_files(folder: Path) -> list[str]:
     for parent, folders, files in os.walk(folder):
         below = Path(parent).relative_to(folder)
         folders[:] = [name for name in folders if travels((below / name / "x").as_posix())]
+        for name in folders:
+            if (folder / below / name).is_symlink():  # its files would be left behind
+                raise UnsafePathError(
+                    "a folder that belongs to the checkpoint is a link, and is not followed",
+                    path=str(folder / below / name),
+                    mend="put a copy of the folder in its place",
+                )
         names += [(below / name).as_posix() for name in files]
     return sorted(name for name in names if travels(name))
 

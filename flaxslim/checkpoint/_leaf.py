@@ -3,6 +3,7 @@
 So that saving needs the memory of some rows of a tensor, not of one model.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import ml_dtypes  # noqa: F401  (numpy knows "bfloat16" by name once this is imp
 import numpy as np
 
 from flaxslim._lazy import Lazy
+from flaxslim.errors import UnsupportedDtypeError
 
 Bytes = bytes | memoryview
 
@@ -48,8 +50,12 @@ class Leaf:
     def bytes(self) -> Iterator[memoryview]:
         """What is written, a piece at a time."""
         lazy = isinstance(self.array, Lazy) and self.axes is None
-        for block in self.array.blocks() if lazy else (self.numpy(),):
-            values = np.asarray(block, dtype=self.dtype, order="C")
+        whole = dataclasses.replace(self, cast=None)
+        for block in self.array.blocks() if lazy else (whole.numpy(),):
+            with np.errstate(over="ignore"):  # looked for below
+                values = np.asarray(block, dtype=self.dtype, order="C")
+            if self.cast is not None and is_floating(values.dtype):
+                _check_cast(np.asarray(block), values)
             yield values.reshape(-1).view(np.uint8).data
 
 
@@ -82,6 +88,17 @@ class Piece:
                     size, block = size - len(block[:size]), block[size:]
 
         return cls(nbytes=leaf.nbytes + sum(map(len, headers)), bytes=parts)
+
+
+def _check_cast(before: np.ndarray, after: np.ndarray) -> None:
+    """Raise `UnsupportedDtypeError` if a number is beyond what its new dtype can say."""
+    wrong = ~np.isfinite(after) & np.isfinite(before)
+    if wrong.any():
+        raise UnsupportedDtypeError(
+            f"a weight is beyond what {after.dtype} can say",
+            seen=f"{before[wrong].flat[0]} in {before.dtype}",
+            mend="cast to bfloat16 or float32, or leave dtype out",
+        )
 
 
 def is_floating(dtype: Any) -> bool:

@@ -366,10 +366,25 @@ def to_torch_like(params: Mapping[str, Any], source: Mapping[str, Any]) -> dict[
             twin = _twin(name, names, source)
             leaves[name] = leaves[twin] if twin else Leaf(array=source[name])
     rest = set(params) - {new.path for new in names.values()}
+    if (place := _place_of_base(names, rest)) is not None:
+        leaves = {f"{place}.{name}": leaf for name, leaf in leaves.items()}
     for name, leaf in to_torch({path: params[path] for path in sorted(rest)}).items():
         if name not in leaves and not _is_tied(leaf, leaves):
             leaves[name] = leaf
     return leaves
+
+
+def _place_of_base(names: Mapping[str, FlaxName], rest: Collection[str]) -> str | None:
+    """Where a class with a head has the base model that the source is of, by its names.
+
+    Beside a head the base model's tensors have its place in front, or PyTorch finds no model.
+    """
+    places = {new.path.partition("/")[0] for new in names.values()}
+    if len(places) != 1 or not rest:
+        return None
+    (place,) = places
+    bare = all(new.path.split("/")[1:2] == [name.split(".")[0]] for name, new in names.items())
+    return place if bare and any(not path.startswith(f"{place}/") for path in rest) else None
 
 
 def _twin(name: str, names: Iterable[str], source: Mapping[str, Any]) -> str | None:

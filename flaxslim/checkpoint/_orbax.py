@@ -83,6 +83,12 @@ def convert_orbax(
     beside = {}
     if text is not None:
         copy = place.parent / f"{place.name}{address(cfg).suffix}"
+        if copy.exists():
+            raise TargetError(
+                "the place of the new config is taken",
+                path=str(copy),
+                mend="name another folder, or move that file: the config is written beside OUT",
+            )
         beside[copy] = rewritten(text, dict(values or {}), dict(new_values or {}), str(cfg))
     _write(place, tree.cut(chosen), stored, chosen, beside)
     return chosen, new_values

@@ -182,9 +182,6 @@ def read_config(folder: Path) -> Any:
     Made from the JSON and not by `AutoConfig.from_pretrained`, which would guess a missing
     `model_type` from the folder's name and offer to run the repository's own Python code.
     """
-    from transformers import PretrainedConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     path = _folder.inside(folder, _folder.CONFIG)
     if not path.is_file():
         raise MissingFileError(
@@ -193,9 +190,26 @@ def read_config(folder: Path) -> Any:
             seen=_folder.listing(folder, 6),
             mend="pass the folder that model.save_pretrained(...) wrote",
         )
+    return config_of(path)
+
+
+def config_of(path: Path) -> Any:
+    """The config in a JSON file."""
+    from transformers import PretrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     with _folder.reading(path):
         values = _folder.read_json(path)
-    kind = values.get("model_type")
+    kind, named = values.get("model_type"), values.get("architectures")
+    texts = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    if not isinstance(kind, str | None) or not (named is None or texts):
+        raise CorruptFileError(
+            "the config does not say which model it is of",
+            path=str(path),
+            seen=f"model_type {kind!r}, architectures {named!r}",
+            expected='"bert", and a list such as ["BertModel"]',
+            mend="correct the file, or download it again",
+        )
     cls = CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
     try:
         return (cls or PretrainedConfig).from_dict(values)
@@ -292,6 +306,15 @@ def _from_bin(path: Path, lazy: bool) -> tuple[dict[str, Any], str]:
         ) from error
     if not isinstance(state, Mapping):
         raise CorruptFileError("not a state dict", path=str(path), seen=type(state).__name__)
+    for name, tensor in state.items():
+        if not isinstance(name, str) or getattr(tensor, "layout", None) != torch.strided:
+            raise CorruptFileError(
+                "the pickle holds more than weights",
+                path=str(path),
+                seen=f"{name!r}: a {type(tensor).__name__}",
+                expected="dense tensors by their names",
+                mend='save these alone: torch.save(checkpoint["model"], path)',
+            )
     return {name: _numpy(tensor) for name, tensor in state.items()}, "pt"
 
 
@@ -326,6 +349,9 @@ def _numpy(tensor: Any) -> np.ndarray:
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        own = str(tensor.dtype).removeprefix("torch.")
+        return tensor.view(torch.uint8).numpy().view(getattr(ml_dtypes, own))
     return tensor.numpy()
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from flaxslim import _config
+from flaxslim._bits import FLOATS
 from flaxslim._draw import check_config
 from flaxslim._processes import written_by_one
 from flaxslim._tree import flatten
@@ -17,7 +19,7 @@ from flaxslim.checkpoint import _card, _folder, _msgpack, _safetensors
 from flaxslim.checkpoint._atomic import flush, fresh_folder
 from flaxslim.checkpoint._config import config_text
 from flaxslim.checkpoint._journal import Journal
-from flaxslim.checkpoint._leaf import Leaf, Piece, is_floating
+from flaxslim.checkpoint._leaf import Leaf, Piece
 from flaxslim.checkpoint._names import (
     convert,
     dotted,
@@ -31,10 +33,11 @@ from flaxslim.checkpoint._names import (
 )
 from flaxslim.checkpoint._pour import Progress, pour
 from flaxslim.checkpoint._read import Checkpoint, read
-from flaxslim.errors import FlaxslimError, UnsupportedFormatError
+from flaxslim.errors import ConfigError, FlaxslimError, UnsupportedFormatError, nearest
 
 FORMATS = ("flax", "flax-safetensors", "torch")
 _SHARD = 5 * 10**9
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight")
 
 
 def save(
@@ -121,11 +124,7 @@ def write(
     kind = _format(format, source, params)
     leaves = _leaves(params, cfg, kind, source)
     if dtype is not None:
-        cast = np.dtype(dtype)
-        if not is_floating(cast):
-            raise UnsupportedFormatError(
-                "weights are only cast to a floating-point dtype", seen=cast, mend="leave dtype out"
-            )
+        cast = _cast(dtype)
         leaves = {
             name: Leaf(array=leaf.array, axes=leaf.axes, cast=cast) for name, leaf in leaves.items()
         }
@@ -144,6 +143,8 @@ def write(
         shards = _shards(leaves, shard_size or _cap(kind, source))
         if old is not None:
             side = _side_files(old)
+            for name in source.weight_files if source is not None else ():
+                side.pop(name, None)  # a shard of an odd name
             need += sum(path.stat().st_size for path in side.values())
     with fresh_folder(target, need=need, overwrite=overwrite, source=old, resume=resume) as new:
         journal = Journal.of(new, resume)
@@ -157,6 +158,22 @@ def write(
         _write_record(new, source, record, _card.how_to_load(cfg, kind))
         journal.end()
     return target
+
+
+def _cast(dtype: Any) -> np.dtype:
+    try:
+        cast = np.dtype(dtype)
+    except TypeError:
+        cast = None
+    if cast is None or cast not in FLOATS:
+        raise UnsupportedFormatError(
+            "weights are only cast to a floating-point dtype",
+            seen=f"dtype={dtype!r}",
+            expected=", ".join(map(str, FLOATS)),
+            near=nearest(str(dtype), map(str, FLOATS)),
+            mend="name one of these, or leave dtype out",
+        )
+    return cast
 
 
 def _refuse_contradiction(params: Any, cfg: Any) -> None:
@@ -200,9 +217,34 @@ def _leaves(params: Any, cfg: Any, kind: str, source: Checkpoint | None) -> dict
     if torch_named:
         return {name: Leaf(array=_array(leaf)) for name, leaf in dotted(params).items()}
     flat = {path: _array(leaf) for path, leaf in flat.items()}
-    if source is not None and source.naming == "torch":
-        return to_torch_like(flat, dotted(source.params))
-    return to_torch(flat)
+    like = source is not None and source.naming == "torch"
+    found = to_torch_like(flat, dotted(source.params)) if source and like else to_torch(flat)
+    _refuse_untied(found, cfg)
+    return found
+
+
+def _refuse_untied(leaves: Mapping[str, Leaf], cfg: Any) -> None:
+    """Raise `ConfigError` for a head of its own that PyTorch would tie to the embedding.
+
+    The Flax classes of LLaMA and Mistral do not look at `tie_word_embeddings`.
+    """
+    key = "tie_word_embeddings"
+    if not (_config.has(cfg, key) and _config.read(cfg, key)):
+        return
+    for name, head in leaves.items():
+        if not name.endswith("lm_head.weight"):
+            continue
+        for other, leaf in leaves.items():
+            if other.endswith(_EMBEDDINGS) and leaf.shape == head.shape:
+                if not np.array_equal(leaf.numpy(), head.numpy()):
+                    raise ConfigError(
+                        "the config ties the head to the embedding, and they differ: PyTorch would "
+                        "take the embedding for both",
+                        path=name,
+                        seen=f"{key} is true, and other values than in {other}",
+                        mend=f"set {key} to false in the config, which is what the Flax class does",
+                    )
+                return
 
 
 def refuse_loss(names: tuple[str, ...], kind: str) -> None:

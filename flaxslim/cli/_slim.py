@@ -22,12 +22,12 @@ from flaxslim.checkpoint import Checkpoint, fetched, read, sent, to_flax
 from flaxslim.checkpoint._atomic import check_target
 from flaxslim.checkpoint._config import config_text
 from flaxslim.checkpoint._names import spec_named, unused
-from flaxslim.checkpoint._read import read_config
+from flaxslim.checkpoint._read import config_of
 from flaxslim.checkpoint._write import refuse_loss, write
 from flaxslim.cli import NOT_PROVEN, NOTHING_DEAD, _table
 from flaxslim.cli._console import bar, console, in_flags, messages
 from flaxslim.cli._verify import Way, prove_checkpoints
-from flaxslim.errors import FlaxslimError, UnsupportedFormatError, WidthError
+from flaxslim.errors import FlaxslimError, TargetError, UnsupportedFormatError, WidthError
 
 _QUICK = 2 * 10**9  # bytes, read in a second
 
@@ -103,19 +103,36 @@ def _orbax(source: str, out: str, config: Path, options: Options) -> int:
     from flaxslim.specs._libraries import MAXTEXT_FFN
 
     maxtext = config.suffix in (".yml", ".yaml")
-    if options.dry_run or options.overwrite or options.format != "as-read":
-        raise UnsupportedFormatError(
-            "a checkpoint of Orbax is written as it was, to a new place",
-            path=out,
-            mend="leave out --dry-run, --overwrite and --format",
-        )
     choice = options.choice
+    given = {
+        "--dry-run": options.dry_run,
+        "--overwrite": options.overwrite,
+        "--format": options.format != "as-read",
+        "--shard-size": options.shard_size is not None,
+        "--revision": options.revision is not None,
+        "--whole or --by-layer": options.proof != "auto",
+        "--heads": maxtext and choice.heads,
+    }
+    if wrong := [flag for flag, is_given in given.items() if is_given]:
+        raise UnsupportedFormatError(
+            "a checkpoint of Orbax is written as it was, to a new place, and no model of it is run "
+            "(of MaxText only FFN channels are cut)",
+            path=out,
+            mend=f"leave out {', '.join(wrong)}",
+        )
+    beside = Path(f"{out}.json")
+    if not maxtext and beside.exists():
+        raise TargetError(
+            "the place of the new config is taken",
+            path=str(beside),
+            mend="name another OUT, or move that file",
+        )
     with messages.status(f"slimming {source}"):
         chosen, new = convert_orbax(
             source,
             out,
             MAXTEXT_FFN if maxtext else choice.part,
-            config if maxtext else read_config(config.parent),
+            config if maxtext else config_of(config),
             width=choice.width,
             multiple_of=choice.multiples,
             threshold=choice.threshold,
@@ -125,7 +142,7 @@ def _orbax(source: str, out: str, config: Path, options: Options) -> int:
         messages.print(f"Nothing was written: {in_flags(why)}.", markup=False, soft_wrap=True)
         return NOTHING_DEAD
     if not maxtext:
-        Path(f"{out}.json").write_text(config_text(new), encoding="utf-8")
+        beside.write_text(config_text(new), encoding="utf-8")
     messages.print(f"written to {out}; no model was run to prove it", markup=False, soft_wrap=True)
     return 0
 
@@ -264,7 +281,7 @@ def record(source: str, chosen: Plan, proof: Any) -> dict[str, Any]:
     what = " and ".join(f"{count:,} {name}" for name, count in counts.items() if count)
     card = (
         f"{what} ({chosen.removed_parameters:,} parameters) were cut from "
-        f"`{Path(source).name if os.path.isdir(source) else source}` by flaxslim "
+        f"`{Path(source).resolve().name if os.path.isdir(source) else source}` by flaxslim "
         f"{flaxslim.__version__}. {_widths(chosen)}"
     )
     if chosen.exact:

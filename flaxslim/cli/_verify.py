@@ -2,21 +2,26 @@
 
 import contextlib
 import dataclasses
+import json
 import re
 import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from flaxslim._by_layer import verify_by_layer
+from flaxslim import _record
+from flaxslim._by_layer import equal, fault, verify_by_layer
 from flaxslim._compat import parameter_shapes
 from flaxslim._inputs import model_class_for
 from flaxslim._prove import Proof
 from flaxslim._prove import verify as prove
+from flaxslim._record import LAYOUT, PER_LAYER
 from flaxslim._spec import SpecLike
 from flaxslim._tree import flatten, replace
 from flaxslim.checkpoint import Checkpoint, read, to_flax
+from flaxslim.checkpoint._config import config_text
 from flaxslim.checkpoint._folder import RECORD, read_json
 from flaxslim.checkpoint._leaf import nest
 from flaxslim.checkpoint._names import convert, some, spec_named, unused
@@ -84,21 +89,73 @@ def prove_checkpoints(
             before, after = _in_flax(before), _in_flax(after)
         spec = spec or spec_named(before.config, "all", before.naming)
         with bar("proof, layer by layer", "sites") as progress:
-            return verify_by_layer(
+            proof = verify_by_layer(
                 (before.params, before.config),
                 (after.params, after.config),
                 spec=spec,
                 approximate=not exact,
                 progress=progress,
             )
+        return _with_faults(proof, _settings(before.config, after.config))
     if note := uncovered(before, written=written):
         messages.print(f"note: {note}", markup=False, soft_wrap=True)
     with messages.status("proof: running both models on the same inputs"):
-        return prove(
+        proof = prove(
             (_runnable(_in_memory(before), announce=True), before.config),
             (_runnable(_in_memory(after)), after.config),
             approximate=not exact,
         )
+    if written or not exact or before.naming != after.naming:
+        return proof
+    return _with_faults(proof, _unseen(before, after))
+
+
+# What a cut writes into a config, and what says nothing of the function.
+_OF_A_CUT = {LAYOUT, PER_LAYER}
+_OF_THE_FILE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures"}
+
+
+def _settings(before: Any, after: Any) -> dict[str, str]:
+    """Keys of the two configs that differ, but for widths: no layer alone would show it."""
+    old, new = (json.loads(config_text(cfg)) for cfg in (before, after))
+    pairs = tuple(_record.spec_of(before) or ())
+    widths = {
+        width.key
+        for pair in pairs
+        for width in (pair.width_expression, pair.group_expression)
+        if width is not None
+    }
+    return {
+        f"config.json: {key}": f"{ours!r} before and {theirs!r} after"
+        for key, ours, theirs in _differing(old, new)
+        if key not in widths and {*key.split(".")}.isdisjoint(_OF_A_CUT | _OF_THE_FILE)
+    }
+
+
+def _differing(old: Any, new: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            yield from _differing(old.get(name), new.get(name), f"{at}.{name}".strip("."))
+    elif old != new:
+        yield at, old, new
+
+
+def _unseen(before: Checkpoint, after: Checkpoint) -> dict[str, str]:
+    """Tensors that no cut explains and that differ: the inputs may not reach where they do."""
+    old, new = flatten(before.params), flatten(after.params)
+    spec = spec_named(before.config, "all", before.naming)
+    sites = spec.sites(before.params, before.config)
+    inside = {tensor.path for site in sites for tensor in site.tensors}
+    return {
+        path: "it belongs to no site, and is not the same before and after"
+        for path in sorted({*old} & {*new} - inside)
+        if old[path].dtype == new[path].dtype and not equal(old[path], new[path])
+    }
+
+
+def _with_faults(proof: Proof, faults: Mapping[str, str]) -> Proof:
+    rows = tuple(fault(path, text) for path, text in faults.items())
+    return dataclasses.replace(proof, outputs=(*proof.outputs, *rows))
 
 
 # Both models on the host and on the device (on CPU that is the same memory), and what they compute.

@@ -1,6 +1,7 @@
 """Orbax checkpoints: slimmed ones are what Orbax restores, and compute what the dense ones do."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -353,5 +354,13 @@ def test_the_command_line_slims_a_checkpoint_of_maxtext(tmp_path, capsys):
     small = restore(tmp_path / "slim")
     np.testing.assert_allclose(network(small), network(dense), rtol=1e-6)
     assert f"base_mlp_dim:   {LEFT} " in (tmp_path / "slim.yml").read_text()
-    assert main([*command, str(tmp_path / "base.yml"), "--overwrite"]) == 1
-    assert "leave out" in capsys.readouterr().err
+    for flag in ("--overwrite", "--heads", "--by-layer"):
+        assert main([*command, str(tmp_path / "base.yml"), flag]) == 1
+        assert flag in capsys.readouterr().err.partition("leave out")[2]
+    # Beside the target the new config would take the place of another.
+    shutil.rmtree(tmp_path / "slim")
+    (tmp_path / "slim.yml").write_text("mine")
+    assert main([*command, str(tmp_path / "base.yml")]) == 1
+    assert "place of the new config is taken" in capsys.readouterr().err
+    assert (tmp_path / "slim.yml").read_text() == "mine"
+    assert not (tmp_path / "slim").exists()

@@ -16,12 +16,19 @@ from flax.core import freeze
 from flax.serialization import to_bytes
 from initialised import drawn
 from safetensors import safe_open
-from transformers import BertConfig, FlaxBertModel
+from transformers import (
+    BertConfig,
+    FlaxBertForSequenceClassification,
+    FlaxBertModel,
+    FlaxLlamaForCausalLM,
+    LlamaConfig,
+)
 
 from flaxslim import errors
-from flaxslim._tree import flatten
+from flaxslim._tree import flatten, replace
 from flaxslim.checkpoint import _atomic, _pour, _safetensors, _write, load, read, save
 from flaxslim.checkpoint._card import HEADING, with_section
+from flaxslim.checkpoint._config import config_text
 
 CONFIG = BertConfig(
     vocab_size=61,
@@ -393,3 +400,86 @@ def test_a_record_that_is_no_json_leaves_nothing(tmp_path, params):
     with pytest.raises(TypeError, match="not JSON serializable"):
         save(tmp_path / "out", params, CONFIG, record={"plan": object()})
     assert _listing(tmp_path) == []
+
+
+# --- what another library would read as something else ----------------------------------------
+
+
+def test_a_head_of_its_own_is_not_written_under_a_config_that_ties_it(tmp_path):
+    """The Flax class of LLaMA has one of its own; PyTorch would take the embedding."""
+    cfg = LlamaConfig(
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    params: Any = FlaxLlamaForCausalLM(cfg).params
+    with pytest.raises(errors.ConfigError, match="ties the head") as caught:
+        save(tmp_path / "out", params, cfg, format="torch")
+    assert caught.value.path == "lm_head.weight"
+    assert not (tmp_path / "out").exists()
+    params["lm_head"]["kernel"] = params["model"]["embed_tokens"]["embedding"].T
+    save(tmp_path / "tied", params, cfg, format="torch")
+    cfg.tie_word_embeddings = False
+    save(tmp_path / "untied", params, cfg, format="torch")
+
+
+def test_a_head_beside_a_base_model_without_a_prefix_is_loaded_by_pytorch(tmp_path, params):
+    torch = pytest.importorskip("torch")
+    from transformers import BertForSequenceClassification
+
+    base = save(tmp_path / "base", params, CONFIG, format="torch")
+    model: Any = FlaxBertForSequenceClassification.from_pretrained(base, from_pt=True)
+    out = save(tmp_path / "out", model.params, model.config, like=base)
+    loaded: Any = BertForSequenceClassification.from_pretrained(out)
+    ids = np.arange(6).reshape(1, 6)
+    with torch.no_grad():
+        theirs = loaded(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(theirs, model(ids).logits, atol=1e-5)
+
+
+def test_a_linked_folder_of_side_files_is_refused(tmp_path, source, params):
+    """Its files would be left behind without a word."""
+    _put(source, {"1_Pooling/config.json": "{}"})
+    (source / "1_Pooling").rename(tmp_path / "elsewhere")
+    (source / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(errors.UnsafePathError, match="is a link"):
+        save(tmp_path / "out", params, CONFIG, like=source)
+
+
+def test_dense_shards_of_odd_names_do_not_travel(tmp_path, params):
+    source = save(tmp_path / "source", params, CONFIG, format="torch", shard_size=4000)
+    index = source / "model.safetensors.index.json"
+    stored = json.loads(index.read_text())
+    shards = sorted({*stored["weight_map"].values()})
+    (source / shards[0]).rename(source / "part-1")
+    stored["weight_map"] = {
+        name: "part-1" if shard == shards[0] else shard
+        for name, shard in stored["weight_map"].items()
+    }
+    index.write_text(json.dumps(stored))
+    assert "part-1" not in _files(save(tmp_path / "out", params, CONFIG, like=source))
+
+
+def test_the_parts_of_a_composite_say_the_new_dtype_too(tmp_path):
+    cfg = {"text_config": {"dtype": "float32", "d": 3}, "torch_dtype": "float32"}
+    text = json.loads(config_text(cfg, "bfloat16"))
+    assert text == {"text_config": {"dtype": "bfloat16", "d": 3}, "torch_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "nonsense", "f16", "int8", object()])
+def test_a_dtype_that_weights_have_not_is_refused(tmp_path, params, dtype):
+    with pytest.raises(errors.UnsupportedFormatError, match="floating-point dtype"):
+        save(tmp_path / "out", params, CONFIG, dtype=dtype)
+
+
+def test_a_weight_beyond_its_new_dtype_is_refused(tmp_path, params):
+    leaves = flatten(params)
+    path = next(path for path, leaf in leaves.items() if np.ndim(leaf) == 2)
+    large = replace(params, {path: np.full(np.shape(leaves[path]), 1e5, np.float32)})
+    with pytest.raises(errors.UnsupportedDtypeError, match="beyond what float16 can say"):
+        save(tmp_path / "out", large, CONFIG, dtype="float16")
+    assert not (tmp_path / "out").exists()
+    save(tmp_path / "out", large, CONFIG, dtype="bfloat16")

@@ -110,7 +110,7 @@ def test_a_family_without_a_spec_of_ours(run, resnets, kind):
 def test_the_spec_that_is_shown_cuts_the_model_exactly(run, resnets):
     params, cfg = flaxslim.load(resnets["flax"])
     spec = _spec(_report(run, resnets["flax"]))
-    with pytest.warns(UserWarning, match="the config goes on to say the old width"):
+    with pytest.warns(UserWarning, match="the config goes on to say the old size"):
         small, _ = flaxslim.slim(params, cfg, spec, width="per_layer")
     small_leaves, leaves = flatten(small), flatten(params)
     assert small_leaves[CONV].shape[2] == leaves[CONV].shape[2] - GONE

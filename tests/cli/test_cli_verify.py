@@ -72,3 +72,32 @@ def test_json(run, flax_folder, tmp_path):
     assert data["ok"] is False
     assert data["reasons"]
     assert not Proof.from_json(result.out).ok
+
+
+@pytest.fixture
+def copied(flax_folder, tmp_path):
+    """A slimmed folder that may be changed, as (folder, params, config)."""
+    params, cfg = flaxslim.slim(*flaxslim.load(flax_folder))
+    return flaxslim.save(tmp_path / "out", params, cfg), params, cfg
+
+
+def test_another_config_is_seen_layer_by_layer_too(run, flax_folder, copied):
+    out, _, _ = copied
+    assert run("verify", flax_folder, out, "--by-layer").code == 0
+    values = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**values, "layer_norm_eps": 0.5}))
+    result = run("verify", flax_folder, out, "--by-layer")
+    assert result.code == NOT_PROVEN
+    assert "layer_norm_eps" in result.out
+
+
+def test_what_the_inputs_may_not_reach_is_compared_too(run, flax_folder, copied):
+    """A row of the embedding that no token of the proof needs."""
+    out, params, cfg = copied
+    path = next(p for p in flatten(params) if "position_embeddings" in p)
+    rows = np.array(flatten(params)[path])
+    rows[-1] = 9
+    flaxslim.save(out, replace(params, {path: rows}), cfg, overwrite=True)
+    result = run("verify", flax_folder, out, "--whole")
+    assert result.code == NOT_PROVEN
+    assert "position_embeddings" in result.out
