@@ -187,8 +187,15 @@ def evidence(
         foldable=foldable
         and site.second_bias is not None
         and not site.readers
-        and not _windowed(site.second),
+        and not _windowed(site.second)
+        and _values_are_read(site),
     )
+
+
+def _values_are_read(site: Site) -> bool:
+    """Whether the second layer reads each value that a channel's first bias has."""
+    names = {name for bias in site.first_biases if bias is not None for name in bias.axes.names}
+    return names <= {*site.second.axes.names, site.axis(site.first[0])}
 
 
 def _windowed(kernel: Tensor) -> bool:

@@ -110,7 +110,6 @@ def draw(
     _processes.agree(leaves.values())
     _widths.check_entries(multiple_of, sites)
     _refuse_quantised(sites, cfg, leaves)
-    _refuse_unnamed_biases(sites, leaves)
     in_nnx = any(modules(params))
     sized = cfg is not None or not in_nnx
     shared = frozenset[str]()
@@ -119,6 +118,7 @@ def draw(
         shared = _resize.shared_keys(found, sites, params, cfg)
 
     marks = _marked(sites, leaves, cfg, threshold)
+    _refuse_unnamed_biases(sites, leaves, marks)
     asked = {site.second.path: _multiples.on_mesh(site, leaves, beside) for site in sites}
     cuts: dict[str, Cut] = {}
     blocked: list[str] = []
@@ -229,14 +229,17 @@ def _refuse_quantised(sites: Sequence[Site], cfg: Any, leaves: Mapping[str, Any]
         )
 
 
-def _refuse_unnamed_biases(sites: Sequence[Site], leaves: Mapping[str, Any]) -> None:
+def _refuse_unnamed_biases(
+    sites: Sequence[Site], leaves: Mapping[str, Any], marks: Mapping[str, Marks]
+) -> None:
     """Raise `IncompletePairError` for what looks like a first bias that the spec does not name.
 
-    Without it the rules would take the bias for zero.
+    Channels were found dead by a bias that the rules took for zero.
     """
     unbiased = {
         t.path: site
         for site in sites
+        if any(marks[site.second.path].rules[name] for name in ("ii", "iii", "iv"))
         for t, bias in zip(site.first, site.first_biases, strict=True)
         if bias is None and site.size not in _outside(site)
     }
@@ -248,8 +251,8 @@ def _refuse_unnamed_biases(sites: Sequence[Site], leaves: Mapping[str, Any]) -> 
                 path=path,
                 seen=f"shape {np.shape(leaves[path])}, beside {kernel.path} {kernel.shape}",
                 expected=f"a bias called {site.pair.bias!r}",
-                mend="name it: Pair(first_bias=...), or bias= if the biases of all layers are "
-                'called so; if it is none, Pair(tables={"name": "f"}) cuts it along',
+                mend="name it, if it is added there: Pair(first_bias=...), or bias= if all biases "
+                "are called so; if it is something else, put it into a folder of its own",
             )
 
 

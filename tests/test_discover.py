@@ -1043,3 +1043,55 @@ def test_a_flattened_image_is_summed_over_with_its_channels() -> None:
         x = rng.normal(size=X.shape)
         np.testing.assert_allclose(fn(small, x), fn(values, x), rtol=1e-12)
     assert small["down"].shape == (5 * (F - 4), 3)
+
+
+# --- what is inside of a channel --------------------------------------------------------------
+
+
+def _heads_of(p: Any, name: str, x: Any) -> Any:
+    return (x @ p[name]["kernel"] + p[name]["bias"]).reshape(*x.shape[:-1], -1, 4)
+
+
+def _normed_heads(p: Any, x: Any) -> Any:
+    """Attention whose heads are normed, each over its own values."""
+    q, k, v = (_heads_of(p, name, x) for name in "qkv")
+    o = jnp.einsum("bhqs,bshk->bqhk", jax.nn.softmax(jnp.einsum("bqhk,bshk->bhqs", q, k)), v)
+    o = o * jax.lax.rsqrt((o**2).mean(-1, keepdims=True) + 1e-5)
+    return o.reshape(*x.shape[:-1], -1) @ p["o"]["kernel"] + p["o"]["bias"]
+
+
+def _centred(p: Any, x: Any) -> Any:
+    v = _heads_of(p, "v", x)
+    v = jax.nn.relu(v - v.mean(-1, keepdims=True))
+    return v.reshape(*x.shape[:-1], -1) @ p["o"]["kernel"] + p["o"]["bias"]
+
+
+def _reordered(p: Any, x: Any) -> Any:
+    """The values of each channel change places between the layers."""
+    v = jnp.swapaxes(_heads_of(p, "v", x).reshape(*x.shape[:-1], -1, 2, 2), -1, -2)
+    return jax.nn.relu(v).reshape(*x.shape[:-1], -1) @ p["o"]["kernel"] + p["o"]["bias"]
+
+
+def _mixed(p: Any, x: Any) -> Any:
+    v = jnp.tanh(_heads_of(p, "v", x))
+    return jnp.swapaxes(v, -1, -2) @ p["mix"]["kernel"] + p["mix"]["bias"]
+
+
+@pytest.mark.parametrize("fn", [_normed_heads, _centred, _reordered, _mixed])
+def test_what_mixes_the_values_of_a_channel_claims_no_activation(fn: Any) -> None:
+    """Its constants are not those of its bias, value by value."""
+    rng = np.random.default_rng(0)
+
+    def dense(n: int, m: int) -> Any:
+        return {name: rng.normal(size=size) for name, size in (("kernel", (n, m)), ("bias", m))}
+
+    x = rng.normal(size=(2, 5, 6)).astype(np.float32)
+    p: Any = {name: dense(6, 12) for name in "qkv"}
+    p |= {"o": dense(12, 6), "mix": dense(3, 3)}
+    p = jax.tree.map(lambda a: a.astype(np.float32), p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spec = discover(fn, p, x)
+        p["v"]["kernel"][:, :8] = 0
+        small, _ = slim(p, spec=spec)
+    np.testing.assert_allclose(fn(small, x), fn(p, x), rtol=1e-4, atol=1e-5)

@@ -310,6 +310,9 @@ def test_a_bias_that_the_spec_names_must_be_there():
 )
 def test_a_bias_that_the_spec_does_not_name_is_not_taken_for_zero(tree, arguments, path):
     pair = Pair(first="w1", second="w2", activation="relu", **arguments)
+    kernel = tree["w1"]["w"] if arguments else tree["w1"]
+    plan(tree, spec=Spec(name="X", pairs=pair))
+    kernel[:, 0] = 0  # by its column the first channel is zero, if there is no bias
     with pytest.raises(IncompletePairError, match="a number for each channel") as caught:
         plan(tree, spec=Spec(name="X", pairs=pair))
     assert caught.value.path == path

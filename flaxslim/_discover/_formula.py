@@ -68,6 +68,7 @@ def _formula(node: Node, group: Group) -> Formula:
     walk = _Back(group)
     try:
         tree = walk.tree(node)
+        walk.check_averages()
     except UnclearError:
         return Formula(sources=tuple(walk.sources))
     met = symbols(tree)
@@ -94,6 +95,15 @@ class _Back:
         self._known: dict[Node, Tree] = {}
         self._met = 0  # nodes, also those that are being looked at: a deep model is a long formula
         self._atoms: dict[str, set[Atom]] = {}  # of each first layer, its axes
+        self._averaged_over: set[Atom] = set()
+
+    def check_averages(self) -> None:
+        """Raise `UnclearError` if one is over an axis of a first layer itself.
+
+        Over positions what is constant stays so; over the values of a head it mixes constants.
+        """
+        if any(atoms & self._averaged_over for atoms in self._atoms.values()):
+            raise UnclearError
 
     def tree(self, node: Node) -> Tree:
         if node not in self._known:
@@ -113,6 +123,7 @@ class _Back:
         if node.kind == "sum":
             return self._averaged(node)
         if (values := _mean(node)) is not None:
+            self._averaged_over.update(all_roots(node.args[0].data.dims))
             return self.tree(values)
         if node.kind in ("add", "add_any"):
             for one, other in (node.args, node.args[::-1]):
@@ -175,6 +186,7 @@ class _Back:
             raise UnclearError
         for i, weights in enumerate(total.args):
             if total.axes and weights.shares and weights.shares == {*total.axes[i]}:
+                self._averaged_over.update(all_roots(total.dims))
                 return self.tree(total.args[1 - i].node)
         raise UnclearError
 

@@ -1,6 +1,6 @@
 """Whether the activation of a pair may be claimed: the rules of `_dead` rest on it."""
 
-from flaxslim._discover._atoms import all_roots, roots, size_of
+from flaxslim._discover._atoms import Atom, all_roots, roots, size_of
 from flaxslim._discover._formula import Formula
 from flaxslim._discover._function import Walked
 from flaxslim._discover._groups import Group
@@ -12,15 +12,46 @@ def layer_of(path: str) -> str:
     return path.removesuffix("/kernel")
 
 
-def usable(form: Formula, group: Group, seen: Walked) -> Formula:
-    """The formula, without its activation where a rule of `_dead` would be wrong by it."""
+def usable(form: Formula, group: Group, heads: Group | None, seen: Walked) -> Formula:
+    """The formula, without its activation where a rule of `_dead` would be wrong by it.
+
+    `heads` are those of which the group is a key/value group.
+    """
     claimed = (
         form.activation is not None
         and _reads_one_way(form, group)
         and _parts_can_be_said(form, group, seen)
         and _biases_are_told(form, group, seen)
+        and _inside_stays(form, group, heads, seen)
     )
     return form if claimed else Formula(sources=form.sources)
+
+
+def _inside_stays(form: Formula, group: Group, heads: Group | None, seen: Walked) -> bool:
+    """Whether the values of a channel reach the second layer one by one, in their order.
+
+    A constant is folded value by value: so the axes inside of a channel, which the second layer
+    sums over with it, must be those of each first layer.
+    """
+    second = group.seconds[0]
+    summed = {atom for total in group.sums_with(second) for atom in all_roots(total.dims)}
+    beside = {group.atom, *(atom for source in form.sources for atom in roots(source.parts))}
+    beside |= {*group.stack} - summed
+
+    def inside(path: str) -> list[Atom]:
+        dims = seen.dims[path]
+        near = {atom for dim in dims if group.atom in roots(dim) for atom in roots(dim)}
+        return [a for a in all_roots(dims) if a in summed | near and a not in beside]
+
+    own = heads.atom if heads is not None else None
+    read = [atom for atom in inside(second) if atom is not own]
+    for source in form.sources:
+        values = [atom for atom in inside(source.path) if atom is not own]
+        # Without any a channel is one number, at every place that the second layer sums over.
+        # Twice the same axis: one may be swapped for the other.
+        if values and (values != read or len({*read}) < len(read)):
+            return False
+    return True
 
 
 def _reads_one_way(form: Formula, group: Group) -> bool:

@@ -34,7 +34,7 @@ class _Writer:
     def __init__(self, group: Group, heads: Group | None, seen: Walked):
         self.group, self.heads, self.seen = group, heads, seen
         self.second, *self.readers = group.seconds
-        self.formula = usable(formula(group), group, seen)
+        self.formula = usable(formula(group), group, heads, seen)
         self.firsts = self._firsts()
         kernels = [path for path in group.paths if path.endswith("/kernel")]
         self.root = _root([layer_of(path) for path in (*self.firsts, *group.seconds, *kernels)])
