@@ -293,7 +293,7 @@ def _rest(old: Mapping[str, Any], new: Mapping[str, Any], inside: set[str]) -> O
         if path not in old or path not in new:
             return fault(path, f"only the model {'before' if path in old else 'after'} has it")
         if not equal(old[path], new[path]):
-            return fault(path, "it belongs to no site, and is not the same before and after")
+            return changed(path)
     return OutputRow(
         path=f"{len(outside)} other tensors",
         shape=(),
@@ -302,6 +302,11 @@ def _rest(old: Mapping[str, Any], new: Mapping[str, Any], inside: set[str]) -> O
         difference=0.0,
         relative=0.0,
     )
+
+
+def changed(path: str) -> OutputRow:
+    """The row of a tensor that no cut explains."""
+    return fault(path, "it belongs to no site, and is not the same before and after")
 
 
 def equal(a: Any, b: Any) -> bool:

@@ -171,7 +171,7 @@ class Pair:
         self._check_axes()
         self._check_readers()
         self._check_modules()
-        if not self.firsts or not all((*self.layers,)):
+        if not self.firsts or not all(self.layers):
             raise SpecError(
                 "a pair needs a first and a second layer",
                 seen=f"first={self.first!r}, second={self.second!r}",

@@ -311,22 +311,30 @@ def _fullest(sites: Sequence[Site]) -> list[Site]:
 
 
 def _check_claims(sites: Iterable[Site]) -> None:
-    """No axis of a tensor may belong to two sites: it would be cut twice.
+    """No axis of a tensor may belong to two sites, or to one twice: it would be cut twice.
 
-    Nor may they have one second layer, by which a plan knows its cuts.
+    Nor may two sites have one second layer, by which a plan knows its cuts.
     """
     claims: dict[tuple[str, int], Site] = {}
     for site in sites:
-        _check_once(site)
         for t in site.cut:
-            other = claims.setdefault((t.path, t.axes.dimension(site.axis(t))), site)
-            if other is not site:
+            axis = t.path, t.axes.dimension(site.axis(t))
+            if (other := claims.get(axis)) is site:
+                raise SiteShapeError(
+                    "a pair names one tensor twice, which would be cut twice",
+                    path=t.path,
+                    seen=str(site.pair),
+                    mend="name it once; biases of layers are found by themselves, and need no "
+                    "place in tables=",
+                )
+            if other is not None:
                 raise SiteShapeError(
                     "two pairs of the spec claim the same axis of a tensor",
                     path=t.path,
                     seen=f"{other.pair} and {site.pair}",
                     mend="narrow `at` so that each layer belongs to one pair",
                 )
+            claims[axis] = site
     seconds: dict[str, Site] = {}
     for site in sites:
         if (other := seconds.setdefault(site.second.path, site)) is not site:
@@ -336,20 +344,6 @@ def _check_claims(sites: Iterable[Site]) -> None:
                 seen=f"{other.pair} and {site.pair}",
                 mend="cut by the one first and then by the other: two specs, one after another",
             )
-
-
-def _check_once(site: Site) -> None:
-    """A pair names each tensor that it cuts once, if not along several dimensions."""
-    counts = Counter((t.path, t.axes.dimension(site.axis(t))) for t in site.cut)
-    (path, _), count = counts.most_common(1)[0]
-    if count > 1:
-        raise SiteShapeError(
-            "a pair names one tensor twice, which would be cut twice",
-            path=path,
-            seen=str(site.pair),
-            mend="name it once; biases of layers are found by themselves, and need no place in "
-            "tables=",
-        )
 
 
 def _named(sites: Sequence[Site]) -> list[Site]:

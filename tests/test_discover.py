@@ -1092,6 +1092,7 @@ def test_what_mixes_the_values_of_a_channel_claims_no_activation(fn: Any) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         spec = discover(fn, p, x)
+        assert {pair.activation for pair in spec} == {None}
         p["v"]["kernel"][:, :8] = 0
         small, _ = slim(p, spec=spec)
     np.testing.assert_allclose(fn(small, x), fn(p, x), rtol=1e-4, atol=1e-5)

@@ -482,15 +482,16 @@ def test_what_goes_in_is_not_changed_and_comes_out_as_it_was():
     assert all(isinstance(x, np.ndarray) for x in flatten(params).values())
 
 
+class Mlp(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.up, self.down = nnx.Linear(6, 10, rngs=rngs), nnx.Linear(10, 3, rngs=rngs)
+        self.drop = nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.down(self.drop(jax.nn.relu(self.up(x))))
+
+
 def test_nnx_module(tmp_path):
-    class Mlp(nnx.Module):
-        def __init__(self, rngs: nnx.Rngs):
-            self.up, self.down = nnx.Linear(6, 10, rngs=rngs), nnx.Linear(10, 3, rngs=rngs)
-            self.drop = nnx.Dropout(0.1, rngs=rngs)
-
-        def __call__(self, x: Any) -> Any:
-            return self.down(self.drop(jax.nn.relu(self.up(x))))
-
     model = Mlp(nnx.Rngs(0))
     spec = Spec(name="M", pairs=Pair(first="up", second="down"))
     model.eval()
@@ -739,14 +740,6 @@ def test_of_one_sample_a_batch_the_error_is_relative_to_what_is_put_out():
 
 
 def test_an_nnx_module_with_random_keys_can_be_timed(monkeypatch):
-    class Mlp(nnx.Module):
-        def __init__(self, rngs: nnx.Rngs):
-            self.up, self.down = nnx.Linear(6, 10, rngs=rngs), nnx.Linear(10, 3, rngs=rngs)
-            self.drop = nnx.Dropout(0.1, rngs=rngs)
-
-        def __call__(self, x: Any) -> Any:
-            return self.down(self.drop(jax.nn.relu(self.up(x))))
-
     def measured(run: Any, dense: Any, grid: Any, *, dtype: str, **more: Any) -> Any:
         run(dict.fromkeys(dense, 4))()
         raise StopIteration(dtype)

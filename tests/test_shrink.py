@@ -415,22 +415,16 @@ def test_it_warns_if_nothing_is_dead_and_gives_back_what_it_was_given():
     assert found[2] is CFG
 
 
-def test_channels_that_are_zero_and_were_not_pruned_are_refused():
+@pytest.mark.parametrize("around", [False, True], ids=["of the tree", "of the tree inside"])
+def test_channels_that_are_zero_and_were_not_pruned_are_refused(around):
+    """Also where the state is of the tree inside of the one that is given."""
     net, tx, *_ = _pruned()
     params = jax.tree.map(jnp.asarray, net.params)
     down = params["layers"]["0"]["down"]
     down["kernel"] = down["kernel"].at[jnp.array([2, 3])].set(0)
+    whole = {"params": params} if around else params
     with pytest.raises(TrainingError, match="2 channels are dead, but not by pruning"):
-        shrink(params, tx.init(params), CFG, net.spec)
-
-
-def test_so_they_are_where_the_state_is_of_the_tree_inside():
-    net, tx, *_ = _pruned()
-    params = jax.tree.map(jnp.asarray, net.params)
-    down = params["layers"]["0"]["down"]
-    down["kernel"] = down["kernel"].at[jnp.array([2, 3])].set(0)
-    with pytest.raises(TrainingError, match="2 channels are dead, but not by pruning"):
-        shrink({"params": params}, tx.init(params), CFG, net.spec)
+        shrink(whole, tx.init(params), CFG, net.spec)
 
 
 def test_channels_that_were_pruned_and_are_not_zero_are_refused():

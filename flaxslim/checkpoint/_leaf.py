@@ -54,8 +54,8 @@ class Leaf:
         for block in self.array.blocks() if lazy else (whole.numpy(),):
             with np.errstate(over="ignore"):  # looked for below
                 values = np.asarray(block, dtype=self.dtype, order="C")
-            if self.cast is not None and is_floating(values.dtype):
-                _check_cast(np.asarray(block), values)
+            if values.dtype != block.dtype:
+                _check_cast(block, values)
             yield values.reshape(-1).view(np.uint8).data
 
 

@@ -83,15 +83,20 @@ def convert_orbax(
     beside = {}
     if text is not None:
         copy = place.parent / f"{place.name}{address(cfg).suffix}"
-        if copy.exists():
-            raise TargetError(
-                "the place of the new config is taken",
-                path=str(copy),
-                mend="name another folder, or move that file: the config is written beside OUT",
-            )
+        check_free(copy)
         beside[copy] = rewritten(text, dict(values or {}), dict(new_values or {}), str(cfg))
     _write(place, tree.cut(chosen), stored, chosen, beside)
     return chosen, new_values
+
+
+def check_free(config: Any) -> None:
+    """Raise `TargetError` if something lies where the new config is to be written."""
+    if config.exists():
+        raise TargetError(
+            "the place of the new config is taken",
+            path=str(config),
+            mend="name another target, or move that file: the config is written beside it",
+        )
 
 
 def _outlined(params: Any, cfg: Any, spec: SpecLike) -> Any:

@@ -27,7 +27,7 @@ from flaxslim.checkpoint._write import refuse_loss, write
 from flaxslim.cli import NOT_PROVEN, NOTHING_DEAD, _table
 from flaxslim.cli._console import bar, console, in_flags, messages
 from flaxslim.cli._verify import Way, prove_checkpoints
-from flaxslim.errors import FlaxslimError, TargetError, UnsupportedFormatError, WidthError
+from flaxslim.errors import FlaxslimError, UnsupportedFormatError, WidthError
 
 _QUICK = 2 * 10**9  # bytes, read in a second
 
@@ -100,6 +100,7 @@ def run(source: str, out: str, config: Path | None, options: Options) -> int:
 def _orbax(source: str, out: str, config: Path, options: Options) -> int:
     """The same for a checkpoint of Orbax, of which no model is run: the rules are its proof."""
     from flaxslim.checkpoint import convert_orbax
+    from flaxslim.checkpoint._orbax import check_free
     from flaxslim.specs._libraries import MAXTEXT_FFN
 
     maxtext = config.suffix in (".yml", ".yaml")
@@ -121,12 +122,8 @@ def _orbax(source: str, out: str, config: Path, options: Options) -> int:
             mend=f"leave out {', '.join(wrong)}",
         )
     beside = Path(f"{out}.json")
-    if not maxtext and beside.exists():
-        raise TargetError(
-            "the place of the new config is taken",
-            path=str(beside),
-            mend="name another OUT, or move that file",
-        )
+    if not maxtext:
+        check_free(beside)
     with messages.status(f"slimming {source}"):
         chosen, new = convert_orbax(
             source,

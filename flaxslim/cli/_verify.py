@@ -5,17 +5,17 @@ import dataclasses
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from flaxslim import _record
-from flaxslim._by_layer import equal, fault, verify_by_layer
+from flaxslim._by_layer import changed, equal, fault, verify_by_layer
 from flaxslim._compat import parameter_shapes
 from flaxslim._inputs import model_class_for
-from flaxslim._prove import Proof
+from flaxslim._proof import OutputRow, Proof
 from flaxslim._prove import verify as prove
 from flaxslim._record import LAYOUT, PER_LAYER
 from flaxslim._spec import SpecLike
@@ -96,7 +96,7 @@ def prove_checkpoints(
                 approximate=not exact,
                 progress=progress,
             )
-        return _with_faults(proof, _settings(before.config, after.config))
+        return _with_rows(proof, _settings(before.config, after.config))
     if note := uncovered(before, written=written):
         messages.print(f"note: {note}", markup=False, soft_wrap=True)
     with messages.status("proof: running both models on the same inputs"):
@@ -107,7 +107,7 @@ def prove_checkpoints(
         )
     if written or not exact or before.naming != after.naming:
         return proof
-    return _with_faults(proof, _unseen(before, after))
+    return _with_rows(proof, _unseen(before, after))
 
 
 # What a cut writes into a config, and what says nothing of the function.
@@ -115,7 +115,7 @@ _OF_A_CUT = {LAYOUT, PER_LAYER}
 _OF_THE_FILE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures"}
 
 
-def _settings(before: Any, after: Any) -> dict[str, str]:
+def _settings(before: Any, after: Any) -> list[OutputRow]:
     """Keys of the two configs that differ, but for widths: no layer alone would show it."""
     old, new = (json.loads(config_text(cfg)) for cfg in (before, after))
     pairs = tuple(_record.spec_of(before) or ())
@@ -125,11 +125,11 @@ def _settings(before: Any, after: Any) -> dict[str, str]:
         for width in (pair.width_expression, pair.group_expression)
         if width is not None
     }
-    return {
-        f"config.json: {key}": f"{ours!r} before and {theirs!r} after"
+    return [
+        fault(f"config.json: {key}", f"{ours!r} before and {theirs!r} after")
         for key, ours, theirs in _differing(old, new)
         if key not in widths and {*key.split(".")}.isdisjoint(_OF_A_CUT | _OF_THE_FILE)
-    }
+    ]
 
 
 def _differing(old: Any, new: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -140,24 +140,23 @@ def _differing(old: Any, new: Any, at: str = "") -> Iterator[tuple[str, Any, Any
         yield at, old, new
 
 
-def _unseen(before: Checkpoint, after: Checkpoint) -> dict[str, str]:
+def _unseen(before: Checkpoint, after: Checkpoint) -> list[OutputRow]:
     """Tensors that no cut explains and that differ: the inputs may not reach where they do."""
     old, new = flatten(before.params), flatten(after.params)
     try:
         spec = spec_named(before.config, "all", before.naming)
         sites = spec.sites(before.params, before.config)
     except FlaxslimError:  # of no family with a spec: then nothing tells what a cut explains
-        return {}
+        return []
     inside = {tensor.path for site in sites for tensor in site.tensors}
-    return {
-        path: "it belongs to no site, and is not the same before and after"
+    return [
+        changed(path)
         for path in sorted({*old} & {*new} - inside)
         if old[path].dtype == new[path].dtype and not equal(old[path], new[path])
-    }
+    ]
 
 
-def _with_faults(proof: Proof, faults: Mapping[str, str]) -> Proof:
-    rows = tuple(fault(path, text) for path, text in faults.items())
+def _with_rows(proof: Proof, rows: Sequence[OutputRow]) -> Proof:
     return dataclasses.replace(proof, outputs=(*proof.outputs, *rows))
 
 
