@@ -61,6 +61,7 @@ MISTAKES = [
     ('task = "digits"', 'task = "digits"\nseed = -1', 2, "seed is out of its range", "0 or more"),
     ("FlaxViTForImageClassification", "FlaxViTForImageClasification", 4, "no class", "FlaxViTFor"),
     ("FlaxViTForImageClassification", "FlaxViTModel", 4, "has not the head", "ForImageClassif"),
+    ("[model.config]", "revision = 'v1'\n[model.config]", 5, "on the Hub has revisions", "Hub id"),
     ("image_size = 8", "image_sizes = 8", 6, "ViTConfig has no key", "image_size"),
     ("[model.config]\nimage_size = 8", "", 3, "nothing says which model", "[model.config]"),
     ('class = "FlaxViTForImageClassification"', "", 3, "model.class is missing", "a text"),

@@ -163,10 +163,13 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
 
     Only a checkpoint is replaced, and only if nothing else lies in its folder. `source` is the
     folder that the new one comes from: it may be replaced itself, but neither may lie inside the
-    other, and files of the names that travel along from it count as parts of a checkpoint.
+    other, and files of the names that travel along from it count as parts of a checkpoint. Raises
+    `UnsafePathError` if one of these is a link that leads out of it.
     """
+    side = {}
     if source is not None:
         _check_apart(target, source)
+        side = _folder.side_files(source)
     if not target.exists():
         return
     if not target.is_dir():
@@ -189,7 +192,7 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
             expected=f"a folder with a {_folder.CONFIG} and weights",
             mend="name another folder",
         )
-    foreign = _folder.foreign(target, () if source is None else _folder.side_files(source))
+    foreign = _folder.foreign(target, side)
     if foreign:
         raise TargetError(
             "the target holds more than a checkpoint, and is not replaced",

@@ -92,8 +92,11 @@ def travels(name: str) -> bool:
     return not _WEIGHT.search(base)
 
 
-def side_files(folder: Path) -> list[str]:
-    """Names, relative to the folder, of the files that travel along."""
+def side_files(folder: Path) -> dict[str, Path]:
+    """The files that travel along, by their names relative to the folder.
+
+    Raises `UnsafePathError` for a link that would not travel, or that leads out of the folder.
+    """
     names = []
     for parent, folders, files in os.walk(folder):
         below = Path(parent).relative_to(folder)
@@ -106,7 +109,7 @@ def side_files(folder: Path) -> list[str]:
                     mend="put a copy of the folder in its place",
                 )
         names += [(below / name).as_posix() for name in files]
-    return sorted(name for name in names if travels(name))
+    return {name: inside(folder, name) for name in sorted(names) if travels(name)}
 
 
 def is_checkpoint(folder: Path) -> bool:

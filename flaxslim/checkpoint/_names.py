@@ -394,15 +394,15 @@ def _twin(name: str, names: Iterable[str], source: Mapping[str, Any]) -> str | N
         twin = source[other]
         alike = twin.shape == array.shape and twin.dtype == array.dtype
         # The first row first: most tensors of the same shape differ there already.
-        alike = alike and _is_telling(array) and np.array_equal(twin[:1], array[:1])
-        if alike and np.array_equal(twin, array):
+        alike = alike and np.array_equal(twin[:1], array[:1])
+        if alike and _is_telling(np.asarray(array)) and np.array_equal(twin, array):
             return other
     return None
 
 
-def _is_telling(array: Any) -> bool:
-    """Whether equality says something: vectors of a constant are often equal by chance."""
-    return array.ndim > 1 or (array.ndim == 1 and bool(np.any(array != array[:1])))
+def _is_telling(array: np.ndarray) -> bool:
+    """Whether equality says something: zeros, or another constant, are often equal by chance."""
+    return array.ndim > 0 and array.size > 0 and bool(np.any(array != array.flat[0]))
 
 
 def _is_tied(leaf: Leaf, leaves: Mapping[str, Leaf]) -> bool:

@@ -9,11 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from flaxslim._draw import check_config
+from flaxslim._tree import flatten
 from flaxslim.checkpoint import _folder, _msgpack, _safetensors
 from flaxslim.checkpoint._leaf import nest
-from flaxslim.checkpoint._names import to_flax
+from flaxslim.checkpoint._names import naming_of, spec_named, to_flax
 from flaxslim.errors import (
     CorruptFileError,
+    FlaxslimError,
+    HubError,
     MissingFileError,
     UnsupportedFormatError,
     nearest,
@@ -63,10 +67,10 @@ def read(
     """Read a folder or a Hub repository as it is stored.
 
     A folder that exists wins over a Hub id of the same name. `revision` and `token` are for the
-    Hub. With `lazy`, leaves have a shape and a dtype, and their values are read each time when they
-    are turned into arrays (`np.asarray`): so for what does not fit into memory. Raises
-    `MissingFileError`, `CorruptFileError`, `UnsafePathError`, `UnsupportedFormatError` or
-    `HubError`, all of them `CheckpointError`s.
+    Hub; a folder has no revisions. With `lazy`, leaves have a shape and a dtype, and their values
+    are read each time when they are turned into arrays (`np.asarray`): so for what does not fit
+    into memory. Raises `MissingFileError`, `CorruptFileError`, `UnsafePathError`,
+    `UnsupportedFormatError` or `HubError`, all of them `CheckpointError`s.
 
     >>> checkpoint = read("path/to/folder")  # doctest: +SKIP
     >>> checkpoint.naming, checkpoint.format  # doctest: +SKIP
@@ -164,16 +168,26 @@ def load(
     """Parameters with Flax names, whatever lies on disk, and the config.
 
     The stock Flax class of the config runs them: `model(**inputs, params=params)`. Dtypes are kept.
-    Raises as `read` does, and `ConfigError` if the config's sizes contradict the tensors. Warns of
-    tensors that the class needs and the files lack (they are left out, never made up), and of those
-    that the files have and the class has no place for.
+    Raises as `read` does, and `ConfigError` if the config's sizes contradict the tensors. Of
+    PyTorch-named files it warns of tensors that the class needs and they lack (they are left out,
+    never made up), and of those that they have and the class has no place for.
 
     >>> params, cfg = load("sentence-transformers/all-MiniLM-L6-v2")  # doctest: +SKIP
     """
     checkpoint = read(source, revision=revision, token=token)
     if checkpoint.naming == "flax":
+        refuse_contradiction(checkpoint.params, checkpoint.config)
         return checkpoint.params, checkpoint.config
     return to_flax(checkpoint.params, checkpoint.config), checkpoint.config
+
+
+def refuse_contradiction(params: Any, cfg: Any) -> None:
+    """Raise `ConfigError` or `SiteShapeError` for a config of other sizes than the tensors have."""
+    try:
+        sites = spec_named(cfg, "all", naming_of(flatten(params))).sites(params, cfg)
+    except FlaxslimError:  # of no known family, or not all of it
+        return
+    check_config(sites, cfg)
 
 
 def read_config(folder: Path) -> Any:
@@ -225,6 +239,14 @@ def config_of(path: Path) -> Any:
 def _locate(source: str | os.PathLike, revision: str | None, token: str | bool | None) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise HubError(
+                "a folder has no revisions",
+                path=str(path),
+                seen=f"revision {revision!r}",
+                mend="leave the revision out; if the repository of that name on the Hub is meant, "
+                "start where there is no such folder",
+            )
         return path
     if path.is_file():
         raise MissingFileError(
@@ -259,8 +281,6 @@ def _no_weights(folder: Path) -> MissingFileError:
 
 
 def _from_msgpack(path: Path, lazy: bool) -> tuple[dict[str, Any], str]:
-    from flaxslim._tree import flatten
-
     tree = _msgpack.stored(path)
     found = flatten(tree) if tree else {}
     return found if lazy else {name: np.asarray(leaf) for name, leaf in found.items()}, "flax"

@@ -12,7 +12,6 @@ import numpy as np
 
 from flaxslim import _config
 from flaxslim._bits import FLOATS
-from flaxslim._draw import check_config
 from flaxslim._processes import written_by_one
 from flaxslim._tree import flatten
 from flaxslim.checkpoint import _card, _folder, _msgpack, _safetensors
@@ -25,15 +24,14 @@ from flaxslim.checkpoint._names import (
     dotted,
     naming_of,
     some,
-    spec_named,
     to_torch,
     to_torch_like,
     warn_of_missing,
     without_place,
 )
 from flaxslim.checkpoint._pour import Progress, pour
-from flaxslim.checkpoint._read import Checkpoint, read
-from flaxslim.errors import ConfigError, FlaxslimError, UnsupportedFormatError, nearest
+from flaxslim.checkpoint._read import Checkpoint, read, refuse_contradiction
+from flaxslim.errors import ConfigError, UnsupportedFormatError, nearest
 
 FORMATS = ("flax", "flax-safetensors", "torch")
 _SHARD = 5 * 10**9
@@ -120,29 +118,21 @@ def write(
             which was killed had finished are then known by their checksums and stay.
         progress: called with each number of bytes of weights that were written, by any thread.
     """
-    _refuse_contradiction(params, cfg)
-    kind = _format(format, source, params)
+    refuse_contradiction(params, cfg)
+    kind = kind_of(format, source, params, shard_size)
     leaves = _leaves(params, cfg, kind, source)
     if dtype is not None:
         cast = _cast(dtype)
         leaves = {
             name: Leaf(array=leaf.array, axes=leaf.axes, cast=cast) for name, leaf in leaves.items()
         }
-    if shard_size is not None and (shard_size < 1 or kind == "flax-safetensors"):
-        raise UnsupportedFormatError(
-            "transformers reads no shards of Flax safetensors"
-            if shard_size >= 1
-            else "a shard holds at least one byte",
-            seen=f"shard_size={shard_size}",
-            mend='leave shard_size out, or choose format="flax" or "torch"',
-        )
     text = config_text(cfg, dtype)
     target, old = Path(folder), None if source is None else source.folder
     side, need = {}, sum(leaf.nbytes for leaf in leaves.values()) + 2**20
     with _folder.reading(old or target):
         shards = _shards(leaves, shard_size or _cap(kind, source))
         if old is not None:
-            side = _side_files(old)
+            side = _folder.side_files(old)
             for name in source.weight_files if source is not None else ():
                 side.pop(name, None)  # a shard of an odd name
             need += sum(path.stat().st_size for path in side.values())
@@ -176,16 +166,23 @@ def _cast(dtype: Any) -> np.dtype:
     return cast
 
 
-def _refuse_contradiction(params: Any, cfg: Any) -> None:
-    """Raise `ConfigError` or `SiteShapeError` for a config of other sizes than the tensors have."""
-    try:
-        sites = spec_named(cfg, "all", naming_of(flatten(params))).sites(params, cfg)
-    except FlaxslimError:  # of no known family, or not all of it
-        return
-    check_config(sites, cfg)
+def kind_of(
+    format: str | None, source: Checkpoint | None, params: Any, shard_size: int | None = None
+) -> str:
+    """The one of `FORMATS` that will be written; raises `UnsupportedFormatError` if none will."""
+    kind = _kind(format, source, params)
+    if shard_size is not None and (shard_size < 1 or kind == "flax-safetensors"):
+        raise UnsupportedFormatError(
+            "transformers reads no shards of Flax safetensors"
+            if shard_size >= 1
+            else "a shard holds at least one byte",
+            seen=f"shard_size={shard_size}",
+            mend='leave shard_size out, or choose format="flax" or "torch"',
+        )
+    return kind
 
 
-def _format(format: str | None, source: Checkpoint | None, params: Any) -> str:
+def _kind(format: str | None, source: Checkpoint | None, params: Any) -> str:
     if format is None:
         naming = naming_of(flatten(params)) if source is None else source.naming
         if naming == "torch":
@@ -283,7 +280,7 @@ def _cap(kind: str, source: Checkpoint | None) -> int | None:
         return _SHARD
     if not source.sharded:
         # One file stays one file. A conversion is a new choice, made as transformers makes it.
-        return None if _format(None, source, source.params) == kind else _SHARD
+        return None if kind_of(None, source, source.params) == kind else _SHARD
     largest = max((source.folder / name).stat().st_size for name in source.weight_files)
     return min(_SHARD, largest)
 
@@ -340,10 +337,6 @@ def _write_weights(
 
 
 # --- everything else --------------------------------------------------------------------------
-
-
-def _side_files(folder: Path) -> dict[str, Path]:
-    return {name: _folder.inside(folder, name) for name in _folder.side_files(folder)}
 
 
 def _write_record(

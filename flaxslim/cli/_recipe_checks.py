@@ -31,6 +31,13 @@ def _model(recipe: Recipe, book: Book) -> Iterator[RecipeError]:
             "nothing says which model",
             expected="source, a folder or a Hub id; or [model.config], for a model at random",
         )
+    if model.revision is not None and (model.source is None or os.path.isdir(model.source)):
+        yield book.mistake(
+            ("model", "revision"),
+            "only a repository on the Hub has revisions",
+            seen=f"source {model.source!r}",
+            mend="leave it out, or name a Hub id as source",
+        )
     names = [name for name in _flax_classes() if name.endswith(head)]
     if model.cls not in names:
         known = hasattr(transformers, model.cls)

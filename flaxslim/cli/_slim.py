@@ -21,9 +21,10 @@ from flaxslim._tree import flatten
 from flaxslim.checkpoint import Checkpoint, fetched, read, sent, to_flax
 from flaxslim.checkpoint._atomic import check_target
 from flaxslim.checkpoint._config import config_text
+from flaxslim.checkpoint._folder import side_files
 from flaxslim.checkpoint._names import spec_named, unused
 from flaxslim.checkpoint._read import config_of
-from flaxslim.checkpoint._write import refuse_loss, write
+from flaxslim.checkpoint._write import kind_of, refuse_loss, write
 from flaxslim.cli import NOT_PROVEN, NOTHING_DEAD, _table
 from flaxslim.cli._console import bar, console, in_flags, messages
 from flaxslim.cli._verify import Way, prove_checkpoints
@@ -87,6 +88,10 @@ class Options:
     shard_size: int | None
     dry_run: bool
     revision: str | None
+
+    @property
+    def given_format(self) -> str | None:
+        return None if self.format == "as-read" else self.format
 
 
 def run(source: str, out: str, config: Path | None, options: Options) -> int:
@@ -157,6 +162,7 @@ def _run(source: str, out: Path, options: Options) -> int:
             # First, so that the recorded plan has the names of what is written.
             refuse_loss(unused(before.params, before.config), options.format)
             before = as_flax(before)
+        kind_of(options.given_format, before, before.params, options.shard_size)
         status.update("looking for dead channels")
         chosen = options.choice.plan(before)
         heads = _unasked(options.choice, before)
@@ -193,7 +199,7 @@ def _run(source: str, out: Path, options: Options) -> int:
             after.params,
             after.config,
             source=before,
-            format=None if options.format == "as-read" else options.format,
+            format=options.given_format,
             overwrite=options.overwrite,
             record=record(source, chosen, proof),
             shard_size=options.shard_size,
@@ -242,6 +248,7 @@ def _name(before: Checkpoint, chosen: Plan, options: Options) -> str:
         flaxslim.__version__,
         str(before.folder.resolve()),
         before.stamps,
+        sorted(side_files(before.folder)),
         before.naming,
         chosen.to_dict(),
         options.format,

@@ -450,3 +450,15 @@ def test_a_side_file_that_is_a_link_to_nothing(folder, params, tmp_path):
     with pytest.raises(errors.MissingFileError, match="a link to nothing") as caught:
         save(tmp_path / "out", params, CONFIG, like=folder)
     assert "vocab.txt" in str(caught.value)
+
+
+def test_a_folder_has_no_revisions(folder):
+    with pytest.raises(errors.HubError, match="has no revisions"):
+        read(folder, revision="v1")
+
+
+def test_a_config_of_other_sizes_is_not_loaded(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"intermediate_size": 40', '"intermediate_size": 48'))
+    with pytest.raises(errors.ConfigError, match="contradicts the tensors"):
+        load(folder)

@@ -239,6 +239,20 @@ def test_a_wrong_shard_size(tmp_path, source):
         save(tmp_path / "out", {"a": np.ones(2)}, {}, format="flax-safetensors", shard_size=10)
 
 
+def test_what_cannot_be_written_is_refused_before_the_proof(tmp_path, source, capsys):
+    """The proof is what takes long."""
+    wish = ("--format", "flax-safetensors", "--shard-size", "1kB")
+    assert main(["slim", str(source), str(tmp_path / "out"), *wish]) == 1
+    (tmp_path / "elsewhere").mkdir()
+    (source / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    assert main(["slim", str(source), str(tmp_path / "out")]) == 1
+    out, told = capsys.readouterr()
+    assert "no shards" in told
+    assert "is a link" in told
+    assert "equal to rounding" not in out
+    assert not (tmp_path / "out").exists()
+
+
 # --- killed ------------------------------------------------------------------------------------
 
 # Forks a process for each line that it reads, which costs no imports. The first word is the number
@@ -355,6 +369,17 @@ def test_finished_shards_are_not_written_again(tmp_path, source, server):
     server.start("slim", source, out, *COMMAND)
     assert server.wait() == (0, [everything[1], *everything[3:]])
     assert files(out) == files(whole)
+
+
+def test_side_files_that_went_since_the_kill_do_not_come_back(tmp_path, source, server):
+    out = tmp_path / "out"
+    (source / "vocab.txt").write_text("a")
+    server.start("slim", source, out, *COMMAND, limit=3)
+    assert server.wait()[0] == 9
+    (source / "vocab.txt").unlink()
+    server.start("slim", source, out, *COMMAND)
+    assert server.wait()[0] == 0
+    assert not (out / "vocab.txt").exists()
 
 
 def test_what_a_killed_run_left_is_no_use_to_another(tmp_path, source, server):

@@ -111,6 +111,12 @@ def test_what_is_harmless(name, array, harmless):
     assert unused(tensors, cfg) == (() if harmless else (name,))
 
 
+def test_zeros_are_tied_to_no_other_zeros():
+    cfg = tf.BertConfig(**_SIZES, architectures=["BertModel"])
+    tensors = {"pooler.dense.weight": np.zeros((32, 32)), "head.weight": np.zeros((32, 32))}
+    assert unused(tensors, cfg) == ("head.weight",)
+
+
 def test_tied_biases_follow():
     """BertForPreTraining stores the bias of its tied head twice."""
     bias = np.arange(61, dtype=np.float32)
