@@ -213,6 +213,8 @@ def _mend_layer(node: Any, axes: Axes, old: tuple[int, ...], new: tuple[int, ...
     A layer that `nnx.vmap` made says the sizes of one of its stack.
     """
     _mend_echoes(node, old, new)
+    if isinstance(node, nnx.Conv) and node.feature_group_count == old[-1]:  # depthwise
+        node.feature_group_count = node.in_features = new[-1]
     if stacked := {axes.dimension(name) for name in axes.stack}:
         one = [tuple(n for i, n in enumerate(s) if i not in stacked) for s in (old, new)]
         _mend_echoes(node, *one)

@@ -581,6 +581,29 @@ def test_each_layer_that_reads_the_channels_says_its_new_inputs():
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+class Depthwise(nnx.Module):
+    def __init__(self, hidden: int, rngs: nnx.Rngs):
+        self.up = nnx.Conv(3, hidden, (1, 1), rngs=rngs)
+        self.each = nnx.Conv(hidden, hidden, (3, 3), feature_group_count=hidden, rngs=rngs)
+        self.down = nnx.Conv(hidden, 3, (1, 1), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.relu(self.each(self.up(x))))
+
+
+def test_a_depthwise_convolution_says_its_new_groups():
+    model = Depthwise(6, nnx.Rngs(0))
+    model.down.kernel[...] = model.down.kernel[...].at[:, :, jnp.array([1, 4])].set(0)
+    pair = Pair(
+        first="each", second="down", first_axes="x y o f", second_axes="x y f d",
+        activation="relu", also={"up": "x y d f"},
+    )  # fmt: skip
+    small, _ = slim(model, None, Spec(name="DEPTHWISE", pairs=pair))
+    assert attributes(small) == attributes(Depthwise(4, nnx.Rngs(0)))
+    x = jnp.arange(150.0).reshape(2, 5, 5, 3) / 150
+    np.testing.assert_allclose(small(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 # --- numbers that a class keeps ----------------------------------------------------------------
 
 
