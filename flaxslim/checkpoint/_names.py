@@ -16,6 +16,7 @@ from flaxslim._lazy import transposed
 from flaxslim._spec import Spec
 from flaxslim._tree import flatten
 from flaxslim.checkpoint._leaf import Leaf, nest
+from flaxslim.checkpoint._unplaced import is_tied, twin, unplaced
 from flaxslim.errors import ConfigError
 from flaxslim.specs import spec_for
 
@@ -195,7 +196,7 @@ def without_place(
 ) -> tuple[str, ...]:
     """The same for a flat PyTorch-named tree and the paths of a Flax one."""
     names = table({name: np.ndim(leaf) for name, leaf in tensors.items()}, flax_paths, base)
-    return _unused(tensors, names)
+    return unplaced(tensors, names)
 
 
 def some(names: Collection[str]) -> str:
@@ -254,7 +255,7 @@ def convert(params: Any, cfg: Any, model_class: type | None = None) -> Converted
         class_name=class_name,
         needed=len(shapes),
         missing=tuple(sorted(set(shapes) - set(flat))),
-        unused=_unused(tensors, names),
+        unused=unplaced(tensors, names),
     )
 
 
@@ -284,47 +285,6 @@ def _tie(flat: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], cfg: Any) 
         ]
         if len(embeddings) == 1:
             flat[path] = transposed(embeddings[0], (1, 0))
-
-
-# --- what has no place ------------------------------------------------------------------------
-
-# In all T5 files of old, and on the list of what transformers' own T5 classes ignore.
-_DEAD_BIAS = "EncDecAttention.relative_attention_bias.weight"
-
-
-def _unused(tensors: Mapping[str, Any], names: Collection[str]) -> tuple[str, ...]:
-    return tuple(
-        name
-        for name, leaf in tensors.items()
-        if name not in names
-        and not _is_buffer(name, np.asarray(leaf))
-        and not _twin(name, names, tensors)
-    )
-
-
-def _is_buffer(name: str, array: np.ndarray) -> bool:
-    """Whether a tensor is computed anew by every implementation, or adds nothing."""
-    last = name.rsplit(".", 1)[-1]
-    if last in ("num_batches_tracked", "inv_freq", "masked_bias") or name.endswith(_DEAD_BIAS):
-        return True
-    if np.issubdtype(array.dtype, np.integer) and last.endswith(("_ids", "_index")):
-        return True
-    if last == "bias" and array.ndim == 4:  # GPT-2's and its likes' causal mask, (1, 1, n, n)
-        return array.dtype in (np.bool_, np.uint8) or bool(np.all(array == np.tril(array)))
-    if last == "bias" and array.ndim == 1:  # of a tied head; anything else has a weight as well
-        return not np.any(array)
-    return name.endswith("embed_positions.weight") and _is_sinusoidal(array)
-
-
-def _is_sinusoidal(table: np.ndarray) -> bool:
-    """Rows of sines and cosines of the same angles: sin^2 + cos^2 = 1; row 0 is zeros and ones."""
-    if table.ndim != 2 or not len(table) or table.shape[1] % 2:
-        return False
-    values = table.astype(np.float32)
-    squares = np.square(values).sum(axis=1)
-    # Half floats keep three digits.
-    level = np.allclose(squares, table.shape[1] / 2, rtol=1e-2)
-    return level and bool(np.isin(values[0], (0, 1)).all())
 
 
 # --- back -------------------------------------------------------------------------------------
@@ -363,13 +323,13 @@ def to_torch_like(params: Mapping[str, Any], source: Mapping[str, Any]) -> dict[
     leaves = {name: Leaf(array=params[new.path], axes=new.back) for name, new in names.items()}
     for name in source:
         if name not in leaves:
-            twin = _twin(name, names, source)
-            leaves[name] = leaves[twin] if twin else Leaf(array=source[name])
+            other = twin(name, names, source)
+            leaves[name] = leaves[other] if other else Leaf(array=source[name])
     rest = set(params) - {new.path for new in names.values()}
     if (place := _place_of_base(names, rest)) is not None:
         leaves = {f"{place}.{name}": leaf for name, leaf in leaves.items()}
     for name, leaf in to_torch({path: params[path] for path in sorted(rest)}).items():
-        if name not in leaves and not _is_tied(leaf, leaves):
+        if name not in leaves and not is_tied(leaf, leaves):
             leaves[name] = leaf
     return leaves
 
@@ -385,28 +345,3 @@ def _place_of_base(names: Mapping[str, FlaxName], rest: Collection[str]) -> str 
     (place,) = places
     bare = all(new.path.split("/")[1:2] == [name.split(".")[0]] for name, new in names.items())
     return place if bare and any(not path.startswith(f"{place}/") for path in rest) else None
-
-
-def _twin(name: str, names: Iterable[str], source: Mapping[str, Any]) -> str | None:
-    """A tensor of the source that is the same one under another name."""
-    array = source[name]
-    for other in names:
-        twin = source[other]
-        alike = twin.shape == array.shape and twin.dtype == array.dtype
-        # The first row first: most tensors of the same shape differ there already.
-        alike = alike and np.array_equal(twin[:1], array[:1])
-        if alike and _is_telling(np.asarray(array)) and np.array_equal(twin, array):
-            return other
-    return None
-
-
-def _is_telling(array: np.ndarray) -> bool:
-    """Whether equality says something: zeros, or another constant, are often equal by chance."""
-    return array.ndim > 0 and array.size > 0 and bool(np.any(array != array.flat[0]))
-
-
-def _is_tied(leaf: Leaf, leaves: Mapping[str, Leaf]) -> bool:
-    return len(leaf.shape) > 1 and any(
-        other.shape == leaf.shape and np.array_equal(other.numpy(), leaf.numpy())
-        for other in leaves.values()
-    )

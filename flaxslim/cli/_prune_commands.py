@@ -73,7 +73,7 @@ def prune(
     flaxslim.from_pretrained.
     Example: flaxslim prune path/to/folder smaller --calibration texts.txt --keep 0.7
     """
-    from flaxslim.cli import _prune
+    from flaxslim.cli import _calibrated, _prune
 
     budget = {
         "speedup": speedup,
@@ -85,7 +85,7 @@ def prune(
     return _prune.run(
         source,
         out,
-        _prune.Data(
+        _calibrated.Data(
             calibration=calibration,
             samples=samples,
             length=length,
@@ -94,7 +94,7 @@ def prune(
             packed=packed,
             seed=seed,
         ),
-        _prune.How(
+        _calibrated.How(
             preset=preset,
             width=width,
             heads=heads,
@@ -150,11 +150,11 @@ def sweep(
     calibration data: compare by it, and judge what you ship on data of your own (--evaluate).
     Example: flaxslim sweep path/to/folder --calibration texts.txt --keep 0.9,0.7,0.5
     """
-    from flaxslim.cli import _prune
+    from flaxslim.cli import _calibrated, _sweep
 
-    return _prune.sweep(
+    return _sweep.run(
         source,
-        _prune.Data(
+        _calibrated.Data(
             calibration=calibration,
             samples=samples,
             length=length,
@@ -163,7 +163,7 @@ def sweep(
             packed=packed,
             seed=seed,
         ),
-        _prune.How(
+        _calibrated.How(
             preset="",
             width=width,
             heads=heads,

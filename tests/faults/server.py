@@ -40,6 +40,7 @@ _IMPORTED = (
     "flaxslim.cli._prune_commands",
     "flaxslim.cli._run",
     "flaxslim.cli._slim",
+    "flaxslim.cli._sweep",
     "transformers.models.llama.modeling_flax_llama",
     "transformers.models.vit.modeling_flax_vit",
     "tyro",

@@ -1,0 +1,92 @@
+"""`flaxslim sweep`: prune at several shares by several presets."""
+
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import flaxslim
+from flaxslim.checkpoint._atomic import fresh_file
+from flaxslim.cli import _evaluate, _table
+from flaxslim.cli._calibrated import Data, How, opened, pruned
+from flaxslim.cli._console import console, messages
+from flaxslim.cli._report import sizes
+from flaxslim.errors import BudgetError, TargetError
+from flaxslim.plots import _style
+from flaxslim.posttraining._prune import method_of
+
+
+def run(
+    source: str,
+    data: Data,
+    how: How,
+    *,
+    keep: str,
+    presets: str,
+    evaluate: str | None,
+    evaluation: Path | None,
+    csv_file: Path | None,
+    plot: Path | None,
+    revision: str | None,
+) -> int:
+    """Prune at several shares by several presets, and print what each costs and gives."""
+    measure = _evaluate.metric(evaluate, evaluation)
+    if plot is not None:
+        _style.check(plot)
+    if csv_file is not None and not csv_file.resolve().parent.is_dir():
+        raise TargetError("there is no such folder", path=str(csv_file.resolve().parent))
+    shares, names = _shares(keep), [name.strip() for name in presets.split(",")]
+    for name in names:
+        method_of(name)  # which says what there is, before anything is read
+    model = opened(source, data, revision)
+    folder = model.checkpoint.folder
+    dense = dict(measure(model.cls, *model.dense, folder)) if measure else {}
+    rows: list[dict[str, Any]] = [
+        {
+            "preset": "dense",
+            "keep": 1.0,
+            "parameters": sizes(model.dense[0])[0],
+            "error": 0.0,
+            **dense,
+        }
+    ]
+    for preset in names:
+        for share in shares:
+            params, cfg, report = pruned(model, dataclasses.replace(how, preset=preset), keep=share)
+            found = dict(measure(model.cls, params, cfg, folder)) if measure else {}
+            rows.append(
+                {
+                    "preset": preset,
+                    "keep": share,
+                    "parameters": sizes(params)[0],
+                    "error": report.output_error,
+                    **found,
+                }
+            )
+    console.print(_table.swept(rows))
+    if csv_file is not None:
+        with fresh_file(csv_file) as new, new.open("w", newline="", encoding="utf-8") as file:
+            names = dict.fromkeys(name for row in rows for name in row)
+            writer = csv.DictWriter(file, fieldnames=list(names))
+            writer.writeheader()
+            writer.writerows(rows)
+        messages.print(f"written to {csv_file}", markup=False)
+    if plot is not None:
+        _style.write(flaxslim.plot_sweep(rows, title=Path(source).name or source), plot)
+        messages.print(f"written to {plot}", markup=False)
+    return 0
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < share <= 1 for share in found):
+        raise BudgetError(
+            "--keep is a list of shares",
+            seen=text,
+            expected="numbers above 0, up to 1",
+            mend="--keep 0.9,0.7,0.5",
+        )
+    return found
