@@ -9,6 +9,7 @@ that says its old sizes, so pass the module. What is not in the graph is the cal
 was made by the old config (`init_cache(cfg)`) is made anew by the new one.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from flaxslim._config import Width
 from flaxslim._pair import measure
 from flaxslim._plan import Cut, Plan
 from flaxslim._roots import beside, table_path
-from flaxslim._spec import Site
+from flaxslim._spec import Site, Spec
 from flaxslim._tree import flatten, name_of
 from flaxslim.errors import LayoutError, PlanError, nearest
 
@@ -119,22 +120,58 @@ def _check_heads_told(nodes: Mapping[str, Any], cut: Cut) -> None:
 
     Most classes divide by that number, and no shape of nnx's would tell.
     """
-    root, size = cut.site.root, cut.site.size
+    for below, name in _counting(nodes, cut.site.root, cut.site.size):
+        at = beside(cut.site.root, below) if below else cut.site.root
+        raise LayoutError(
+            "an attribute still says how many heads there were, and the spec does not name it",
+            path=f"{at}.{name}" if at else name,
+            seen=cut.site.size,
+            expected=cut.width,
+            mend="name it in the spec, by the path of its module below the layer: "
+            f'Pair(modules={{"{below}": {{"{name}": "h"}}}})',
+        )
+
+
+def _counting(
+    nodes: Mapping[str, Any], root: str, count: int, word: str = "head"
+) -> Iterator[tuple[str, str]]:
+    """The modules below a root, and their attributes that count so many heads, by their names."""
     for at, node in nodes.items():
-        if not _within(at, root):
-            continue
-        for name, value in vars(node).items():
-            counts = "head" in name.lower() and not any(x in name.lower() for x in ("dim", "size"))
-            if counts and type(value) is int and value == size:
-                raise LayoutError(
-                    "an attribute still says how many heads there were, and the spec does not "
-                    "name it",
-                    path=f"{at}.{name}" if at else name,
-                    seen=value,
-                    expected=cut.width,
-                    mend="name it in the spec, by the path of its module below the layer: "
-                    f'Pair(modules={{"{at.removeprefix(root).strip("/")}": {{"{name}": "h"}}}})',
-                )
+        for name, value in vars(node).items() if _within(at, root) else ():
+            counts = word in name.lower() and not any(x in name.lower() for x in ("dim", "size"))
+            if counts and type(value) is int and value == count:
+                yield at.removeprefix(root).strip("/"), name
+
+
+def with_counts(spec: Spec, module: nnx.Module, cfg: Any) -> Spec:
+    """The spec, whose pairs name the attributes of the module that count their heads.
+
+    For a discovered spec, which knows arrays alone.
+    """
+    nodes, named = dict(modules(module)), []
+    for pair in spec:
+        sites = Spec(name=spec.name, pairs=pair).bind(module, cfg)[0] if pair.axis == "h" else ()
+        each = [_counts(nodes, site) for site in sites]
+        alike = bool(each) and all(one == each[0] for one in each)
+        named.append(dataclasses.replace(pair, modules=each[0]) if alike else pair)
+    return dataclasses.replace(spec, pairs=tuple(named))
+
+
+def _counts(nodes: Mapping[str, Any], site: Site) -> dict[str, dict[str, str]]:
+    """What the modules of a site call its number of heads, and that of their groups."""
+    found: dict[str, dict[str, str]] = {}
+    for below, name in _counting(nodes, site.root, site.size):
+        found.setdefault(below, {})[name] = "h"
+    for below, name in _counting(nodes, site.root, len(site.groups)):
+        if "kv" in name or "key" in name:
+            found.setdefault(below, {})[name] = "g"
+    if site.groups:
+        for below, name in _counting(nodes, site.root, site.size // len(site.groups), "n_rep"):
+            found.setdefault(below, {})[name] = "h/g"
+    inner = site.pair.inner - {site.pair.axis, site.pair.group}
+    if isinstance(nodes.get(site.root), nnx.MultiHeadAttention) and len(inner) == 1:
+        found.setdefault("", {})["qkv_features"] = f"(h {''.join(inner)})"
+    return found
 
 
 def told_before(module: Any, plan: Plan) -> list[str]:

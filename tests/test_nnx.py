@@ -25,6 +25,7 @@ from flaxslim import (
     Site,
     Spec,
     apply,
+    discover,
     expand,
     plan,
     slim,
@@ -152,6 +153,17 @@ def test_a_slimmed_module_is_what_its_class_builds_at_the_new_sizes(name):
     assert proof.control.smallest is not None
     assert proof.control.smallest > 1e-4
     assert len(proof.control.rows) == len(c.sites)
+
+
+@pytest.mark.filterwarnings("ignore::flaxslim.DiscoveryWarning")  # of what runs at one width only
+@pytest.mark.parametrize("name", ["bonsai qwen3", "bonsai gemma3", "flax"])
+def test_a_discovered_spec_names_what_counts_the_heads(name):
+    c = case(name)
+    spec = discover(c.model, TOKENS)
+    small, _ = slim(c.model, None, spec)
+    known, _ = slim(c.model, c.style.cfg if c.sized else None, c.style.spec)
+    assert attributes(small) == attributes(known) != attributes(c.model)
+    np.testing.assert_allclose(outputs(small), outputs(c.model), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in STYLES if name != "maxtext scanned"])

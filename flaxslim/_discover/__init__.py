@@ -9,6 +9,7 @@ from flax import nnx
 from flaxslim._discover._discovery import discovered
 from flaxslim._discover._function import function
 from flaxslim._discover._rules._table import axis_rule
+from flaxslim._nnx import with_counts
 from flaxslim._spec import Spec
 from flaxslim.errors import DiscoveryError, DiscoveryWarning
 
@@ -67,6 +68,8 @@ def discover(
         )
     found = discovered(function(fn, params, inputs), cfg, rebuild)
     spec = found.spec(name)
+    module = next((x for x in (fn, params) if isinstance(x, nnx.Module)), None)
+    spec = spec if module is None else with_counts(spec, module, cfg)
     unknown = [
         f"no rule for the primitive {at}: what enters it is not cut; axis_rule({prim!r}) adds one"
         for prim, at in found.unknown.items()
