@@ -156,7 +156,7 @@ def test_a_slimmed_module_is_what_its_class_builds_at_the_new_sizes(name):
 
 
 @pytest.mark.filterwarnings("ignore::flaxslim.DiscoveryWarning")  # of what runs at one width only
-@pytest.mark.parametrize("name", ["bonsai qwen3", "bonsai gemma3", "flax"])
+@pytest.mark.parametrize("name", [n for n in STYLES if n.startswith(("bonsai", "flax"))])
 def test_a_discovered_spec_names_what_counts_the_heads(name):
     c = case(name)
     spec = discover(c.model, TOKENS)

@@ -186,14 +186,21 @@ class _Writer:
         return named
 
     def _is_like(self, path: str, first: str) -> bool:
-        """Whether a tensor has the shape of the first layer, and the axis where that has it."""
+        """Whether a tensor has the shape of the first layer, and the axis where that has it.
+
+        Queries have as many of it as there are heads, keys and values as there are groups.
+        """
         axes = [
             [self.group.atom in roots(dim) for dim in self.seen.dims[name]]
             for name in (path, first)
         ]
         return axes[0] == axes[1] and all(
-            len(roots(one)) == len(roots(other)) == 0 or size_of(one) == size_of(other)
-            for one, other in zip(self.seen.dims[path], self.seen.dims[first], strict=True)
+            len(roots(one)) == len(roots(other)) == 0
+            or size_of(one) == size_of(other)
+            or (self.heads is not None and own)
+            for one, other, own in zip(
+                self.seen.dims[path], self.seen.dims[first], axes[0], strict=True
+            )
         )
 
     def _dimension(self, path: str, atoms: Sequence[Atom]) -> str | None:
