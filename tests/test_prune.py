@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from fake_devices import run_code
 from flax import nnx
 from pruning_models import NETS, mlp
@@ -22,6 +23,9 @@ from flaxslim.errors import BudgetError, CalibrationError, CalibrationWarning, W
 from flaxslim.posttraining import _cost, _rank
 from flaxslim.posttraining._allocate import parameters_of
 from flaxslim.posttraining._calibration import Calibration
+from flaxslim.posttraining._distance import Distance
+from flaxslim.posttraining._engine import Engine
+from flaxslim.posttraining._function import function_of
 from flaxslim.posttraining._method import PRESETS
 from flaxslim.specs import spec_for
 
@@ -767,6 +771,73 @@ def test_times_are_those_of_the_function_and_not_of_its_name():
 
 
 # --- what is refused ----------------------------------------------------------------------------
+
+
+def test_a_divergence_is_never_negative_and_is_that_of_float64():
+    """Of outputs that are nearly the same it is small, and not what rounding makes of it."""
+    rng = np.random.default_rng(0)
+    dense = 3 * rng.standard_normal((4, 5, 30)).astype(np.float32)
+    for size in (1e-6, 1e-4, 1e-2, 1.0, 30.0):
+        other = dense + size * rng.standard_normal(dense.shape).astype(np.float32)
+        p, q = (scipy.special.log_softmax(x.astype(np.float64), -1) for x in (dense, other))
+        exact = float((np.exp(p) * (p - q)).sum(-1).mean())
+        calibration = Calibration(lambda params, x: {"logits": x}, [dense], params={})
+        found = float(Distance(calibration, [], {}, None)._of_outputs(
+            {"logits": dense}, {"logits": other}, dense))  # fmt: skip
+        assert found >= 0
+        assert found == pytest.approx(exact, rel=2e-2, abs=1e-12)
+
+
+@pytest.mark.parametrize("keep", [0.85, 0.99])
+def test_a_budget_is_used_where_cuts_hardly_show(keep):
+    """Of two layers with random weights, whose outputs rounding changes as much as a cut."""
+    cls, cfg, params = build(next(c for c in CASES if str(c) == "FlaxLlamaForCausalLM-grouped"))
+    small = jax.tree.map(lambda x: 0.02 * np.asarray(x), params)
+    total = sum(x.size for x in jax.tree.leaves(params))
+    ids = np.random.default_rng(0).integers(3, 25, (8, 12)).astype(np.int32)
+    reports: list[Any] = []
+    prune(
+        small, cfg, "all", model=cls, batches=[{"input_ids": ids}] * 2, preset="fast",
+        budget=Budget(params=int(keep * total)), width="per_layer", report=reports.append,
+    )  # fmt: skip
+    cost = reports[0].cost
+    assert 0.9 * keep * total <= cost["predicted"] <= keep * total
+
+
+def test_the_effect_of_a_site_of_two_units_is_measured():
+    """With one of them gone, which is the least that can go."""
+    cls, cfg, params = build(next(c for c in CASES if str(c) == "FlaxLlamaForCausalLM-grouped"))
+    ids = np.random.default_rng(0).integers(3, 25, (8, 12)).astype(np.int32)
+    sites = spec_for(cfg, "heads").sites(params, cfg)
+    assert {_rank.count_of(site) for site in sites} == {2}
+    params = jax.tree.map(jnp.asarray, params)
+    calibration = Calibration(
+        function_of(cls, params, cfg), [{"input_ids": ids}] * 2, params=params
+    )
+    engine = Engine(
+        calibration=calibration, method=PRESETS["fast"], dense=params, leaves=flatten(params),
+        objective=None, seed=0, told=lambda *said: None, low_memory=False,
+        distance=Distance(calibration, sites, cfg, None),
+    )  # fmt: skip
+    effects = [ranking.effect for ranking in engine.rankings(sites).values()]
+    assert all(effect > 0 for effect in effects)
+    assert 1.0 not in effects
+
+
+def test_a_mask_of_words_is_none_of_patches():
+    """As many words as there are patches, of which some do not count."""
+    cls, cfg, params = build(next(c for c in CASES if str(c) == "FlaxCLIPModel"))
+    patches = (cfg.vision_config.image_size // cfg.vision_config.patch_size) ** 2 + 1
+    ids = np.random.default_rng(0).integers(3, 25, (4, patches)).astype(np.int32)
+    mask = np.ones_like(ids)
+    mask[:, 3:] = 0
+    side = cfg.vision_config.image_size
+    batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": np.ones((4, 3, side, side))}
+    sites = spec_for(cfg).sites(params, cfg)
+    calibration = Calibration(function_of(cls, params, cfg), [batch], params=params)
+    for path, found in calibration.moments(sites, params).fit.items():
+        assert found[0].count == (4 * patches if "vision" in path else 12)
+
 
 WRONG: dict[str, tuple[dict[str, Any], type, str]] = {
     "no wish": ({"keep": None}, BudgetError, "how small"),

@@ -106,6 +106,7 @@ MISTAKES = [
     ("[output]", "[distillation]\n[output]", 19, "distillation.teacher is missing", "Hub id"),
     ("[output]", "[distillation]\nteacher = './x'\n[output]", 20, "no such folder", "dir/x"),
     ("[output]", "[distillation]\nteacher = 'a b'\n[output]", 20, "neither", "org/name"),
+    ("sparsity = 0.5", 'sparsity = 0.5\nschedule = "one_shot"', 18, "schedule has no end", "leave"),
     ("[output]", "shrink = 1\n[output]", 19, "[pruning] has no key 'shrink'", ""),
     ('folder = "out"', "", 19, "output.folder is missing", "a path"),
     ('folder = "out"', "folder = 3", 20, "output.folder is of the wrong kind", "a path"),
@@ -132,6 +133,10 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_their_lines():
     lines = [int(line) for line in re.findall(r"at: +dir/my\.toml:(\d+)", told)]
     assert lines == sorted(lines)
     assert len(set(lines)) > 2
+
+
+def test_another_schedule_may_be_tried_by_the_command_line():
+    assert _parsed('pruning.schedule="one_shot"').pruning.schedule == "one_shot"
 
 
 def test_a_section_that_is_no_table():

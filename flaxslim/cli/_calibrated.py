@@ -58,6 +58,7 @@ class Model:
     """What is pruned: Flax parameters, the class that runs them, and the calibration data."""
 
     checkpoint: Checkpoint
+    source: Checkpoint  # the same in the names that it was read in
     cls: Any
     data: CalibrationData
 
@@ -69,7 +70,7 @@ class Model:
 def opened(source: str, data: Data, revision: str | None) -> Model:
     """Read the checkpoint and the calibration data of a command."""
     with messages.status(f"reading {source}"):
-        before = read(source, revision=revision)
+        before = stored = read(source, revision=revision)
         if before.naming == "torch":
             refuse_loss(unused(before.params, before.config), "flax")
             before = as_flax(before)
@@ -91,7 +92,7 @@ def opened(source: str, data: Data, revision: str | None) -> Model:
     tokens = "" if found.tokens is None else f", {found.tokens:,} tokens"
     text = f"calibration: {found.samples:,} samples{tokens} of {found.source}"
     messages.print(text, markup=False, soft_wrap=True)
-    return Model(checkpoint=before, cls=cls, data=found)
+    return Model(checkpoint=before, source=stored, cls=cls, data=found)
 
 
 def pruned(

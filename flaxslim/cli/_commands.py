@@ -5,7 +5,7 @@
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -22,6 +22,7 @@ from flaxslim.cli._options import (
     Whole,
     Width,
 )
+from flaxslim.errors import FlaxslimError
 
 
 def inspect(
@@ -145,12 +146,22 @@ def slim(
             format=format,
             overwrite=overwrite,
             verify=verify,
-            proof="by-layer" if by_layer else "whole" if whole else "auto",
+            proof=_way(by_layer, whole, verify=verify),
             shard_size=None if shard_size is None else parse_bytes(shard_size),
             dry_run=dry_run,
             revision=revision,
         ),
     )
+
+
+def _way(by_layer: bool, whole: bool, *, verify: bool = True) -> Any:
+    """How the proof goes, by flags of which one at most is given."""
+    given = {"--no-verify": not verify, "--by-layer": by_layer, "--whole": whole}
+    if len(flags := [flag for flag, is_given in given.items() if is_given]) > 1:
+        raise FlaxslimError(
+            "these flags exclude each other", seen=" ".join(flags), mend="give one of them"
+        )
+    return "by-layer" if by_layer else "whole" if whole else "auto"
 
 
 def verify(
@@ -172,7 +183,7 @@ def verify(
     from flaxslim.cli import NOT_PROVEN, _verify
     from flaxslim.cli._console import console, messages
 
-    way = "by-layer" if by_layer else "whole" if whole else "auto"
+    way = _way(by_layer, whole)
     found, hint = _verify.verify(before, after, approximate=approximate, way=way)
     if json:
         print(found.to_json())

@@ -13,7 +13,7 @@ import numpy as np
 
 from flaxslim.errors import CalibrationError, CalibrationWarning, nearest
 from flaxslim.posttraining._text import decoded, lines
-from flaxslim.posttraining._tokens import load_tokenizer
+from flaxslim.posttraining._tokens import check, load_tokenizer, positions
 
 # (class, params, cfg, folder of the tokenizer) -> numbers by name.
 Metric = Callable[[Any, Any, Any, Path], Mapping[str, float]]
@@ -92,25 +92,61 @@ def _model(cls: Any, params: Any, cfg: Any) -> Callable[..., Any]:
 
     from flaxslim.posttraining._function import function_of
 
+    if getattr(cfg, "is_encoder_decoder", False) and not cls.__name__.endswith("ForCausalLM"):
+        raise CalibrationError(
+            "this metric is of models that read one text, and this one reads two",
+            seen=cls.__name__,
+            mend="measure it by a function of your own: --evaluate module:function",
+        )
     run = jax.jit(function_of(cls, params, cfg))
     on_device = jax.device_put(params)
-    return lambda batch: run(on_device, batch)
+
+    def checked(batch: Mapping[str, Any]) -> Any:
+        check([batch], cfg, cls.__name__)
+        return run(on_device, batch)
+
+    return checked
 
 
-def _logits(outputs: Any, cls: Any) -> Any:
-    """The logits, of a class that has a head for them."""
-    if (logits := getattr(outputs, "logits", None)) is None:
-        raise CalibrationError(
-            "the class puts out no logits, so no next token can be measured",
-            seen=cls.__name__,
-            expected="a class with a language model's head, such as FlaxGPT2LMHeadModel",
-            mend="prune a checkpoint of the whole language model, or choose another metric",
-        )
+def _language_model(cls: Any, params: Any, cfg: Any) -> Callable[[Mapping[str, Any]], Any]:
+    """The logits of each next token, `(b, t, v)`, of a class that puts out such.
+
+    A text of the first batch is run again with another second half: the first must not know.
+    """
+    run, seen = _model(cls, params, cfg), False
+
+    def logits(batch: Mapping[str, Any]) -> Any:
+        nonlocal seen
+        ids, found = np.asarray(batch["input_ids"]), getattr(run(batch), "logits", None)
+        if found is None or found.ndim != 3 or found.shape[:2] != ids.shape:
+            raise _no_language_model("puts out no logits of tokens", cls)
+        if not seen:
+            seen = True
+            mask = np.asarray(batch.get("attention_mask", np.ones_like(ids)))
+            row = int(mask.sum(1).argmax())
+            half = int(mask[row].sum()) // 2
+            other = ids.copy()
+            other[row, half:] = ids[row, half:] == 0
+            again = run({**batch, "input_ids": other}).logits
+            first, again = found[row, :half], again[row, :half]
+            if half and abs(first - again).max() > 1e-6 * abs(first).max():
+                raise _no_language_model("sees the token that it is asked for", cls)
+        return found
+
     return logits
 
 
+def _no_language_model(why: str, cls: Any) -> CalibrationError:
+    return CalibrationError(
+        f"the class {why}, so no next token can be measured",
+        seen=cls.__name__,
+        expected="a causal language model, such as FlaxGPT2LMHeadModel",
+        mend="prune a checkpoint of the whole language model, or choose another metric",
+    )
+
+
 def _perplexity(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[str, float]:
-    """exp of the mean loss of the next token, over the tokens of all whole batches of two."""
+    """exp of the mean loss of the next token, over all tokens but the first of each text."""
     import jax
     import optax
 
@@ -121,26 +157,33 @@ def _perplexity(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> di
     with warnings.catch_warnings():  # of fewer samples than so many
         warnings.simplefilter("ignore", CalibrationWarning)
         found = read_calibration(
-            data, folder=folder, cfg=cfg, samples=10**9, length=length, batch_size=2, fields=fields
+            data, folder=folder, cfg=cfg, samples=10**9, length=length, batch_size=1, fields=fields
         )
-    run = _model(cls, params, cfg)
+    logits = _language_model(cls, params, cfg)
     losses = jax.jit(optax.softmax_cross_entropy_with_integer_labels)
     total = tokens = 0.0
-    for batch in found.batches:
+    for batch in _in_pairs(found.batches):
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         counted = np.ones_like(ids)[:, 1:] if mask is None else mask[:, 1:]
-        logits = _logits(run(batch), cls)
-        total += float((np.asarray(losses(logits[:, :-1], ids[:, 1:])) * counted).sum())
+        total += float((np.asarray(losses(logits(batch)[:, :-1], ids[:, 1:])) * counted).sum())
         tokens += float(counted.sum())
     if not tokens:
         raise CalibrationError("there is no token to measure", path=str(data))
     return {"perplexity": float(np.exp(total / tokens))}
 
 
+def _in_pairs(samples: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Two at a time, and the last one alone if their number is odd."""
+    for i in range(0, len(samples), 2):
+        own = samples[i : i + 2]
+        yield {name: np.concatenate([one[name] for one in own]) for name in own[0]}
+
+
 def _longest(cfg: Any) -> int:
     """The tokens that a model takes at most, as far as its config says."""
     names = ("max_position_embeddings", "n_positions", "seq_length")
-    return min([int(getattr(cfg, name, None) or 2048) for name in names])
+    own = [positions(cfg), *(getattr(cfg, name, None) for name in names)]
+    return min(int(n or 2048) for n in own)
 
 
 def _lambada(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[str, float]:
@@ -156,18 +199,26 @@ def _lambada(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[
             path=str(data),
             expected='JSON lines, {"text": "..."}, or one passage a line',
         )
-    tokens = [tokenizer(text).input_ids for text in passages]
-    before = [tokenizer(text.rsplit(maxsplit=1)[0]).input_ids for text in passages]
+    tokens = [_without_end(tokenizer, text) for text in passages]
+    before = [_without_end(tokenizer, text.rsplit(maxsplit=1)[0]) for text in passages]
     words = np.array([max(len(t) - len(b), 1) for t, b in zip(tokens, before, strict=True)])
-    run, right = _model(cls, params, cfg), 0
+    logits, right = _language_model(cls, params, cfg), 0
     shortened = [t[-_longest(cfg) :] for t in tokens]
-    for batch, own in of_like_lengths(shortened, 8):
-        found = np.asarray(_logits(run(batch), cls).argmax(-1))
+    for batch, own in of_like_lengths(shortened, 8, limit=_longest(cfg)):
+        found = np.asarray(logits(batch).argmax(-1))
         for guess, row in zip(found, own, strict=True):
             end = len(shortened[row])
             start = max(end - int(words[row]), 1)
             right += bool((guess[start - 1 : end - 1] == shortened[row][start:]).all())
     return {"lambada": 100 * right / len(passages)}
+
+
+def _without_end(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text, without those by which some tokenizers end each."""
+    ids = list(tokenizer(text).input_ids)
+    while ids and ids[-1] in tokenizer.all_special_ids and ids[-1] != tokenizer.unk_token_id:
+        ids.pop()
+    return ids
 
 
 def _passages(data: Path) -> Iterator[str]:
@@ -201,27 +252,39 @@ def _stsb(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[str
         )
     tokenizer = load_tokenizer(folder)
     texts = [row[5] for row in rows] + [row[6] for row in rows]
-    run, vectors = _model(cls, params, cfg), np.empty((len(texts), cfg.hidden_size))
-    tokens = [tokenizer(text, truncation=True, max_length=128).input_ids for text in texts]
-    for batch, own in of_like_lengths(tokens, 100):
-        pooled = (np.asarray(run(batch)[0]) * batch["attention_mask"][..., None]).sum(1)
-        vectors[own] = pooled / np.linalg.norm(pooled, axis=-1, keepdims=True)
+    run, vectors = _model(cls, params, cfg), {}
+    limit = min(128, _longest(cfg))
+    tokens = [tokenizer(text, truncation=True, max_length=limit).input_ids for text in texts]
+    for batch, own in of_like_lengths(tokens, 100, limit=limit):
+        if (hidden := getattr(run(batch), "last_hidden_state", None)) is None:
+            raise CalibrationError(
+                "the class puts out no hidden states, so texts cannot be compared",
+                seen=cls.__name__,
+                expected="a class without a head, such as FlaxBertModel",
+                mend="prune a checkpoint of the encoder, or choose another metric",
+            )
+        pooled = (np.asarray(hidden) * batch["attention_mask"][..., None]).sum(1)
+        pooled /= np.linalg.norm(pooled, axis=-1, keepdims=True)
+        vectors |= dict(zip(own, pooled, strict=True))
     half = len(rows)
-    cosine = (vectors[:half] * vectors[half:]).sum(1)
+    cosine = [float(vectors[i] @ vectors[half + i]) for i in range(half)]
     found: Any = spearmanr(cosine, [float(row[4]) for row in rows])
     return {"spearman": 100 * float(found.statistic)}
 
 
 def of_like_lengths(
-    tokens: Sequence[Sequence[int]], size: int
+    tokens: Sequence[Sequence[int]], size: int, *, limit: int = 10**9
 ) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Batches of texts of like lengths, and which they are: little padding, and few shapes."""
+    """Batches of texts of like lengths, and which they are: little padding, and few shapes.
+
+    `limit` is what the model takes at most, and no text is longer.
+    """
     from flaxslim.posttraining._tokens import padded
 
     order = np.argsort([len(t) for t in tokens], kind="stable")
     for i in range(0, len(order), size):
         rows = order[i : i + size]
-        length = -(-max(len(tokens[row]) for row in rows) // 16) * 16
+        length = min(-(-max(len(tokens[row]) for row in rows) // 16) * 16, limit)
         own = [tokens[row] for row in rows]
         ids = padded(own, length, 0)
         mask = padded([[1] * len(t) for t in own], length, 0)

@@ -12,7 +12,7 @@ from flaxslim._prove import Proof
 from flaxslim._prove import verify as prove
 from flaxslim.checkpoint import save
 from flaxslim.checkpoint._atomic import check_target
-from flaxslim.cli import _evaluate, _table
+from flaxslim.cli import _evaluate, _metrics, _table
 from flaxslim.cli._calibrated import Data, How, Model, opened, pruned
 from flaxslim.cli._console import console, messages
 from flaxslim.errors import BudgetError, FlaxslimError
@@ -85,7 +85,7 @@ def run(
             out,
             params,
             cfg,
-            like=model.checkpoint,
+            like=model.source,
             overwrite=overwrite,
             record=_record(source, how, wish, report, scores, model.data, proof),
         )
@@ -176,14 +176,16 @@ def _record(
     return {
         "flaxslim": flaxslim.__version__,
         "exact": False,
-        "prune": {
-            "how": dataclasses.asdict(how),
-            "wish": said,
-            "report": report.to_dict(),
-            "scores": dict(scores),
-            "calibration": data.source,
-            "measured": proof.to_dict(),
-        },
+        "prune": _metrics.plain(
+            {
+                "how": dataclasses.asdict(how),
+                "wish": said,
+                "report": report.to_dict(),
+                "scores": dict(scores),
+                "calibration": data.source,
+                "measured": proof.to_dict(),
+            }
+        ),
         "card": f"{gone} were cut from `{name}` by flaxslim {flaxslim.__version__} without "
         f"training (preset {how.preset}, {data.samples:,} calibration samples). What it computes "
         "is near what that model does, not the same.",

@@ -101,6 +101,7 @@ def _schedule(recipe: Recipe, book: Book) -> Iterator[RecipeError]:
     pruning, steps = recipe.pruning, recipe.train.steps
     if not recipe.prunes:
         return
+    yield from _idle(recipe, book)
     if pruning.schedule == "stepwise":
         for step in pruning.stepwise:
             if not step.isdigit() or int(step) >= steps:
@@ -136,6 +137,21 @@ def _schedule(recipe: Recipe, book: Book) -> Iterator[RecipeError]:
         yield book.mistake(
             ("pruning", "sparsity"), "an exponential schedule never reaches 1", expected="below 1"
         )
+
+
+def _idle(recipe: Recipe, book: Book) -> Iterator[RecipeError]:
+    """What a schedule does not look at; but another one may be tried by the command line."""
+    pruning, said = recipe.pruning, ("pruning", "schedule") in book.said
+    idle = {"one_shot": ("start", "end", "every"), "stepwise": ("start", "begin", "end", "every")}
+    usual = type(pruning)()
+    for key in () if said else idle.get(pruning.schedule, ()):
+        if getattr(pruning, key) != getattr(usual, key):
+            yield book.mistake(
+                ("pruning", key),
+                f"a {pruning.schedule} schedule has no {key}",
+                seen=f"{key} {getattr(pruning, key)!r}",
+                mend="leave it out, or choose another schedule",
+            )
 
 
 def _sparsity(recipe: Recipe, book: Book) -> Iterator[RecipeError]:

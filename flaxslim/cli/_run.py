@@ -58,6 +58,7 @@ def _told(recipe: Recipe, partial: Path) -> Report:
         kind = TASKS[recipe.task]()
         task = kind.load(recipe.data, recipe.model.source)
         cls, params, cfg = _build.start(recipe)
+        task.check(cfg)
         _build.check_widths(recipe, cfg)
     with _metrics.writer(partial, tensorboard=recipe.output.tensorboard) as metrics:
         story = _Story(recipe=recipe, kind=kind, task=task, cls=cls, metrics=metrics)

@@ -2,16 +2,17 @@
 
 import csv
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import flaxslim
-from flaxslim.checkpoint._atomic import fresh_file
+from flaxslim.checkpoint._atomic import check_file, fresh_file
 from flaxslim.cli import _evaluate, _table
 from flaxslim.cli._calibrated import Data, How, opened, pruned
 from flaxslim.cli._console import console, messages
 from flaxslim.cli._report import sizes
-from flaxslim.errors import BudgetError, TargetError
+from flaxslim.errors import BudgetError, CalibrationError, TargetError
 from flaxslim.plots import _style
 from flaxslim.posttraining._prune import method_of
 
@@ -33,36 +34,29 @@ def run(
     measure = _evaluate.metric(evaluate, evaluation)
     if plot is not None:
         _style.check(plot)
-    if csv_file is not None and not csv_file.resolve().parent.is_dir():
-        raise TargetError("there is no such folder", path=str(csv_file.resolve().parent))
+    if csv_file is not None:
+        if not csv_file.resolve().parent.is_dir():
+            raise TargetError("there is no such folder", path=str(csv_file.resolve().parent))
+        check_file(csv_file, overwrite=True, ours=_is_table, what="a table of a sweep")
     shares, names = _shares(keep), [name.strip() for name in presets.split(",")]
     for name in names:
         method_of(name)  # which says what there is, before anything is read
     model = opened(source, data, revision)
     folder = model.checkpoint.folder
     dense = dict(measure(model.cls, *model.dense, folder)) if measure else {}
-    rows: list[dict[str, Any]] = [
-        {
-            "preset": "dense",
-            "keep": 1.0,
-            "parameters": sizes(model.dense[0])[0],
-            "error": 0.0,
-            **dense,
-        }
-    ]
+    if taken := [name for name in _COLUMNS if name in dense]:
+        raise CalibrationError(
+            "the metric has the name of another column",
+            path=evaluate,
+            seen=", ".join(taken),
+            mend="call it otherwise",
+        )
+    rows = [_row("dense", 1.0, model.dense[0], 0.0, dense)]
     for preset in names:
         for share in shares:
             params, cfg, report = pruned(model, dataclasses.replace(how, preset=preset), keep=share)
             found = dict(measure(model.cls, params, cfg, folder)) if measure else {}
-            rows.append(
-                {
-                    "preset": preset,
-                    "keep": share,
-                    "parameters": sizes(params)[0],
-                    "error": report.output_error,
-                    **found,
-                }
-            )
+            rows.append(_row(preset, share, params, report.output_error, found))
     console.print(_table.swept(rows))
     if csv_file is not None:
         with fresh_file(csv_file) as new, new.open("w", newline="", encoding="utf-8") as file:
@@ -75,6 +69,22 @@ def run(
         _style.write(flaxslim.plot_sweep(rows, title=Path(source).name or source), plot)
         messages.print(f"written to {plot}", markup=False)
     return 0
+
+
+_COLUMNS = ("preset", "keep", "parameters", "error")
+
+
+def _row(
+    preset: str, keep: float, params: Any, error: float | None, scores: Mapping[str, float]
+) -> dict[str, Any]:
+    own = (preset, keep, sizes(params)[0], error)
+    return {**dict(zip(_COLUMNS, own, strict=True)), **scores}
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a file is what `--csv` wrote."""
+    with path.open("rb") as file:
+        return file.readline().startswith(",".join(_COLUMNS).encode())
 
 
 def _shares(text: str) -> list[float]:

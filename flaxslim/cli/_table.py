@@ -237,9 +237,10 @@ def step_time(report: Any) -> str | None:
 
 def swept(rows: list[dict[str, Any]]) -> Table:
     """What each preset keeps of a model at each size."""
-    names = [name for name in rows[0] if name not in ("preset", "keep", "parameters")]
+    every = dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in every if name not in ("preset", "keep", "parameters")]
     table = _table("preset", "keep", "parameters", *names)
     for row in rows:
-        numbers = (f"{row[name]:.4g}" for name in names)
+        numbers = (f"{row[name]:.4g}" if name in row else "" for name in names)
         table.add_row(row["preset"], f"{row['keep']:.0%}", f"{row['parameters']:,}", *numbers)
     return table

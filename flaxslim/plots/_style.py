@@ -80,6 +80,8 @@ def write(figure: "Figure", path: Path) -> None:
 
 def check(path: Path) -> None:
     """Raise `FlaxslimError` if no picture can be written there, before hours are spent."""
+    from flaxslim.checkpoint._atomic import check_file
+
     with drawing(1):
         pass
     if path.suffix not in KINDS:
@@ -88,6 +90,12 @@ def check(path: Path) -> None:
         )
     if not path.resolve().parent.is_dir():
         raise TargetError("there is no such folder", path=str(path.resolve().parent))
+    check_file(path, overwrite=True, ours=_is_picture, what="a picture")
+
+
+def _is_picture(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8).startswith((b"\x89PNG", b"<?xml", b"<svg", b"%PDF"))
 
 
 def number(row: Any, name: str, what: str) -> float:

@@ -138,6 +138,8 @@ class Calibration:
             names = ["decoder_attention_mask"] if decodes else ["attention_mask"]
             if "decoder" not in path:
                 names.append("decoder_attention_mask")
+            if "pixel_values" in batch and _of_images(path, batch):
+                names = []  # however many patches there are
             masks = [_of_positions(batch[name], name) for name in names if name in batch]
         front = 1 if steps else 0
         own = tuple(lead[front:])
@@ -258,6 +260,11 @@ class Calibration:
                 parts += [_product(x, y), y.sum(1), _product(y, y)]
             total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
         return total
+
+
+def _of_images(path: str, batch: Mapping[str, Any]) -> bool:
+    """Whether a layer reads images, of a model that reads texts too."""
+    return "vision" in path or ("decoder" not in path and "input_ids" not in batch)
 
 
 def _of_positions(mask: Any, name: str) -> Any:

@@ -94,10 +94,15 @@ class Distance:
         return (weights * (x - y) ** 2).sum() / ((weights * (y - mean) ** 2).sum() + 1e-9)
 
     def _divergence(self, x: Any, y: Any, batch: Any, path: str) -> Any:
-        """Kullback-Leibler of the probabilities, nats for each position that counts."""
+        """Kullback-Leibler of the probabilities, nats for each position that counts.
+
+        As sum p (r + exp(-r) - 1), r = log(p / q), which is the same for p and q that sum to 1: no
+        term is negative, where those of sum p r cancel to less than float32 can tell.
+        """
         weights = self._weights(x, batch, path)
         x, y = (jnp.where(weights[..., None] > 0, z.astype(jnp.float32), 0) for z in (x, y))
         ours, theirs = (jax.nn.log_softmax(z) for z in (x, y))
-        return (weights * (jnp.exp(theirs) * (theirs - ours)).sum(-1)).sum() / jnp.maximum(
-            weights.sum(), 1
-        )
+        p, q, r = jnp.exp(theirs), jnp.exp(ours), theirs - ours
+        small = jnp.where(abs(r) < 1, r, 0)
+        terms = jnp.where(abs(r) < 1, p * (small + jnp.expm1(-small)), p * (r - 1) + q)
+        return (weights * terms.sum(-1)).sum() / jnp.maximum(weights.sum(), 1)

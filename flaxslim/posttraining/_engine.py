@@ -157,15 +157,17 @@ class Engine:
 
     def _effect(self, ranking: Ranking, own: Any) -> float:
         """By trying: a quarter of the units of this site alone goes, and it is refitted."""
-        site = ranking.site
-        if self.distance is None or count_of(site) < 2:
+        site, count = ranking.site, count_of(ranking.site)
+        if self.distance is None or count < 2:
             return 1.0
         apart = dataclasses.replace(self, biases={})
-        new, error, _ = apart._compensated(site, own, ranking.kept(-(-count_of(site) * 3 // 4)))
+        kept = ranking.kept(min(-(-count * 3 // 4), count - 1))
+        new, error, _ = apart._compensated(site, own, kept)
         if error <= _NOTHING:
             return 1.0
         batches = (split(self.calibration)[1] or self.calibration.batches)[:_TRIED]
-        return self.distance.mean(_tree.replace(self.dense, new), self.dense, batches) / error
+        found = self.distance.mean(_tree.replace(self.dense, new), self.dense, batches)
+        return max(found, _NOTHING) / error  # or more would go than the budget asks for
 
     def _by_masks(self, sites: Sequence[Site]) -> dict[str, Ranking]:
         count = len(self.calibration.batches)

@@ -41,7 +41,7 @@ from flaxslim.posttraining._latency import default_cache
 from flaxslim.posttraining._method import PRESETS, REFERENCES, Method
 from flaxslim.posttraining._rank import Ranking
 from flaxslim.posttraining._report import Report, Row
-from flaxslim.posttraining._tune import split, tune
+from flaxslim.posttraining._tune import check_tunable, split, tune
 from flaxslim.specs import chosen
 
 _log = logging.getLogger("flaxslim")
@@ -195,6 +195,8 @@ def zero(
     calibration = Calibration(
         function_of(model, params, cfg), batches, params=tree, mask=mask, kept=kept
     )
+    if method.tune is not None:
+        check_tunable(calibration)
     ordered = _in_order(sites, calibration)
     distance = Distance(calibration, ordered, cfg, loss)
     engine = Engine(

@@ -1,6 +1,6 @@
 """Token ids of calibration texts, as the inputs of a model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +132,12 @@ def takes(cfg: Any, name: str) -> bool:
     return name in inspect.signature(call).parameters
 
 
-def check(batches: Sequence[dict[str, np.ndarray]], cfg: Any, source: str) -> None:
+def check(batches: Sequence[Mapping[str, Any]], cfg: Any, source: str) -> None:
     """Raise `CalibrationError` if the model has no such tokens or no such positions.
 
     JAX does not notice an index beyond a table: it reads another row, or NaN.
     """
-    vocabulary, positions = get(cfg, "vocab_size"), _positions(cfg)
+    vocabulary, longest = get(cfg, "vocab_size"), positions(cfg)
     for batch in batches:
         if (ids := batch.get("input_ids")) is None:
             return
@@ -149,17 +149,18 @@ def check(batches: Sequence[dict[str, np.ndarray]], cfg: Any, source: str) -> No
                 expected=f"from 0 to {vocabulary - 1}, the config's vocab_size",
                 mend="use the tokenizer that the model was trained with",
             )
-        if positions is not None and ids.shape[-1] > positions:
+        if longest is not None and ids.shape[-1] > longest:
             raise CalibrationError(
                 "samples are longer than the model has positions",
                 path=source,
                 seen=f"{ids.shape[-1]} tokens",
-                expected=f"at most {positions}",
-                mend=f"ask for a length of {positions}",
+                expected=f"at most {longest}",
+                mend=f"ask for a length of {longest}",
             )
 
 
-def _positions(cfg: Any) -> int | None:
+def positions(cfg: Any) -> int | None:
+    """How many tokens a model takes at most, if its config says that."""
     value = get(cfg, "max_position_embeddings")
     if not isinstance(value, int) or value <= 0:
         return None

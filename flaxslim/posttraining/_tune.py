@@ -86,11 +86,6 @@ def tune(
     rows of the others stay zero. `only` are the paths of what is a parameter, if not all are.
     """
     fit, held = split(calibration)
-    if not held:
-        raise CalibrationError(
-            "tuning needs a batch that is held out, and there is one batch in all",
-            mend="pass the calibration data in two batches or more, or a preset that does not tune",
-        )
     leaves = _tree.flatten(params)
     free = _free(calibration, leaves, fit[0], only)
     living = masks(sites, alive, lambda site: site.reading)
@@ -153,6 +148,15 @@ def _optimizer(how: Tune, sites: Sequence[Site]) -> optax.GradientTransformation
     top = _RATE / max(map(_outputs, sites)) if how.learning_rate is None else how.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(0.0, top, max(how.steps // 10, 1), how.steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+
+
+def check_tunable(calibration: Calibration) -> None:
+    """Raise `CalibrationError` if nothing would be held out."""
+    if not split(calibration)[1]:
+        raise CalibrationError(
+            "tuning needs a batch that is held out, and there is one batch in all",
+            mend="pass the calibration data in two batches or more, or a preset that does not tune",
+        )
 
 
 def split(calibration: Calibration) -> tuple[list[Any], list[Any]]:

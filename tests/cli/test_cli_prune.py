@@ -129,6 +129,61 @@ def test_sweep(run, folder, texts, tmp_path):
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_pytorch_names_stay_what_they_are(run, folder, texts, tmp_path):
+    dense = flaxslim.load(folder)
+    source = flaxslim.save(tmp_path / "torch", *dense, like=folder, format="torch")
+    result = run(*_prune_command(source, tmp_path / "out", texts, "--keep", 0.5))
+    assert result.code == 0, result.err
+    other = run(*_prune_command(folder, tmp_path / "flax", texts, "--keep", 0.5))
+    assert other.code == 0, other.err
+    assert read(tmp_path / "out").naming == "torch"
+    mine, theirs = (flatten(flaxslim.load(tmp_path / name)[0]) for name in ("out", "flax"))
+    assert mine.keys() == theirs.keys()
+    for path, leaf in theirs.items():
+        np.testing.assert_allclose(mine[path], leaf, rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def _sweep(run: Any, folder: Path, texts: Path, *more: Any) -> Any:
+    return run("sweep", *_common(folder, texts), "--keep", 0.5, "--presets", "magnitude", *more)
+
+
+def test_a_table_replaces_only_a_table(run, folder, texts, tmp_path):
+    mine = tmp_path / "mine.csv"
+    shutil.copy(texts, mine)
+    refused = _sweep(run, folder, texts, "--csv", mine)
+    assert refused.code == 1
+    assert "something else than a table of a sweep" in refused.err
+    assert mine.read_bytes() == texts.read_bytes()
+    (tmp_path / "mine.png").write_text("notes")
+    refused = _sweep(run, folder, texts, "--plot", tmp_path / "mine.png")
+    assert refused.code == 1
+    mine.write_text("preset,keep,parameters,error\ndense,1.0,9,0.0\n")
+    assert _sweep(run, folder, texts, "--csv", mine).code == 0
+    assert "magnitude" in mine.read_text()
+
+
+def test_metrics_of_odd_names_and_values(run, folder, texts, tmp_path, monkeypatch):
+    (tmp_path / "odd.py").write_text(
+        "def error(params, cfg):\n    return 1\n"
+        "def some(params, cfg):\n    wide = cfg.intermediate_size > 40\n"
+        "    return {'same': 1, 'dense' if wide else 'pruned': float('nan')}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    refused = _sweep(run, folder, texts, "--evaluate", "odd:error")
+    assert refused.code == 1
+    assert "the name of another column" in refused.err
+    swept = _sweep(run, folder, texts, "--evaluate", "odd:some", "--csv", tmp_path / "some.csv")
+    assert swept.code == 0, swept.err
+    assert "same,dense,pruned" in (tmp_path / "some.csv").read_text()
+    more = ["--keep", 0.5, "--evaluate", "odd:some"]
+    assert run(*_prune_command(folder, tmp_path / "out", texts, *more)).code == 0
+    text = (tmp_path / "out" / "flaxslim.json").read_text()
+    json.loads(text, parse_constant=pytest.fail)
+    page = tmp_path / "page.html"
+    assert run("report", tmp_path / "out", "--html", page).code == 0
+    assert "nan" in page.read_text()
+
+
 def test_after_ctrl_c_the_same_command_goes_on(run, folder, texts, tmp_path, monkeypatch):
     def interrupt(*arguments: Any, **more: Any) -> None:
         raise KeyboardInterrupt

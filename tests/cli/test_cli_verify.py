@@ -86,6 +86,9 @@ def test_another_config_is_seen_layer_by_layer_too(run, flax_folder, copied):
     assert run("verify", flax_folder, out, "--by-layer").code == 0
     values = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**values, "layer_norm_eps": 0.5}))
+    both = run("verify", flax_folder, out, "--by-layer", "--whole")
+    assert "exclude each other" in both.err
+    assert both.code == 1
     result = run("verify", flax_folder, out, "--by-layer")
     assert result.code == NOT_PROVEN
     assert "layer_norm_eps" in result.out

@@ -380,6 +380,13 @@ def test_language_learns_from_the_tokens_that_count(tmp_path):
         np.put_along_axis(one, np.roll(task.test["input_ids"], -1, 1)[..., None], 1e3, 2)
     known = task.evaluate(lambda inputs: (one[: len(inputs["input_ids"])],), 3)
     assert known["perplexity"] == pytest.approx(1)
+    from transformers import GPT2Config
+
+    few, short = GPT2Config(vocab_size=2), GPT2Config(n_positions=9)
+    for told, cfg in (("vocabulary", few), ("positions", short)):
+        with pytest.raises(FlaxslimError, match=told):
+            task.check(cfg)
+    task.check(GPT2Config(vocab_size=9, n_positions=10))
     with pytest.raises(FlaxslimError, match="no array c_ids") as caught:
         Language.load(LanguageData(tokens=path, train="c"), None)
     assert "a_ids" in str(caught.value)

@@ -64,6 +64,12 @@ class Task(abc.ABC):
         """Which tokens count in distillation; None for all, or where there are none."""
         return batch.get("attention_mask")
 
+    def check(self, cfg: Any) -> None:
+        """Raise `CalibrationError` if a model of this config cannot read the data."""
+        from flaxslim.posttraining._tokens import check
+
+        check([self.example()], cfg, "data")
+
     # --- all of them --------------------------------------------------------------------------
 
     @abc.abstractmethod

@@ -11,6 +11,7 @@ import numpy as np
 from flaxslim.cli._kinds import Count
 from flaxslim.cli._tasks import Batch, Forward, Logits, Task, in_parts, in_rounds, over_all
 from flaxslim.errors import CorruptFileError, nearest
+from flaxslim.posttraining._tokens import check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,10 @@ class Language(Task):
             logits[0][:, :-1], batch["input_ids"][:, 1:]
         )
         return (losses * counted).sum() / counted.sum()
+
+    def check(self, cfg: Any) -> None:
+        for own in (self.train, self.test):
+            check([dict(own)], cfg, "data.tokens")
 
     def batches(self, size: int, rng: Any) -> Iterator[Batch]:
         for rows in in_rounds(len(self.train["input_ids"]), size, rng):
