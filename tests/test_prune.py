@@ -463,6 +463,13 @@ def test_steps_of_a_scan_are_masked_as_their_samples_are():
     assert reports[0].positions == 4 * 16 * 3 * 3
 
 
+def test_what_is_held_out_counts_as_data_too():
+    net = mlp()
+    _, _, tuned = pruned(net, method=Method(tune=QUICK))
+    _, _, plain = pruned(net)
+    assert tuned.positions == plain.positions
+
+
 def test_of_a_single_batch_no_ridge_is_chosen():
     net = mlp()
     (x,) = data = batches(net, count=1, size=64)

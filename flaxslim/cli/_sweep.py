@@ -16,6 +16,8 @@ from flaxslim.errors import BudgetError, CalibrationError, TargetError
 from flaxslim.plots import _style
 from flaxslim.posttraining._prune import method_of
 
+_COLUMNS = ("preset", "keep", "parameters", "error")
+
 
 def run(
     source: str,
@@ -69,9 +71,6 @@ def run(
         _style.write(flaxslim.plot_sweep(rows, title=Path(source).name or source), plot)
         messages.print(f"written to {plot}", markup=False)
     return 0
-
-
-_COLUMNS = ("preset", "keep", "parameters", "error")
 
 
 def _row(

@@ -39,6 +39,12 @@ class Seen:
         fit, held = self.fit[path], self.held[path]
         return fit if held is fit else [a.joined(b) for a, b in zip(fit, held, strict=True)]
 
+    def positions(self, path: str) -> int:
+        """How many were read at a site, of all batches; of its rows the most."""
+        fit, held = self.fit[path], self.held[path]
+        both = zip(fit, held, strict=True)
+        return max(a.count + (0 if held is fit else b.count) for a, b in both)
+
     def pop(self, path: str) -> "Seen":
         """Those of one site, which are no longer held here."""
         fit = self.fit.pop(path)

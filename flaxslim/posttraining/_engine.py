@@ -136,7 +136,7 @@ class Engine:
                 if path in self.gradients and site.tied is None:
                     ranking = _fisher.rearranged(ranking, self.gradients[path], counts[path])
                 kept = ranking.kept(counts[path])
-                self.positions = max(self.positions, *(m.count for m in own[2]))
+                self.positions = max(self.positions, seen.positions(path))
                 new, measured, ridge = self._compensated(site, own, kept)
                 tree = _tree.replace(tree, new)
                 self.alive[path] = alive_of(site, kept)
