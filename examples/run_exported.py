@@ -1,4 +1,4 @@
-"""What runs a file of `flaxslim export`: jax and safetensors, without transformers and flax.
+"""What runs a file of `flaxslim export`: jax, safetensors and flatbuffers; no more.
 
 flaxslim export path/to/folder model.jaxexport
 python examples/run_exported.py model.jaxexport

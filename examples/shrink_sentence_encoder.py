@@ -3,7 +3,7 @@
     python examples/shrink_sentence_encoder.py path/to/sentence-encoder texts.txt [OUT]
 
 `texts.txt` are a few hundred sentences, one a line, of the kind that the encoder will see; a tab
-separated table like that of the STS benchmark will do too (`--fields`, see FIELDS below). No label
+separated table like that of the STS benchmark will do too (edit FIELDS below). No label
 is needed. The encoder is any BERT, such as sentence-transformers/all-MiniLM-L6-v2.
 """
 

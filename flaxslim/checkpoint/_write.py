@@ -67,7 +67,8 @@ def save(
             is the text of the model card's section.
         shard_size: bytes that a weight file may have, but for a single tensor that has more. By
             default weights in shards stay in shards, of at most 5 GB or the largest one of `like`,
-            unless one shard is enough, and what is in one file stays in one.
+            unless one shard is enough, and what is in one file stays in one. What is converted, or
+            comes without `like`, is in shards of 5 GB.
 
     Leaves may be lazy (`read(..., lazy=True)`, and what `apply` makes of these): then no more than
     some rows of a few tensors are in memory. In a job of several processes each of them calls this,

@@ -15,7 +15,7 @@ EXIT_CODES = """exit codes:
   0    done
   1    an error; the message says what to do
   2    the command line itself is wrong
-  3    nothing is dead, so nothing was written
+  3    nothing can go, so nothing was written
   4    the two models are not proven equal, so nothing was written
   130  stopped by Ctrl-C; what stands at the target is whole, old or new
 

@@ -125,7 +125,7 @@ def slim(
     """Cut the dead channels of a checkpoint, prove that it computes the same, and write it to OUT.
 
     The result loads in the stock classes, with --width per_layer by flaxslim.from_pretrained.
-    Nothing is written when nothing is dead (exit code 3) or when the proof fails (exit code 4).
+    Nothing is written when nothing can go (exit code 3) or when the proof fails (exit code 4).
     Example: flaxslim slim path/to/folder smaller --width per_layer --heads
     """
     from flaxslim.cli import _slim
@@ -209,7 +209,7 @@ def families() -> int:
 def run(
     recipe: Annotated[
         Positional[str],
-        arg(metavar="RECIPE", help="a TOML file, or the name of one that is shipped: digits"),
+        arg(metavar="RECIPE", help="a TOML file, or the name of a shipped one, such as digits"),
     ],
     *,
     set: Annotated[
@@ -335,7 +335,8 @@ def export(
     """Write a checkpoint, dense or slimmed, as a file that runs without transformers and Flax.
 
     FILE holds the parameters (it is a safetensors file) and, as StableHLO by jax.export, what the
-    class computes. A dozen lines with jax and safetensors load it: see docs/guides/serving.md.
+    class computes. A dozen lines with jax, safetensors and flatbuffers load it: see
+    docs/guides/serving.md.
     Numbers in place of symbolic sizes give programs that a compiler can make more of, and serve
     classes that cannot be traced without numbers.
     Example: flaxslim export smaller model.jaxexport --batch 1,8 --length 128

@@ -57,7 +57,7 @@ Fields = Annotated[
 ]
 Samples = Annotated[int, arg(help="how many of them to use")]
 Length = Annotated[int, arg(help="tokens of a sample at most; of each window for causal models")]
-BatchSize = Annotated[int, arg(help="samples of a batch; latency is measured at one")]
+BatchSize = Annotated[int, arg(help="samples of a batch; latency is that of one such batch")]
 Packed = Annotated[
     Literal["auto", "yes", "no"],
     arg(

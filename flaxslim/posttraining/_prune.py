@@ -76,8 +76,8 @@ def prune(
         outputs`, pure, which is called with parameters of the dense shapes, and of smaller ones
         for a budget of FLOPs or time. May be left out for an nnx module.
       batches: calibration data, some hundred samples: pytrees of arrays whose first axis counts
-        samples, such as dicts of `input_ids` and `attention_mask`. By one in four ridges are chosen
-        and tuning is stopped; only tuning never learns from it.
+        samples, such as dicts of `input_ids` and `attention_mask`. By one in four ridges are
+        chosen, and by half of these tuning is stopped, which never learns from them.
       keep: the share of the channels that stays at each site, above 0 and up to 1; by axis
         `{"f": 0.7, "h": 0.75}`.
       budget: or what all of the model may cost (`flaxslim.Budget`).
