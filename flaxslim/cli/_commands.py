@@ -5,7 +5,7 @@
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -154,7 +154,9 @@ def slim(
     )
 
 
-def _way(by_layer: bool, whole: bool, *, verify: bool = True) -> Any:
+def _way(
+    by_layer: bool, whole: bool, *, verify: bool = True
+) -> Literal["by-layer", "whole", "auto"]:
     """How the proof goes, by flags of which one at most is given."""
     given = {"--no-verify": not verify, "--by-layer": by_layer, "--whole": whole}
     if len(flags := [flag for flag, is_given in given.items() if is_given]) > 1:

@@ -109,31 +109,32 @@ def _model(cls: Any, params: Any, cfg: Any) -> Callable[..., Any]:
 
 
 def _language_model(cls: Any, params: Any, cfg: Any) -> Callable[[Mapping[str, Any]], Any]:
-    """The logits of each next token, `(b, t, v)`, of a class that puts out such.
-
-    A text of the first batch is run again with another second half: the first must not know.
-    """
-    run, seen = _model(cls, params, cfg), False
+    """The logits of each next token, `(b, t, v)`, of a causal class that puts out such."""
+    run, checked = _model(cls, params, cfg), False
 
     def logits(batch: Mapping[str, Any]) -> Any:
-        nonlocal seen
-        ids, found = np.asarray(batch["input_ids"]), getattr(run(batch), "logits", None)
-        if found is None or found.ndim != 3 or found.shape[:2] != ids.shape:
+        nonlocal checked
+        found = getattr(run(batch), "logits", None)
+        if found is None or found.ndim != 3 or found.shape[:2] != batch["input_ids"].shape:
             raise _no_language_model("puts out no logits of tokens", cls)
-        if not seen:
-            seen = True
-            mask = np.asarray(batch.get("attention_mask", np.ones_like(ids)))
-            row = int(mask.sum(1).argmax())
-            half = int(mask[row].sum()) // 2
-            other = ids.copy()
-            other[row, half:] = ids[row, half:] == 0
-            again = run({**batch, "input_ids": other}).logits
-            first, again = found[row, :half], again[row, :half]
-            if half and abs(first - again).max() > 1e-6 * abs(first).max():
-                raise _no_language_model("sees the token that it is asked for", cls)
+        if not checked and not _is_causal(run, batch, found):
+            raise _no_language_model("sees the token that it is asked for", cls)
+        checked = True
         return found
 
     return logits
+
+
+def _is_causal(run: Callable[..., Any], batch: Mapping[str, Any], logits: Any) -> bool:
+    """Whether the first half of a text knows nothing of the second: it is run with another one."""
+    ids = np.asarray(batch["input_ids"])
+    mask = np.asarray(batch.get("attention_mask", np.ones_like(ids)))
+    row = int(mask.sum(1).argmax())
+    half = int(mask[row].sum()) // 2
+    other = ids.copy()
+    other[row, half:] = ids[row, half:] == 0
+    first, again = logits[row, :half], run({**batch, "input_ids": other}).logits[row, :half]
+    return not (half and abs(first - again).max() > 1e-6 * abs(first).max())
 
 
 def _no_language_model(why: str, cls: Any) -> CalibrationError:
@@ -181,8 +182,7 @@ def _in_pairs(samples: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any
 
 def _longest(cfg: Any) -> int:
     """The tokens that a model takes at most, as far as its config says."""
-    names = ("max_position_embeddings", "n_positions", "seq_length")
-    own = [positions(cfg), *(getattr(cfg, name, None) for name in names)]
+    own = (positions(cfg), *(getattr(cfg, name, None) for name in ("n_positions", "seq_length")))
     return min(int(n or 2048) for n in own)
 
 

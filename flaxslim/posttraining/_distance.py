@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxslim import _config
+from flaxslim._divergence import divergence
 from flaxslim._spec import Site
 from flaxslim.posttraining._calibration import Calibration
 
@@ -94,15 +95,8 @@ class Distance:
         return (weights * (x - y) ** 2).sum() / ((weights * (y - mean) ** 2).sum() + 1e-9)
 
     def _divergence(self, x: Any, y: Any, batch: Any, path: str) -> Any:
-        """Kullback-Leibler of the probabilities, nats for each position that counts.
-
-        As sum p (r + exp(-r) - 1), r = log(p / q), which is the same for p and q that sum to 1: no
-        term is negative, where those of sum p r cancel to less than float32 can tell.
-        """
+        """Kullback-Leibler of the probabilities, nats for each position that counts."""
         weights = self._weights(x, batch, path)
         x, y = (jnp.where(weights[..., None] > 0, z.astype(jnp.float32), 0) for z in (x, y))
         ours, theirs = (jax.nn.log_softmax(z) for z in (x, y))
-        p, q, r = jnp.exp(theirs), jnp.exp(ours), theirs - ours
-        small = jnp.where(abs(r) < 1, r, 0)
-        terms = jnp.where(abs(r) < 1, p * (small + jnp.expm1(-small)), p * (r - 1) + q)
-        return (weights * terms.sum(-1)).sum() / jnp.maximum(weights.sum(), 1)
+        return (weights * divergence(theirs, ours)).sum() / jnp.maximum(weights.sum(), 1)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from flaxslim._divergence import divergence
 from flaxslim.errors import TrainingError
 
 # Logits over the positions of a sequence: what is masked is no answer, whoever asks.
@@ -159,10 +160,8 @@ def _divergence(name: str, student: Any, teacher: Any, temperature: Any, mask: A
         z, target = jnp.where(mask, z, lowest), jnp.where(mask, target, lowest)
     elif mask is not None and (name in _SPANS or student.ndim > mask.ndim):
         raise _misfit(name, student.shape, mask.shape)
-    q, p = jax.nn.log_softmax(z), jax.nn.log_softmax(target)
-    # Where the teacher says never, as a model's own mask of -inf does, the difference may be NaN.
-    terms = jnp.where(jnp.exp(p) > 0, jnp.exp(p) * (p - q), 0)
-    return temperature**2 * _mean(terms.sum(axis=-1), counted)
+    found = divergence(jax.nn.log_softmax(target), jax.nn.log_softmax(z))
+    return temperature**2 * _mean(found, counted)
 
 
 # --- hidden states ----------------------------------------------------------------------------

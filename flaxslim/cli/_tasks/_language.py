@@ -67,8 +67,7 @@ class Language(Task):
         return (losses * counted).sum() / counted.sum()
 
     def check(self, cfg: Any) -> None:
-        for own in (self.train, self.test):
-            check([dict(own)], cfg, "data.tokens")
+        check([self.train, self.test], cfg, "data.tokens")
 
     def batches(self, size: int, rng: Any) -> Iterator[Batch]:
         for rows in in_rounds(len(self.train["input_ids"]), size, rng):
