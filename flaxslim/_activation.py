@@ -13,6 +13,7 @@ import difflib
 import functools
 import math
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,7 @@ def _elu(x: np.ndarray, alpha: float = 1.0) -> np.ndarray:
 
 # The names of transformers' ACT2FN that mean the same function in Flax and in PyTorch.
 ACTIVATIONS: dict[str, Activation] = {
+    "celu": _elu,
     "elu": _elu,
     "gelu": _gelu,
     "gelu_python": _gelu,
@@ -74,6 +76,17 @@ ACTIVATIONS: dict[str, Activation] = {
     "tanh": np.tanh,
 }
 
+
+# Under these a channel's value depends on the others, so that no rule knows what it puts out.
+_MIXING = re.compile(
+    r"(log_?)?soft(max|min)|sparsemax|hardmax|maxout|glu|standardize|normalize|(layer|group)_?norm",
+    re.IGNORECASE,
+)
+_MIXES = "this activation mixes the channels: without one the others have other values"
+_MEND_MIXING = (
+    "no channel before it can go exactly; of a gated linear unit with two layers (or halves) it is "
+    'gated=True, activation="sigmoid"'
+)
 
 # The names in `jax.nn` that mean another function than they do in transformers.
 _OF_JAX = {"gelu": "gelu_pytorch_tanh"}
@@ -111,7 +124,10 @@ def activation_name(where: str | None, cfg: Any, prefix: str = "") -> str | None
                 mend="cut by a spec of your own without activation= and gated=: then only channels "
                 "that nothing reads go",
             )
-    return value if isinstance(value, str) else default or None
+    name = value if isinstance(value, str) else default or None
+    if name is not None and _MIXING.fullmatch(name):
+        raise ConfigError(_MIXES, path=prefix + key, seen=repr(name), mend=_MEND_MIXING)
+    return name
 
 
 def activation(where: str | None, cfg: Any, prefix: str = "") -> Activation | None:
@@ -139,10 +155,14 @@ def check(where: str | None) -> None:
 
     A name of one's own may stand there, as long as no known one is to be confused with it.
     """
-    if where is not None and where.startswith(("config.", "jax.")):
+    if where is not None and where.startswith("jax."):
+        where = where.removeprefix("jax.")
+    if where is not None and where.startswith("config."):
         where = where.partition(" or ")[2] or None
     if where is None or where in ACTIVATIONS:
         return
+    if _MIXING.fullmatch(where):
+        raise SpecError(_MIXES, seen=f"activation={where!r}", mend=_MEND_MIXING)
     if is_expression(where):
         compiled(where)
     elif difflib.get_close_matches(where, ACTIVATIONS, cutoff=_MISSPELT):

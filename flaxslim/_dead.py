@@ -187,7 +187,7 @@ def evidence(
         foldable=foldable
         and site.second_bias is not None
         and not site.readers
-        and not _windowed(site.second)
+        and _is_read_at_once(site)
         and _values_are_read(site),
     )
 
@@ -198,10 +198,20 @@ def _values_are_read(site: Site) -> bool:
     return names <= {*site.second.axes.names, site.axis(site.first[0])}
 
 
-def _windowed(kernel: Tensor) -> bool:
-    """Whether a kernel reads more than one place at once, some of which may lie beyond an edge."""
-    sizes = kernel.axes.sizes(kernel.shape)
-    return any(size > 1 for name, size in sizes.items() if name in WINDOW)
+def _is_read_at_once(site: Site) -> bool:
+    """Whether the second kernel reads one place only, and no other that may lie beyond an edge.
+
+    The window of a convolution may have any names: an axis of both kernels that is none of the
+    channels, and of which a first bias has no values.
+    """
+    known = {site.pair.axis, site.pair.group, "d", *site.second.axes.stack}
+    known |= {name for bias in site.first_biases if bias is not None for name in bias.axes.names}
+    shared = {name for t in site.first for name in t.axes.names}
+    sizes = site.second.axes.sizes(site.second.shape)
+    return not any(
+        size > 1 and name not in known and (name in WINDOW or name in shared)
+        for name, size in sizes.items()
+    )
 
 
 def with_lora(kernel: Tensor, lora: Mapping[str, list[Tensor]]) -> list[Tensor]:

@@ -193,7 +193,7 @@ def _marked(
 
     def judged(site: Site) -> Marks:
         act = activation(site.pair.activation, cfg, site.pair.config)
-        foldable = not _policy.says(site.pair.fold_unless, site.pair, cfg)
+        foldable = _policy.says(site.pair.fold_unless, site.pair, cfg) is False
         return mark(site, leaves, act, threshold, foldable=foldable)
 
     paths = (site.second.path for site in sites)
@@ -370,6 +370,11 @@ def _notes(
             notes.append(
                 f"{named_too} of {pair.at or pair.second} may stand between its layers: only "
                 "channels that nothing reads were cut"
+            )
+        if _policy.says(pair.fold_unless, pair, cfg) is None:
+            notes.append(
+                f"no config says {pair.config}{str(pair.fold_unless).partition('=')[0]}, under "
+                "which values that are constant are not: none was folded into a bias"
             )
     if any(cut.folded.any() and cut.site.pair.axis == "h" for cut in cuts):
         notes.append(

@@ -110,9 +110,10 @@ class Pair:
       sizes: config expressions of axes whose size does not follow from the shapes, such as
         `{"k": "hidden_size/num_attention_heads"}`.
       fold_unless: a config key (or `key=value`) under which a head with constant values is not
-        constant, since its attention weights do not sum to one.
-      scaled_by: the same for a class that scales heads by their number, so that none can go:
-        `"query_pre_attn_norm=*div_num_heads"`. Values may have wildcards; their case is no matter.
+        constant, since its attention weights do not sum to one. Nor is it where no config says it.
+      scaled_by: the same for a class that scales heads by their number, so that none can go, nor
+        where no config says it: `"query_pre_attn_norm=*div_num_heads"`. Values may have wildcards;
+        their case is no matter.
 
     For the classes that run it (docs/how/layouts.md):
       modules: what the module at a path below `at` calls its sizes:

@@ -19,12 +19,17 @@ from flaxslim._widths import Cluster, Target, need
 WIDTHS = ("uniform", "per_layer")
 
 
-def says(condition: str | None, pair: Pair, cfg: Any) -> bool:
-    """Whether a config says a condition of a pair: `key`, or `key=value` with wildcards."""
+def says(condition: str | None, pair: Pair, cfg: Any) -> bool | None:
+    """Whether a config says a condition of a pair: `key`, or `key=value` with wildcards.
+
+    None if there is no such key, which is no answer.
+    """
     if condition is None:
         return False
     key, _, value = condition.partition("=")
-    said = _config.read(cfg, pair.config + key) if _config.has(cfg, pair.config + key) else None
+    if not _config.has(cfg, pair.config + key):
+        return None
+    said = _config.read(cfg, pair.config + key)
     return fnmatchcase(str(said).lower(), value.lower()) if value else bool(said)
 
 
@@ -72,9 +77,15 @@ def target(
     the widths of other sites, too.
     """
     site = members[0].sites[0]
-    if says(site.pair.scaled_by, site.pair, cfg):
+    if (scaled := says(site.pair.scaled_by, site.pair, cfg)) is not False:
         dead = not all(cluster.living.all() for cluster in members)
         why = f"this class scales its heads by their number ({site.pair.scaled_by}): none can go"
+        if scaled is None:
+            key = site.pair.config + str(site.pair.scaled_by).partition("=")[0]
+            why = (
+                "this class may scale its heads by their number, and then none can go: pass a "
+                f"config that says {key}"
+            )
         return Target(width=site.size), why if dead else None
     if width == "per_layer":
         # Groups of unequal size need a class that carries them, and a config to say them in.

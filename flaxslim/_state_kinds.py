@@ -39,9 +39,22 @@ _MOMENTS = re.compile(
 )
 _GRADIENTS = frozenset({"grad", "grads", "gradient", "gradients", "updates"})
 _STATES = re.compile(r"(.*_)?(opt|optim|optimizer|inner)_?states?")
-_PARAMETERS = re.compile(
-    r"param|ema|model|target|encoder|decoder|teacher|student|online|actor|critic|network|variables"
-    r"|averag|polyak|swa|adapter|lora"
+_LABELLED = "inner_states"  # of optax.multi_transform: below it are names of the caller's
+
+# Words for parameters, and those that go with them. Any other word beside one that does not end
+# the name may say that it is no network: "param_delta", "fisher_ema".
+_NOUNS = re.compile(
+    r".*(params?|parameters?|models?|networks?|encoders?|decoders?|variables|targets?|teachers?"
+    r"|students?|actors?|critics?|adapters?|lora)"
+)
+_AVERAGES = re.compile(r"ema|averag.*|polyak|swa|online")
+_BESIDE = re.compile(
+    r"a|b|avg|best|exponential|fast|final|first|frozen|init|initial|last|momentum|moving|net|new|of"
+    r"|old|policy|running|second|slow|state|the|train|trained|value|weights?"
+)
+_DERIVED = re.compile(
+    r"deltas?|diffs?|updates?|fisher|sq|squared?s?|controls?|var|variances?|hessians?|errors?"
+    r"|importances?|corrections?|noise|masks?"
 )
 
 
@@ -74,10 +87,13 @@ def _kind(path: str, fields: Mapping[str, type], paths: Collection[str], *, fold
     """From the outside in: what is further in knows better, until a place is final."""
     names = path.split("/") if path else []
     alone = Kind.PARAMETERS if fold else Kind.STATE
-    if all(name.isdigit() for name in names):  # a copy alone, or in a list of the caller's
-        return alone
+    if all(name.isdigit() for name in names):  # a copy alone, or in a list of the caller's,
+        first = min(p for p in paths if all(name.isdigit() for name in p.split("/") if p))
+        return alone if path == first else Kind.UNKNOWN  # where another may be of gradients
     kind, wrapped = Kind.UNKNOWN, False
     for i, name in enumerate(names):
+        if i and names[i - 1] == _LABELLED:
+            continue
         cls = fields.get("/".join(names[: i + 1]))
         if cls is optax.EmaState and kind is not Kind.STATE:
             # It averages updates in a chain; elsewhere it was fed parameters, or it is alone.
@@ -116,6 +132,21 @@ def _of_name(name: str, *, in_state: bool) -> tuple[Kind, bool] | None:
         return Kind.STATE, False
     if in_state:  # where "params" alone is the collection of a moment, and "model" a layer
         return (Kind.PARAMETERS, True) if "param" in name and name != "params" else None
-    if bool(_PARAMETERS.search(name)) == gradients:  # neither, or both ("no_grad_params")
-        return (Kind.UNKNOWN, False) if gradients else None
-    return (Kind.STATE, True) if gradients else (Kind.PARAMETERS, False)
+    if gradients:  # or a network: "no_grad_params"
+        return (Kind.UNKNOWN, False) if _is_network(name) else (Kind.STATE, True)
+    return (Kind.PARAMETERS, False) if _is_network(name) else None
+
+
+def _is_network(name: str) -> bool:
+    """Whether a name says that there are parameters.
+
+    >>> [_is_network(name) for name in ("ema_params", "unet_model", "params_ema", "slow")]
+    [True, True, True, False]
+    >>> [_is_network(name) for name in ("param_delta", "fisher_ema", "ema_of_squares")]
+    [False, False, False]
+    """
+    words = re.findall(r"[a-z]+", name)
+    others = [w for w in words if not _NOUNS.fullmatch(w) and not _AVERAGES.fullmatch(w)]
+    if len(others) == len(words) or any(_DERIVED.fullmatch(word) for word in words):
+        return False
+    return bool(_NOUNS.fullmatch(words[-1])) or all(_BESIDE.fullmatch(word) for word in others)

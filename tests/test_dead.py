@@ -763,6 +763,18 @@ def test_a_constant_is_not_folded_through_a_window_which_may_reach_beyond_an_edg
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", ["x y", "h w"])
+def test_whatever_the_axes_of_the_window_are_called(window):
+    tree = {
+        "up": {"kernel": np.ones((3, 3, 2, 4))},  # with a bias, its shape would betray the names
+        "down": {"kernel": np.ones((3, 3, 4, 2)), "bias": np.zeros(2)},
+    }
+    tree["up"]["kernel"][..., 1] = 0  # sigmoid(0) = 0.5, but for what is padded
+    pair = Pair(first="up", second="down", activation="sigmoid", first_axes=f"{window} d f")
+    pair = dataclasses.replace(pair, second_axes=f"{window} f d")
+    assert plan(tree, spec=Spec(name="CONVS", pairs=pair)).removed == 0
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_what_stands_between_the_layers_leaves_only_what_nothing_reads(gated):
     """A norm's bias makes something of a channel that is zero before it."""

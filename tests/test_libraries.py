@@ -199,6 +199,7 @@ _MAXTEXT = {
     "base_moe_mlp_dim": 7,
     "base_num_query_heads": 6,
     "base_num_kv_heads": 3,
+    "attention_sink": False,
     "mlp_activations": ["silu", "linear"],
 }
 _MHA = {**_MAXTEXT, "base_num_kv_heads": 6}
@@ -282,7 +283,8 @@ def _all_maxtext() -> Iterator[tuple[str, Library]]:
 
 
 def _others() -> Iterator[tuple[str, Library]]:
-    gemma = {"hidden_dim": 7, "num_heads": 6, "num_kv_heads": 3}
+    gemma: dict[str, Any] = {"hidden_dim": 7, "num_heads": 6, "num_kv_heads": 3}
+    gemma["query_pre_attn_norm"] = "BY_ONE_OVER_SQRT_HEAD_DIM"
     for axes, einsum in (("2 f d", "td,pfd->ptf"), ("2 d f", "td,pdf->ptf")):
         yield (
             f"gemma {axes}",
@@ -628,8 +630,12 @@ def test_sinks_go_with_their_heads_and_forbid_folds():
     small, cfg = slim(tree, with_sinks, library.spec)
     assert (cfg["base_num_query_heads"], cfg["base_num_kv_heads"]) == (4, 4)
     assert small[f"{root}/sinks"].T.tolist() == [[6, 9, 12, 15], [1, 4, 10, 13], [2, 5, 8, 17]]
-    (cut,) = plan(tree, {**library.cfg, "attention_sink": False}, library.spec).cuts
+    (cut,) = plan(tree, library.cfg, library.spec).cuts
     assert dict(cut.rules) == {"i": 6, "iv": 2}
+    del with_sinks["attention_sink"]
+    silent = plan(tree, with_sinks, library.spec)
+    assert dict(silent.cuts[0].rules) == {"i": 6}
+    assert "no config says attention_sink" in str(silent)
 
 
 def test_a_class_that_shares_its_width_out_among_the_heads_is_told_of():
@@ -840,3 +846,6 @@ def test_heads_that_are_scaled_by_their_number_stay(value, width):
             slim(tree, cfg, GEMMA_DEEPMIND_HEADS, width=width)
     else:
         assert (made.removed, made.blocked) == (2, ())
+    del cfg["query_pre_attn_norm"]
+    with pytest.raises(WidthError, match="pass a config that says query_pre_attn_norm"):
+        slim(tree, cfg, GEMMA_DEEPMIND_HEADS, width=width)

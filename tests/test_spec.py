@@ -654,7 +654,25 @@ def test_a_name_that_is_misspelt_is_refused(name):
     assert "x * tanh(log1p(exp(x)))" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["mish", "jax.nn", "config.hidden_act", "jax.config.acts", None])
+@pytest.mark.parametrize(
+    "name", ["softmax", "jax.log_softmax", "Sparsemax", "glu", "config.act or softmax"]
+)
+def test_an_activation_that_mixes_the_channels_is_refused(name):
+    with pytest.raises(SpecError, match="mixes the channels"):
+        Pair(first="up", second="down", activation=name)
+
+
+@pytest.mark.parametrize("name", ["softmax", ["glu", "linear"]])
+def test_so_is_one_that_the_config_says(name):
+    tree = {"up": {"kernel": np.ones((2, 3))}, "down": {"kernel": np.diag([1.0, 0.0, 1.0])}}
+    spec = Spec(name="MLP", pairs=Pair(first="up", second="down", activation="config.act"))
+    with pytest.raises(ConfigError, match="mixes the channels"):
+        plan(tree, {"act": name}, spec)
+
+
+@pytest.mark.parametrize(
+    "name", ["mish", "jax.celu", "jax.nn", "config.hidden_act", "jax.config.acts", None]
+)
 def test_names_of_activations_are_left_alone(name):
     assert Pair(first="up", second="down", activation=name).activation == name
 

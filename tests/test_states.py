@@ -357,7 +357,7 @@ AVERAGES: dict[str, Callable[[Any], Any]] = {
     "optax.ema": lambda p: {"params": p, "ema": optax.EmaState(jnp.ones(()), slower(p))},
     "optax.ema alone": lambda p: optax.EmaState(jnp.ones(()), slower(p)),
     "optax.ema of updates": lambda p: (p, (optax.EmaState(jnp.ones(()), moment(p)),)),
-    "list": lambda p: [p, slower(p), {"grads": moment(p), "mu": moment(p)}],
+    "list": lambda p: [p, {"ema": slower(p), "grads": moment(p), "mu": moment(p)}],
     "optimizer": lambda p: {"optimizer": {"target": p, "state": (optax.TraceState(moment(p)),)}},
     "alone": slower,
 }
@@ -487,6 +487,12 @@ STATES: dict[str, Callable[[Any], Any]] = {
         "opt_state": {"ema": optax.EmaState(jnp.ones(()), held(p)), "b": optax.EmptyState()}
     },
     "model in a state": lambda p: {"opt_state": {"m": {"model": held(p)}}},
+    "a label of the caller's": lambda p: {
+        "opt_state": optax.MultiTransformState({"all_params": optax.TraceState(held(p))})
+    },
+    "a label, its type lost": lambda p: {
+        "opt_state": {"inner_states": {"all_params": {"inner_state": {"mu": held(p)}}}}
+    },
 }
 
 
@@ -519,6 +525,9 @@ UNKNOWN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a word that contains another": (lambda p: {"params": p, "upgraded": slower(p)}, "upgraded"),
     "two words": (lambda p: {"no_grad_params": slower(p)}, "no_grad_params"),
     "field": (lambda p: Strange(slower(p)), "thing"),
+    "in a list": (lambda p: (p, held(p)), "1"),
+    "changes of parameters": (lambda p: {"params": p, "param_delta": held(p)}, "param_delta"),
+    "averages of something": (lambda p: {"params": p, "fisher_ema": held(p)}, "fisher_ema"),
     "optax.ema in a bare chain": (lambda p: (of_updates(p), optax.EmptyState()), "0/ema"),
     "optax.ema beside an optimizer": (lambda p: (optax.adam(1.0).init(p), fed(p)), "1/ema"),
     "optax.ema in a dict": (lambda p: {"adam": optax.EmptyState(), "ema": fed(p)}, "ema/ema"),
