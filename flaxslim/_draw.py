@@ -1,28 +1,25 @@
 """`plan`: find the dead channels of a model, and choose which stay under a width policy."""
 
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from flaxslim import _bits, _config, _multiples, _policy, _processes, _record, _resize, _widths
+from flaxslim import _bits, _multiples, _policy, _processes, _record, _refused, _resize, _widths
 from flaxslim._activation import activation, activation_name, named
+from flaxslim._config import Width
 from flaxslim._dead import RULES, Marks, mark
 from flaxslim._lazy import Lazy
 from flaxslim._nnx import modules
 from flaxslim._plan import Cut, Plan, channels
-from flaxslim._scales import beside, companions
+from flaxslim._scales import beside
 from flaxslim._spec import Site, SpecLike
 from flaxslim._tree import flatten
 from flaxslim.errors import (
     ConfigError,
-    IncompletePairError,
     PlanError,
     SiteShapeError,
-    UnsupportedDtypeError,
-    WidthError,
 )
 from flaxslim.specs import chosen
 
@@ -103,13 +100,14 @@ def draw(
     `beside` are other arrays that will be cut by it, by the paths of the parameters; of these only
     the shardings count.
     """
-    _check_arguments(width, multiple_of, threshold)
+    _refused.check_arguments(width, multiple_of, threshold)
     found = chosen(spec, cfg)
     sites, unmatched = found.bind(params, cfg)
     leaves = flatten(params)
+    _refused.refuse_states(params, sites)
     _processes.agree(leaves.values())
     _widths.check_entries(multiple_of, sites)
-    _refuse_quantised(sites, cfg, leaves)
+    _refused.refuse_quantised(sites, cfg, leaves)
     in_nnx = any(modules(params))
     sized = cfg is not None or not in_nnx
     shared = frozenset[str]()
@@ -118,7 +116,7 @@ def draw(
         shared = _resize.shared_keys(found, sites, params, cfg)
 
     marks = _marked(sites, leaves, cfg, threshold)
-    _refuse_unnamed_biases(sites, leaves, marks)
+    _refused.refuse_unnamed_biases(sites, leaves, marks)
     asked = {site.second.path: _multiples.on_mesh(site, leaves, beside) for site in sites}
     cuts: dict[str, Cut] = {}
     blocked: list[str] = []
@@ -152,6 +150,23 @@ def draw(
     )
     _processes.agree_on(made, leaves.values())
     return made
+
+
+def check_whole(plan: Plan, params: Any, cfg: Any) -> None:
+    """Raise `PlanError` if a plan, made for a smaller model, knows only some of the layers."""
+    sizes = [expression for pair in plan.spec for expression in pair.sizes.values()]
+    if cfg is None and any(Width(expression=expression).keyed for expression in sizes):
+        return  # which layers there are cannot be told without the config
+    found = {site.second.path for site in plan.spec.bind(params, cfg)[0]}
+    known = {cut.site.second.path for cut in plan.cuts}
+    if unknown := sorted(found - known):
+        raise PlanError(
+            f"the plan does not know {len(unknown)} of the layers that its spec finds here",
+            path=unknown[0],
+            seen=f"{len(found)} layers",
+            expected=f"{len(known)}, as in the model that it was made for",
+            mend="make a new plan for this model",
+        )
 
 
 def check_dead(plan: Plan, leaves: Mapping[str, Any], cfg: Any) -> None:
@@ -208,86 +223,7 @@ def _each(judged: Any, sites: Sequence[Site], leaves: Mapping[str, Any]) -> Iter
         return list(pool.map(judged, sites))
 
 
-# --- what is refused --------------------------------------------------------------------------
-
-
-def _refuse_quantised(sites: Sequence[Site], cfg: Any, leaves: Mapping[str, Any]) -> None:
-    mend = "slim before quantising, or dequantise first; a plan made then also cuts the scales: "
-    mend += "apply(plan, quantised, like=params)"
-    if _config.has(cfg, "quantization_config") and _config.read(cfg, "quantization_config"):
-        raise UnsupportedDtypeError(
-            "the config says that the weights are quantised",
-            path="quantization_config",
-            seen=str(_config.read(cfg, "quantization_config"))[:80],
-            mend=mend,
-        )
-    for path in companions(sites, leaves):
-        raise UnsupportedDtypeError(
-            "a kernel that would be cut is quantised: its scales stand beside it",
-            path=path,
-            mend=mend,
-        )
-
-
-def _refuse_unnamed_biases(
-    sites: Sequence[Site], leaves: Mapping[str, Any], marks: Mapping[str, Marks]
-) -> None:
-    """Raise `IncompletePairError` for what looks like a first bias that the spec does not name.
-
-    Channels were found dead by a bias that the rules took for zero.
-    """
-    unbiased = {
-        t.path: site
-        for site in sites
-        if any(marks[site.second.path].rules[name] for name in ("ii", "iii", "iv"))
-        for t, bias in zip(site.first, site.first_biases, strict=True)
-        if bias is None and site.size not in _outside(site)
-    }
-    for path, kernel, site in beside(sites, leaves) if unbiased else ():
-        if kernel.path in unbiased and np.shape(leaves[path]) == (site.size,):
-            raise IncompletePairError(
-                "a vector with a number for each channel stands beside a first layer that has no "
-                "bias by the spec",
-                path=path,
-                seen=f"shape {np.shape(leaves[path])}, beside {kernel.path} {kernel.shape}",
-                expected=f"a bias called {site.pair.bias!r}",
-                mend="name it, if it is added there: Pair(first_bias=...), or bias= if all biases "
-                "are called so; if it is something else, put it into a folder of its own",
-            )
-
-
-def _outside(site: Site) -> set[int]:
-    """The sizes of what the channels of a site are computed from, and of what reads them."""
-    return {
-        size
-        for t in (*site.first, *site.reading)
-        for name, size in t.axes.sizes(t.shape).items()
-        if name != site.axis(t)
-    }
-
-
-def _check_arguments(width: str, multiple_of: Any, threshold: float) -> None:
-    if width not in _policy.WIDTHS:
-        raise WidthError(
-            f"there is no width policy {width!r}",
-            expected=" or ".join(f'"{name}"' for name in _policy.WIDTHS),
-            mend='"uniform" is what stock classes load by themselves, "per_layer" removes more',
-        )
-    entries = multiple_of if isinstance(multiple_of, Mapping) else {"f": multiple_of}
-    for name, number in entries.items():
-        whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)
-        if not whole or number < 1 or not isinstance(name, str):
-            raise WidthError(
-                "multiple_of must be a positive whole number, or a mapping of names to such",
-                seen=repr(multiple_of),
-                expected='128, or by axis or site: {"f": 128, "h": 2}',
-            )
-    if not isinstance(threshold, numbers.Real) or not 0 <= float(threshold) < 1:
-        raise WidthError(
-            "threshold is relative to the largest row norm of a layer",
-            seen=repr(threshold),
-            expected="0.0 (exact) up to, but not including, 1.0",
-        )
+# --- the config -------------------------------------------------------------------------------
 
 
 def check_config(sites: Sequence[Site], cfg: Any) -> None:

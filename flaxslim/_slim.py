@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flaxslim._apply import apply, check_fits, resized
-from flaxslim._draw import check_dead, check_finite, draw
+from flaxslim._draw import check_dead, check_finite, check_whole, draw
 from flaxslim._nnx import check_shapes, modules, told_before
 from flaxslim._plan import PER_LAYER, Plan
 from flaxslim._resize import untold
@@ -77,6 +77,7 @@ def slim(
     else:
         leaves = flatten(params)
         check_fits(plan, leaves)
+        check_whole(plan, params, cfg)
         check_dead(plan, leaves, cfg)
     return carried_out(plan, params, cfg)
 

@@ -60,13 +60,24 @@ _DERIVED = re.compile(
 
 def kinds(tree: Any, paths: Collection[str], *, fold: bool) -> dict[str, Kind]:
     """What the copies at some paths hold; where nothing tells, `fold` is the caller's word."""
-    fields = dict(_optax_fields(tree))
+    fields = dict(optax_fields(tree))
     found = {path: _kind(path, fields, paths, fold=fold) for path in paths}
     unknown = Kind.UNKNOWN if fold else Kind.STATE
     return {path: unknown if kind is Kind.UNKNOWN else kind for path, kind in found.items()}
 
 
-def _optax_fields(tree: Any) -> Iterator[tuple[str, type]]:
+def is_state(path: str, fields: Collection[str]) -> bool:
+    """Whether a tensor lies in an optimizer's state, or in other fields of optax's named tuples.
+
+    >>> is_state("opt_state/0/mu/block/up/kernel", ()), is_state("params/block/up/kernel", ())
+    (True, False)
+    """
+    *places, _ = path.split("/")
+    above = {"/".join(places[: i + 1]) for i in range(len(places))}
+    return not above.isdisjoint(fields) or any(_STATES.fullmatch(name) for name in places)
+
+
+def optax_fields(tree: Any) -> Iterator[tuple[str, type]]:
     """The places of the fields of optax's named tuples, with the classes of these."""
 
     def is_named(x: Any) -> bool:

@@ -300,6 +300,16 @@ def test_a_stored_plan_for_another_tree_is_refused():
         slim(small, cfg, plan=p)
 
 
+def test_a_stored_plan_for_a_part_of_the_layers_is_refused():
+    n, smaller = (net(LAYOUTS["plain"], seed=0, share=0.5, depth=depth) for depth in (3, 2))
+    pruned(n)
+    tree = {**n.tree, "layers": {i: n.tree["layers"][i] for i in ("0", "1")}}
+    p = plan(tree, smaller.cfg, n.layout.spec("relu"))
+    with pytest.raises(PlanError, match="does not know 1 of the layers") as caught:
+        slim(n.tree, n.cfg, plan=p)
+    assert caught.value.path == "layers/2/down/kernel"
+
+
 # --- the rest of the model --------------------------------------------------------------------
 
 

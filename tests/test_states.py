@@ -17,9 +17,15 @@ from flax.core import freeze
 from flax.training import train_state
 from strategies import LAYOUTS, net
 
-from flaxslim import Pair, Plan, Spec, apply, plan
+from flaxslim import Pair, Plan, Spec, apply, plan, slim
 from flaxslim._tree import flatten, replace
-from flaxslim.errors import NonFiniteError, PlanError, TracedError, UnsupportedDtypeError
+from flaxslim.errors import (
+    NonFiniteError,
+    PlanError,
+    TracedError,
+    UnsupportedDtypeError,
+    UnsupportedTreeError,
+)
 
 SPEC = Spec(name="MLP", pairs=Pair(at="block", first="up", second="down", activation="tanh"))
 DEAD, KEPT = [1, 4, 6], [0, 2, 3, 5, 7]
@@ -228,6 +234,34 @@ def test_a_train_state_is_cut_in_one_call():
         small = small.apply_gradients(grads=small_grads)
         np.testing.assert_allclose(small_loss, loss, rtol=1e-5)
     assert_close(flatten(small.params), sliced(state.params))
+
+
+# --- what is no tree of parameters ------------------------------------------------------------
+
+
+def trained() -> tuple[Any, Any]:
+    """The parameters, and a state in which other channels look dead."""
+    moments = jax.tree.map(lambda x: x, mlp(seed=5))
+    kernel = moments["block"]["down"]["kernel"]
+    moments["block"]["down"]["kernel"] = kernel.at[jnp.array([0, 2])].set(0)
+    return mlp(), (optax.ScaleByAdamState(jnp.zeros((), int), moments, moments), optax.EmptyState())
+
+
+HELD_TWICE: dict[str, Callable[[Any, Any], Any]] = {
+    "TrainState": lambda p, s: State(0, forward, p, optax.adam(1.0), s),  # type: ignore
+    "a tuple": lambda p, s: (p, s),
+    "a checkpoint": lambda p, s: {"params": p, "opt_state": serialization.to_state_dict(s)},
+    "lookahead": lambda p, _: optax.LookaheadParams(fast=p, slow=slower(p)),
+    "nnx": lambda *_: nnx.ModelAndOptimizer(pruned_model(), optax.adam(1.0), wrt=nnx.Param),
+}
+
+
+@pytest.mark.parametrize("name", HELD_TWICE)
+def test_a_state_is_not_cut_as_if_it_were_layers(name):
+    tree = HELD_TWICE[name](*trained())
+    for cut in (plan, slim):
+        with pytest.raises(UnsupportedTreeError, match=r"apply\(p, state, like=params\)"):
+            cut(tree, None, SPEC)
 
 
 # --- nnx --------------------------------------------------------------------------------------
