@@ -11,9 +11,10 @@ import functools
 import threading
 import types
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen
 
@@ -34,6 +35,10 @@ class _Running(threading.local):
 
 
 _running = _Running()
+
+# A function traces to something else at another layout, which JAX must be told not to run the program
+# of the one for the other; only newer releases can be.
+_traced_at: Any = getattr(jax, "make_user_context", lambda: lambda _: nullcontext())()
 
 
 @dataclasses.dataclass(eq=False)
@@ -117,8 +122,10 @@ def layout(cfg: Any = None, *, spec: SpecLike = None) -> Iterator[None]:
     their own (one with a `model_type` or a layout) run at the layout of `cfg`; `spec` is only
     needed for a model of one's own whose config does not keep it.
 
-    What is compiled inside stays usable outside; what is traced anew must be inside again, and in
-    the same thread. `flaxslim.from_pretrained` gives an instance that needs no such context.
+    What is traced must be inside, in the same thread. Without `cfg`, what is compiled inside stays
+    usable outside. At a given layout it is compiled for this one alone, on a JAX that has
+    `jax.make_user_context`; on an older one, give each layout a jitted function of its own.
+    `flaxslim.from_pretrained` gives an instance that needs no such context.
     Raises `LayoutError` for a layout that cannot be read.
 
     >>> import flaxslim
@@ -126,7 +133,10 @@ def layout(cfg: Any = None, *, spec: SpecLike = None) -> Iterator[None]:
     ...     pass  # model = FlaxAutoModel.from_pretrained("slim"); model(**inputs)
     """
     found = None if cfg is None and spec is None else _layout_of(cfg, spec)
-    with _running_at(_Context(layout=found, by_config=True)):
+    with (
+        _traced_at(None if found is None else found.key),
+        _running_at(_Context(layout=found, by_config=True)),
+    ):
         yield
 
 

@@ -7,6 +7,7 @@ what, by its path.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -73,6 +74,16 @@ class Layout:
         _check_all_known(spec, cfg, known)
         return cls(told, everywhere) if told else None
 
+    @functools.cached_property
+    def key(self) -> Any:
+        """What two layouts have in common that tell all modules the same; it can be hashed."""
+        return (
+            _hashable(
+                sorted((path, tree, t) for path, own in self._told.items() for tree, t in own)
+            ),
+            _hashable(self._everywhere),
+        )
+
     def at(self, path: tuple[str, ...]) -> Told | None:
         """What the module at a path is told, if anything; `LayoutError` if that is absurd."""
         if path not in self._found:
@@ -92,6 +103,17 @@ class Layout:
                     return told
         whole = "/".join(path)
         return next((told for regex, told in self._everywhere if regex.fullmatch(whole)), None)
+
+
+def _hashable(value: Any) -> Any:
+    """Tuples, arrays and dataclasses, one in the other, as tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_hashable, value))
+    if isinstance(value, np.ndarray):
+        return (value.shape, *value.ravel().tolist())
+    if dataclasses.is_dataclass(value):
+        return _hashable(list(vars(value).values()))
+    return str(value) if isinstance(value, LayoutError) else value
 
 
 def _parts(tree: str) -> tuple[str, ...]:

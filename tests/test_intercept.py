@@ -204,6 +204,59 @@ def test_a_model_of_ones_own_keeps_its_spec_in_its_config(counts):
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, small)
 
 
+class Sloped(nn.Module):
+    """Heads with slopes of their own, which no parameter holds."""
+
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, x: Any, slopes: Any) -> Any:
+        q, k, v = (
+            nn.Dense(self.heads * 3, name=name)(x).reshape(len(x), self.heads, 3) for name in "qkv"
+        )
+        scores = jnp.einsum("thk,shk->hts", q, k) + slopes[:, None, None] * jnp.arange(len(x))
+        heads = jnp.einsum("hts,shk->thk", nn.softmax(scores), v)
+        return nn.Dense(5, name="o")(heads.reshape(len(x), -1))
+
+
+SLOPED = Spec(
+    name="SLOPED",
+    pairs=Pair(
+        at="attn",
+        first="v",
+        first_axes="d (h k)",
+        also={"q": "d (h k)", "k": "d (h k)"},
+        second="o",
+        second_axes="(h k) d",
+        axis="h",
+        sizes={"k": "3"},
+        width="heads",
+        fixed=True,
+        modules={"": {"heads": "h"}},
+        arguments={"": {"slopes": "h"}},
+    ),
+)
+
+
+@pytest.mark.skipif(not hasattr(jax, "make_user_context"), reason="JAX cannot be told of layouts")
+def test_a_jitted_function_is_compiled_for_each_layout():
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return Sloped(name="attn")(x, 2.0 ** -jnp.arange(4.0))
+
+    model, x = Outer(), jax.random.normal(jax.random.key(0), (6, 5))
+    variables: Any = model.init(jax.random.key(1), x)
+    run: Any = jax.jit(model.apply)
+    for gone in (slice(0, 6), slice(6, 12), slice(0, 6)):
+        kernel = variables["params"]["attn"]["o"]["kernel"].at[gone].set(0)
+        zeroed = flaxslim._tree.replace(variables, {"params/attn/o/kernel": kernel})
+        small, cfg = slim(zeroed, {"heads": 4}, SLOPED, width="per_layer")
+        before: Any = model.apply(zeroed, x)
+        with layout(cfg, spec=SLOPED):
+            np.testing.assert_allclose(run(small, x), before, rtol=1e-4, atol=1e-5)
+
+
 def test_equal_widths_need_no_layout():
     params, x = net_with_dead_channels((3, 3, 3))
     small, cfg = slim(params, {"hidden": 8}, MLP, width="per_layer")
