@@ -110,7 +110,7 @@ def draw(
     _refused.refuse_quantised(sites, cfg, leaves)
     in_nnx = any(modules(params))
     sized = cfg is not None or not in_nnx
-    shared = frozenset[str]()
+    shared: Mapping[str, str] = {}
     if sized:
         check_config(sites, cfg)
         shared = _resize.shared_keys(found, sites, params, cfg)

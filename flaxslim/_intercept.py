@@ -36,8 +36,8 @@ class _Running(threading.local):
 
 _running = _Running()
 
-# A function traces to something else at another layout, which JAX must be told not to run the program
-# of the one for the other; only newer releases can be.
+# A function traces to something else at another layout. Newer releases of JAX can be told so, and
+# do not run the program of the one for the other.
 _traced_at: Any = getattr(jax, "make_user_context", lambda: lambda _: nullcontext())()
 
 

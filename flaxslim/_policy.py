@@ -1,7 +1,7 @@
 """The width policies: which sites share a width, and which width a config can say for them."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -69,12 +69,12 @@ def target(
     width: str,
     multiples: Multiples,
     least: int,
-    shared: Collection[str],
+    shared: Mapping[str, str],
 ) -> tuple[Target, str | None]:
     """The common width of some clusters, and the reason if no config can say a smaller one.
 
-    `least` is what a layer keeps in any case if each has its own width. The keys in `shared` say
-    the widths of other sites, too.
+    `least` is what a layer keeps in any case if each has its own width. `shared` says why a
+    key cannot change with them.
     """
     site = members[0].sites[0]
     if (scaled := says(site.pair.scaled_by, site.pair, cfg)) is not False:
@@ -101,7 +101,7 @@ def _need(members: Sequence[Cluster], multiples: Multiples, *, even: bool, least
 
 
 def _uniform(
-    members: Sequence[Cluster], cfg: Any, multiples: Multiples, shared: Collection[str]
+    members: Sequence[Cluster], cfg: Any, multiples: Multiples, shared: Mapping[str, str]
 ) -> tuple[Target, str | None]:
     """What the plain key of a config can say."""
     site = members[0].sites[0]
@@ -135,7 +135,7 @@ def _uniform(
     return found, None
 
 
-def _unsaid(site: Site, expression: Width, wish: int, shared: Collection[str]) -> str | None:
+def _unsaid(site: Site, expression: Width, wish: int, shared: Mapping[str, str]) -> str | None:
     """Why no plain key can say a smaller width, whatever it is."""
     if site.pair.fixed or expression.key is None:
         how = "hard-codes its width"
@@ -146,9 +146,4 @@ def _unsaid(site: Site, expression: Width, wish: int, shared: Collection[str]) -
             f"this class {how} ({expression} = {site.size}): its config cannot say the "
             f"{wish} {site.pair.unit} that are needed"
         )
-    if expression.key in shared:
-        return (
-            f"{expression} is the width of other layers, too, which the spec does not name: give "
-            "the spec of them all"
-        )
-    return None
+    return f"{expression} {shared[expression.key]}" if expression.key in shared else None

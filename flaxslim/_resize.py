@@ -32,7 +32,7 @@ def values(
     written: dict[str, Any] = {}
     resizes: list[Resize] = []
     layouts: dict[str, _Layout] = {}
-    for members in _by_key(cuts):
+    for members in _by_key(cuts, cfg):
         pair, expression = members[0].site.pair, members[0].site.pair.width_expression
         layout = layouts.setdefault(pair.config, _Layout(spec, cfg, pair.config))
         if expression is None:
@@ -71,13 +71,13 @@ def _untold(cut: Cut) -> bool:
     return pair.width is None or (pair.group_width is None and len(cut.groups) != len(before))
 
 
-def _by_key(cuts: Iterable[Cut]) -> list[list[Cut]]:
-    """The cuts that share a width key (or a pair, where there is none)."""
+def _by_key(cuts: Iterable[Cut], cfg: Any) -> list[list[Cut]]:
+    """The cuts that share a width key, and what it says (or a pair, where there is none)."""
     groups: dict[Any, list[Cut]] = {}
     for cut in cuts:
         expression = cut.site.pair.width_expression
-        key = expression.label if expression else (cut.site.pair, cut.site.size)
-        groups.setdefault(key, []).append(cut)
+        key = (expression.label, expression.read(cfg)) if expression else cut.site.pair
+        groups.setdefault((key, expression is None and cut.site.size), []).append(cut)
     return list(groups.values())
 
 
@@ -108,7 +108,21 @@ def _base(cuts: Sequence[Cut], cfg: Any, shared: Collection[str]) -> Cut | None:
     return largest if even and same else None
 
 
-def shared_keys(spec: Spec, sites: Sequence[Site], params: Any, cfg: Any) -> frozenset[str]:
+def shared_keys(spec: Spec, sites: Sequence[Site], params: Any, cfg: Any) -> dict[str, str]:
+    """The width keys that cannot change with the widths of these sites, and why."""
+    said: dict[str, set[int]] = {}
+    for expression in {site.pair.width_expression for site in sites} - {None}:
+        if expression is not None and expression.key:
+            said.setdefault(expression.key, set()).add(expression.read(cfg))
+    several = [key for key, widths in said.items() if len(widths) > 1]
+    unnamed = "is the width of other layers, too, which the spec does not name: give the spec of "
+    return {
+        **dict.fromkeys(_unnamed_keys(spec, sites, params, cfg), f"{unnamed}them all"),
+        **dict.fromkeys(several, "says the widths of several layers, each in a way of its own"),
+    }
+
+
+def _unnamed_keys(spec: Spec, sites: Sequence[Site], params: Any, cfg: Any) -> frozenset[str]:
     """The width keys that say the widths of more sites of the model than these.
 
     So it is where a spec names only some of the layers of a family.

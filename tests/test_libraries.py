@@ -638,6 +638,41 @@ def test_sinks_go_with_their_heads_and_forbid_folds():
     assert "no config says attention_sink" in str(silent)
 
 
+def _deepseek(shared: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """MaxText's DeepSeek: three experts of 6 channels, and what all tokens pass through."""
+    rng = np.random.default_rng(0)
+
+    def weights(*stack: int, f: int) -> dict[str, np.ndarray]:
+        shapes = {"wi_0": (4, f), "wi_1": (4, f), "wo": (f, 4)}
+        return {name: rng.normal(size=(*stack, *shape)) for name, shape in shapes.items()}
+
+    block = "params/decoder/moe_layers_0/DeepSeekMoeBlock_0"
+    tree = {f"{block}/MoeBlock_0/{name}": x for name, x in weights(3, f=6).items()}
+    every = weights(f=6 * shared).items()
+    tree |= {f"{block}/shared_experts/{name}/kernel": x for name, x in every}
+    tree[f"{block}/MoeBlock_0/wo"][:, :2] = 0
+    tree[f"{block}/shared_experts/wo/kernel"][:3] = 0
+    activations = ["silu", "linear"]
+    cfg = {"base_moe_mlp_dim": 6, "shared_experts": shared, "mlp_activations": activations}
+    return tree, cfg
+
+
+def test_shared_experts_have_the_width_of_the_others_times_their_number():
+    tree, cfg = _deepseek(1)
+    small, new = slim(tree, cfg, MAXTEXT_FFN)
+    assert new == {**cfg, "base_moe_mlp_dim": 4}
+    assert {x.size for x in small.values()} == {3 * 4 * 4, 4 * 4}
+
+    tree, cfg = _deepseek(2)
+    with pytest.raises(WidthError, match=r"pass width=.per_layer"):
+        slim(tree, cfg, MAXTEXT_FFN)
+    small, new = slim(tree, cfg, MAXTEXT_FFN, width="per_layer")
+    assert new["base_moe_mlp_dim"] == 6
+    assert sorted(new["flaxslim_layout"]["sites"].values()) == [4, 9]
+    assert {x.size for x in small.values()} == {3 * 4 * 4, 4 * 9}
+    plan(small, new, MAXTEXT_FFN)  # it reads what it wrote
+
+
 def test_a_class_that_shares_its_width_out_among_the_heads_is_told_of():
     for name in ("keras hub llama attention", "big vision attention"):
         library, tree = _one(name)

@@ -124,6 +124,10 @@ _MAXTEXT_MOE = Pair(
     modules={"": {"intermediate_dim?": "f"}},
     optional=True,
 )
+# What all tokens pass through beside the experts (DeepSeek, Llama 4).
+_MAXTEXT_SHARED = dataclasses.replace(
+    _MAXTEXT_MLP, at="shared_experts", width="base_moe_mlp_dim*shared_experts"
+)
 # GPT-OSS, the one with biases, multiplies act(gate) by up + 1: no rule but the first knows that.
 _MAXTEXT_GPT_OSS = dataclasses.replace(
     _MAXTEXT_MOE,
@@ -142,7 +146,8 @@ MAXTEXT_FFN = Spec(
         *(_scanned(pair, axis) for axis in (1, 0) for pair in _MAXTEXT_PAIRS),
         _MAXTEXT_MOE,
         _MAXTEXT_GPT_OSS,
-        *(_scanned(pair, 1) for pair in (_MAXTEXT_MOE, _MAXTEXT_GPT_OSS)),
+        _MAXTEXT_SHARED,
+        *(_scanned(pair, 1) for pair in (_MAXTEXT_MOE, _MAXTEXT_GPT_OSS, _MAXTEXT_SHARED)),
     ),
 )
 
