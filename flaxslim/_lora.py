@@ -22,7 +22,7 @@ _NAME = re.compile(
     r"(?:(?P<folder>.+?)/)??(?:lora/)?(?:(?P<kernel>\w+)_)?(?:(?P<lora>lora)|adapters?)(?P<in>_?|/)"
     r"(?P<side>[abAB]|down|up)(?:/(?!kernel|weight|lora_?[abAB])\w+)?(?:/(?P<inner>kernel|weight))?"
 )
-_SIDES = dict(
+_SIDES: dict[str, str] = dict(
     zip(("a", "b", "A", "B", "down", "up"), ("b", "a", "B", "A", "up", "down"), strict=True)
 )
 _BOTTLENECK = re.compile(r"adapters?[_/]?(down|up)")

@@ -342,6 +342,18 @@ class TrainingError(FlaxslimError, ValueError):
     """
 
 
+class TrainingWarning(UserWarning):
+    """An optimizer that prunes, and most likely not what was meant.
+
+        idle = {"up": alive["up"], "down": jax.tree.map(np.zeros_like, alive["down"])}
+        flaxslim.keep_dead(MLP).init(idle)  # wrong
+        flaxslim.keep_dead(MLP).init(mlp)  # right
+
+    Mend: of a second layer that starts at zero take the first steps without `lock`, or name its
+    pair in no spec that locks; of a schedule the message has it.
+    """
+
+
 # --- prune without training -------------------------------------------------------------------
 
 
