@@ -190,13 +190,14 @@ class UnsupportedDtypeError(FlaxslimError, TypeError):
 
 
 class TracedError(FlaxslimError, TypeError):
-    """Parameters are tracers: new shapes depend on values, which `jax.jit` does not know.
+    """Parameters have no values, on which new shapes depend: tracers, shapes, deleted arrays.
 
         jax.jit(lambda params: slim(params, sizes, MLP)[0])(mlp)  # wrong
         small, small_sizes = slim(mlp, sizes, MLP)
         jax.jit(forward)(small, x)  # right
 
-    Mend: slim outside of `jit`, `grad` and `vmap`, and compile what runs the result.
+    Mend: slim outside of `jit`, `grad` and `vmap`, and compile what runs the result; give what a
+    step returned, not what was donated to it.
     """
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from flaxslim import _config
 from flaxslim._bits import FLOATS
 from flaxslim._processes import written_by_one
-from flaxslim._tree import flatten
+from flaxslim._tree import check_living, flatten
 from flaxslim.checkpoint import _card, _folder, _msgpack, _safetensors
 from flaxslim.checkpoint._atomic import flush, fresh_folder
 from flaxslim.checkpoint._config import config_text
@@ -200,6 +200,7 @@ def _kind(format: str | None, source: Checkpoint | None, params: Any) -> str:
 def _leaves(params: Any, cfg: Any, kind: str, source: Checkpoint | None) -> dict[str, Leaf]:
     """What will be written, by the name that it has in the file."""
     flat = flatten(params)
+    check_living(flat)
     torch_named = naming_of(flat) == "torch"
     if kind != "torch":
         if torch_named:

@@ -85,8 +85,10 @@ def refuse_adapters(sites: Sequence[Site]) -> None:
 
 
 def refuse_apart(params: Any) -> None:
-    """Raise `CalibrationError` for arrays that no process sees all of."""
-    for path, leaf in _tree.flatten(params).items():
+    """Raise `CalibrationError` for arrays that no process sees all of; `TracedError` without."""
+    leaves = _tree.flatten(params)
+    _tree.check_living(leaves)
+    for path, leaf in leaves.items():
         if _mesh.is_apart(leaf):
             raise CalibrationError(
                 "pruning without training refits layers on one host, and this array spans several",

@@ -148,6 +148,7 @@ class Pruning:
 
     def init(self, params: Any) -> PruningState:
         leaves = _tree.flatten(params)
+        _tree.check_living(leaves)
         channels: BySite = {}
         sites = self.spec.sites(params, self.cfg)
         self._warn_of_idle(sites)
