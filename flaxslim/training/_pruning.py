@@ -20,6 +20,7 @@ import optax
 from jax.core import Tracer
 
 from flaxslim import _tree
+from flaxslim._kinds import is_number, is_whole
 from flaxslim._spec import Site, Spec, SpecLike, Tensor
 from flaxslim.errors import TrainingError, TrainingWarning, nearest
 from flaxslim.specs import chosen
@@ -132,6 +133,11 @@ class Pruning:
     seed: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.lock, bool | np.bool_) or not is_whole(self.seed):
+            raise TrainingError(
+                "lock= is True or False, and seed= a whole number",
+                seen=f"lock={self.lock!r}, seed={self.seed!r}",
+            )
         if not self.decide.schedules and not self.lock:
             raise TrainingError(
                 "nothing would ever die",
@@ -351,11 +357,13 @@ def _allocation(name: str, min_width: Any, max_sparsity: Any, spec: Spec) -> All
         [*value.values()] if isinstance(value, Mapping) else [value]
         for value in (min_width, max_sparsity)
     )
-    if not all(width >= 0 for width in widths) or not all(0 <= share <= 1 for share in shares):
+    sound = all(is_whole(width) and width >= 0 for width in widths)
+    if not sound or not all(is_number(share) and 0 <= share <= 1 for share in shares):
         raise TrainingError(
             "no site can have so many channels",
-            seen=f"min_width={min_width}, max_sparsity={max_sparsity}",
-            expected="min_width of 0 or more, max_sparsity from 0.0 to 1.0",
+            seen=f"min_width={min_width!r}, max_sparsity={max_sparsity!r}",
+            expected="min_width a whole number of 0 or more, max_sparsity a number from 0.0 to 1.0; "
+            'either may be by axis: {"f": 128, "h": 2}',
         )
     return Allocation(among_all=name == "global", min_width=min_width, max_sparsity=max_sparsity)
 
