@@ -362,7 +362,7 @@ def _allocation(name: str, min_width: Any, max_sparsity: Any, spec: Spec) -> All
         raise TrainingError(
             "no site can have so many channels",
             seen=f"min_width={min_width!r}, max_sparsity={max_sparsity!r}",
-            expected="min_width a whole number of 0 or more, max_sparsity a number from 0.0 to 1.0; "
+            expected="min_width a whole number of 0 or more, max_sparsity from 0.0 to 1.0; "
             'either may be by axis: {"f": 128, "h": 2}',
         )
     return Allocation(among_all=name == "global", min_width=min_width, max_sparsity=max_sparsity)

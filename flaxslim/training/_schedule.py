@@ -7,7 +7,7 @@ looked at.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class Schedule:
                 mend="for a share that stays the same one_shot(0.5)",
             )
         _check_span(self.begin, self.end, self.every)
-        if not isinstance(self.at, Sequence):
+        if not isinstance(self.at, Iterable):
             raise TrainingError(
                 "at= is no sequence of steps", seen=repr(self.at), expected="(10, 20)"
             )
