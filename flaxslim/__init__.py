@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from flaxslim.errors import DiscoveryWarning as DiscoveryWarning
     from flaxslim.errors import FlaxslimError as FlaxslimError
     from flaxslim.errors import NothingRemovedWarning as NothingRemovedWarning
+    from flaxslim.errors import TrainingWarning as TrainingWarning
     from flaxslim.plots._plan import plot_plan as plot_plan
     from flaxslim.plots._sweep import plot_sweep as plot_sweep
     from flaxslim.plots._training import plot_training as plot_training
@@ -170,6 +171,7 @@ _PUBLIC = {
         "DiscoveryWarning",
         "FlaxslimError",
         "NothingRemovedWarning",
+        "TrainingWarning",
     ),
     "_by_layer": ("verify_by_layer",),
     "_compose": ("expand",),

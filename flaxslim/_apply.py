@@ -15,7 +15,7 @@ from flaxslim._config import Width
 from flaxslim._dead import added_by_constants, evidence, first_is_constant
 from flaxslim._lazy import Lazy
 from flaxslim._nnx import mended
-from flaxslim._plan import Cut, Plan
+from flaxslim._plan import Cut, Plan, check_is_plan
 from flaxslim._spec import Tensor
 from flaxslim.errors import NonFiniteError, PlanError, nearest
 
@@ -56,6 +56,7 @@ def apply(plan: Plan, tree: Any, *, fold: bool = True, like: Any = None) -> Any:
     >>> apply(p, state, like=tree)[0].mu["up"]["kernel"].shape
     (2, 2)
     """
+    check_is_plan(plan)
     if like is not None:
         from flaxslim._states import apply_like
 

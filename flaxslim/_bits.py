@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flaxslim import _mesh
+from flaxslim import _mesh, _tree
 from flaxslim._axes import Axes
 from flaxslim._lazy import Lazy
 from flaxslim._spec import Tensor
@@ -108,7 +108,7 @@ def _largest(dtype: Any) -> int:
 
 
 def check_concrete(leaf: Any, tensor: Tensor) -> None:
-    """Raise `TracedError` for a tracer, or for a shape without values."""
+    """Raise `TracedError` for a tracer, a deleted array, or a shape without values."""
     if isinstance(leaf, Tracer):
         raise TracedError(
             "the parameters are tracers: which channels are dead depends on their values",
@@ -124,6 +124,7 @@ def check_concrete(leaf: Any, tensor: Tensor) -> None:
             seen=str(leaf),
             mend="pass the arrays themselves, not what jax.eval_shape gives",
         )
+    _tree.check_living({tensor.path: leaf})
 
 
 def check_finite(leaf: Any, tensor: Tensor, found: np.ndarray | None = None) -> None:

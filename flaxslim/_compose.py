@@ -11,7 +11,7 @@ from flaxslim import _resize, _tree
 from flaxslim._apply import check_companions
 from flaxslim._bits import check_concrete
 from flaxslim._nnx import mended
-from flaxslim._plan import Channels, Cut, Plan, Resize, channels
+from flaxslim._plan import Channels, Cut, Plan, Resize, channels, check_is_plan
 from flaxslim._spec import Site, Tensor
 from flaxslim.errors import PlanError
 
@@ -177,6 +177,7 @@ def expand(plan: Plan, tree: Any) -> Any:
     array([[1., 0., 1.],
            [1., 0., 1.]])
     """
+    check_is_plan(plan)
     leaves = _tree.flatten(tree)
     for path, shape in plan.shapes.items():
         if (seen := getattr(leaves.get(path), "shape", None)) != shape:

@@ -18,16 +18,16 @@ What no stock config can say (layers that differ, fewer heads than hidden_size s
 recorded under keys of its own: see `flaxslim._record`.
 """
 
-import copy
 import dataclasses
 import math
 import re
-import types
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from flaxslim._config_kinds import keys as keys
+from flaxslim._config_kinds import stale, with_values
 from flaxslim.errors import ConfigError, nearest
 
 _MISSING = object()
@@ -38,15 +38,6 @@ def _child(cfg: Any, name: str) -> Any:
     if isinstance(cfg, Mapping):
         return cfg.get(name, _MISSING)
     return getattr(cfg, name, _MISSING)
-
-
-def keys(cfg: Any) -> list[str]:
-    """The names in a config."""
-    if isinstance(cfg, Mapping):
-        return [key for key in cfg if isinstance(key, str)]
-    # A NamedTuple has `_fields`, a class with slots `__slots__`.
-    kinds = (getattr(cfg, kind, None) for kind in ("__dict__", "_fields", "__slots__"))
-    return [key for key in next(filter(None, kinds), ()) if not key.startswith("_")]
 
 
 def has(cfg: Any, key: str) -> bool:
@@ -88,55 +79,28 @@ def replace(cfg: Any, values: Mapping[str, Any]) -> Any:
     >>> replace({"d_ff": 64, "text": {"d_ff": 32}}, {"text.d_ff": 8})
     {'d_ff': 64, 'text': {'d_ff': 8}}
     """
+    own: dict[str, Any] = {}
+    below: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         head, _, tail = key.partition(".")
         if tail:
-            value = replace(read(cfg, head), {tail: value})
-        cfg = _with(cfg, head, value)
-    return cfg
+            below.setdefault(head, {})[tail] = value
+        else:
+            own[head] = value
+    for head, inner in below.items():
+        own[head] = replace(own[head] if head in own else read(cfg, head), inner)
+    return with_values(cfg, own) if own else cfg
 
 
-def _with(cfg: Any, name: str, value: Any) -> Any:
-    if isinstance(cfg, type | types.ModuleType):
-        raise ConfigError(
-            "a config is an object: a class or a Python module cannot be copied with another size",
-            seen=str(cfg),
-            mend="pass an instance of a class or dataclass, or a dict",
-        )
-    if dataclasses.is_dataclass(cfg):
-        if name not in (names := [field.name for field in dataclasses.fields(cfg)]):
-            raise _no_field(cfg, name, names)
-        try:
-            return dataclasses.replace(cfg, **{name: value})  # pyright: ignore[reportArgumentType]
-        except (TypeError, ValueError) as error:  # init=False, an InitVar, a check of its own
-            raise _no_field(cfg, name, names, error) from error
-    if isinstance(cfg, MutableMapping) and not hasattr(cfg, "unlock"):
-        # dict and its subclasses; a ConfigDict has `unlock` and is copied below.
-        new = copy.copy(cfg)
-        new[name] = value
-        return new
-    if isinstance(cfg, Mapping) and not hasattr(cfg, "unlock"):
-        return type(cfg)({**cfg, name: value})  # pyright: ignore[reportCallIssue]
-    try:
-        new = copy.deepcopy(cfg)
-        setattr(new, name, value)
-    except (AttributeError, TypeError) as error:  # slots, a NamedTuple, a locked ConfigDict
-        raise _no_field(cfg, name, keys(cfg), error) from error
-    return new
-
-
-def _no_field(
-    cfg: Any, name: str, names: Sequence[str], error: Exception | None = None
-) -> ConfigError:
-    return ConfigError(
-        f"a {type(cfg).__name__} has no field to say this in"
-        if name not in names
-        else f"a field of a {type(cfg).__name__} cannot be set",
-        path=name,
-        seen=f"the fields {', '.join(names)}" + (f"; {error}" if error else ""),
-        mend=f'give it a field "{name}" that may be None and can be set; or keep one width for '
-        'all layers (width="uniform"), or pass a dict',
-    )
+def computed(cfg: Any, new: Any, values: Mapping[str, Any]) -> list[str]:
+    """Fields of a config that its class had computed from those that were replaced, in words."""
+    own = {key: value for key, value in values.items() if "." not in key}
+    found = [f"{name} = {kept!r} (anew: {anew!r})" for name, kept, anew in stale(cfg, new, own)]
+    for head in dict.fromkeys(key.partition(".")[0] for key in values.keys() - own.keys()):
+        parts = read(cfg, head), read(new, head)
+        inner = {k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{head}.")}
+        found += [f"{head}.{told}" for told in computed(*parts, inner)]
+    return found
 
 
 def model_type(cfg: Any) -> str | None:

@@ -2,7 +2,9 @@
 
 Of a first layer, whose outputs are the channels, that is B; of a second layer it is A. They are
 known by their names, which are those of flax (`lora_a`, `lora/lora_a`), of qwix and tunix
-(`kernel_lora_a`, beside the kernel of that name) and of PEFT (`lora_A/weight`).
+(`kernel_lora_a`, beside the kernel of that name), of PEFT (`lora_A/weight`), and such as people
+give them (`lora_down`, `lora/A`). What is called an adapter (`adapter_a`, `adapter/A`) is one if
+its shapes are: many an adapter is another kind of layer.
 """
 
 import dataclasses
@@ -17,9 +19,13 @@ from flaxslim._spec import Site, Tensor
 from flaxslim.errors import AxisPatternError, SiteShapeError
 
 _NAME = re.compile(
-    r"(?:(?P<folder>.+?)/)??(?:lora/)?(?:(?P<kernel>\w+)_)?"
-    r"lora_?(?P<side>[abAB])(?:/(?!kernel|weight)\w+)?(?:/(?P<inner>kernel|weight))?"
+    r"(?:(?P<folder>.+?)/)??(?:lora/)?(?:(?P<kernel>\w+)_)?(?:(?P<lora>lora)|adapters?)(?P<in>_?|/)"
+    r"(?P<side>[abAB]|down|up)(?:/(?!kernel|weight|lora_?[abAB])\w+)?(?:/(?P<inner>kernel|weight))?"
 )
+_SIDES: dict[str, str] = dict(
+    zip(("a", "b", "A", "B", "down", "up"), ("b", "a", "B", "A", "up", "down"), strict=True)
+)
+_BOTTLENECK = re.compile(r"adapters?[_/]?(down|up)")
 
 # The magnitudes of DoRA, one for each output of a kernel.
 _MAGNITUDE = re.compile(r"(?:(?P<folder>.+?)/)??(?:lora/)?lora_magnitude\w*(?:/\w+)*")
@@ -38,6 +44,7 @@ class Matrix:
       side: "a" has the inputs of the kernel, "b" its outputs.
       torch: it is stored as PyTorch does it, outputs first.
       partner: the path of the other one.
+      sure: no other thing has such a name.
     """
 
     path: str
@@ -46,6 +53,7 @@ class Matrix:
     side: str
     torch: bool
     partner: str
+    sure: bool
 
     def has_axis(self, *, reads: bool) -> bool:
         """Whether it has the channels; `reads`: they are what its kernel reads, not writes."""
@@ -58,31 +66,53 @@ def matrix(path: str) -> Matrix | None:
     >>> matrix("mlp/up/kernel_lora_a").folder, matrix("mlp/up/lora_B/weight").side
     ('mlp/up', 'b')
     """
-    if "lora" not in path.lower() or (match := _NAME.fullmatch(path)) is None:
+    if ("lora" not in path and "adapter" not in path) or not (match := _NAME.fullmatch(path)):
         return None
-    at, side = match.start("side"), match["side"]
-    other = dict(zip("abAB", "baBA", strict=True))[side]
+    (at, end), side = match.span("side"), match["side"]
     return Matrix(
         path=path,
         folder=match["folder"] or "",
         kernel=match["kernel"] or "",
-        side=side.lower(),
+        side="a" if side in ("a", "A", "down") else "b",
         torch=match["inner"] == "weight" or (side.isupper() and match["inner"] is None),
-        partner=path[:at] + other + path[at + 1 :],
+        partner=path[:at] + _SIDES[side] + path[end:],
+        sure=bool(match["lora"]) and not (match["in"] == "/" and len(side) > 1),
     )
+
+
+def _fits(m: Matrix, leaves: Mapping[str, Any], kernel: tuple[int, ...]) -> bool:
+    """Whether a matrix and its partner have the shapes of `A B` beside a kernel, for each stack."""
+    own, other = (getattr(leaves.get(p), "shape", None) for p in (m.path, m.partner))
+    if own is None or other is None or not len(own) == len(other) == len(kernel) > 1:
+        return False
+    a, b = (own, other) if m.side == "a" else (other, own)
+    if not a[:-2] == b[:-2] == kernel[:-2]:
+        return False
+    d, f = sorted(kernel[-2:])
+    for rank in {*a[-2:]} & {*b[-2:]}:
+        ends = sum(a[-2:]) - rank, sum(b[-2:]) - rank
+        # Between equal ends "down" and "up" may be a bottleneck, which reads what the kernel wrote.
+        if sorted(ends) == [d, f] and rank <= d and (d != f or not _BOTTLENECK.search(m.path)):
+            return True
+    return False
 
 
 def kernels(leaves: Mapping[str, Any]) -> dict[str, list[str]]:
     """The kernels (arrays of two dimensions or more) in each folder, or wrapped in it, by path."""
     found: dict[str, list[str]] = {}
     for path, leaf in leaves.items():
-        if len(getattr(leaf, "shape", None) or ()) > 1 and matrix(path) is None:
+        if len(getattr(leaf, "shape", None) or ()) > 1 and not _is_matrix(path, leaves):
             folder = path.rpartition("/")[0]
             found.setdefault(folder, []).append(path)
             outer, _, last = folder.rpartition("/")
             if last in _WRAPPED:
                 found.setdefault(outer, []).append(path)
     return found
+
+
+def _is_matrix(path: str, leaves: Mapping[str, Any]) -> bool:
+    m = matrix(path)
+    return m is not None and (m.sure or m.partner in leaves)
 
 
 def owner(name: str, candidates: Iterable[str]) -> str | None:
@@ -110,7 +140,9 @@ def matrices(leaves: Mapping[str, Any]) -> Loras:
     for m in named:
         shape = getattr(leaves[m.path], "shape", None)
         kernel = owner(m.kernel, beside.get(m.folder, ()))
-        if kernel is not None and shape is not None:
+        if kernel is None or shape is None:
+            continue
+        if m.sure or _fits(m, leaves, tuple(leaves[kernel].shape)):
             found.setdefault(kernel, []).append((m, tuple(shape)))
     return found
 
@@ -142,7 +174,12 @@ def beside(sites: Iterable[Site], leaves: Mapping[str, Any]) -> Iterator[str]:
             reads = site.reads(kernel)
             folder = kernel.path.rpartition("/")[0].removeprefix("params/")
             own = [m for m, _ in loras.get(kernel.path, ())]
-            own += [m for m in apart if folder and m.folder.endswith(f"/{folder}")]
+            own += [
+                m
+                for m in apart
+                if folder and m.folder.endswith(f"/{folder}")
+                if m.sure or _fits(m, leaves, kernel.shape)
+            ]
             yield from (m.path for m in own if m.has_axis(reads=reads))
             if kernel.path in magnitudes and not reads:
                 yield magnitudes[kernel.path]

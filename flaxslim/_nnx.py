@@ -23,9 +23,12 @@ from flaxslim._config import Width
 from flaxslim._pair import measure
 from flaxslim._plan import Cut, Plan
 from flaxslim._roots import beside, table_path
-from flaxslim._spec import Site, Spec
+from flaxslim._spec import Site, Spec, Tensor
 from flaxslim._tree import flatten, name_of
 from flaxslim.errors import LayoutError, PlanError, nearest
+
+# A norm is a table of a pair to us, and says how many features it has.
+_NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm)
 
 
 def modules(tree: Any) -> Iterator[tuple[str, nnx.Module]]:
@@ -83,10 +86,13 @@ def _mend_layers(
     tables = {table_path(cut.site.root, name) for name in cut.site.pair.tables}
     for tensor in cut.site.cut:
         node = nodes.get(tensor.path.rpartition("/")[0])
+        before_after = tensor.shape, left[tensor.path]
+        old, new = before_after[::-1] if expanded else before_after
         # What owns a cache is no layer; what owns an embedding is.
         if node is not None and (tensor.path not in tables or isinstance(node, nnx.Embed)):
-            before_after = tensor.shape, left[tensor.path]
-            _mend_layer(node, tensor.axes, *(before_after[::-1] if expanded else before_after))
+            _mend_layer(node, tensor.axes, old, new)
+        elif isinstance(node, _NORMS) and old[-1:] == (node.num_features,):
+            node.num_features = new[-1]
 
 
 def _mend_modules(nodes: Mapping[str, Any], cut: Cut, expanded: bool) -> None:
@@ -189,7 +195,36 @@ def told_before(module: Any, plan: Plan) -> list[str]:
         if any(at != layer and _within(layer, at) for layer in _layers(cut.site))
         for name in _of_size(node, cut.site, inside=_within(at, cut.site.root))
     )
-    return list(dict.fromkeys(found))
+    norms = (
+        f"{at} of {cut.site.size} features".replace("/", ".")
+        + f" (a {type(nodes[at]).__name__}, which the spec does not name, or not all of it: "
+        f"Pair(tables={{'{at.rpartition('/')[2]}/scale': 'f', ...}}))"
+        for cut in plan.cuts
+        if cut.site.pair.axis == "f" and cut.removed
+        for at in _norms_beside(nodes, cut.site)
+    )
+    return list(dict.fromkeys((*found, *norms)))
+
+
+def _norms_beside(nodes: Mapping[str, Any], site: Site) -> Iterator[str]:
+    """Norms beside the layers of a site with as many features as it has channels, which stay so.
+
+    Where the layers have so many inputs or outputs as well, nobody can tell whose norm it is.
+    """
+    around = {layer.rpartition("/")[0] for layer in _layers(site)}
+    kernels = (*site.first, site.second)
+    if any(n == site.size for t in kernels for n in _others(t, site.axis(t))):
+        return
+    for at, node in nodes.items():
+        if at.rpartition("/")[0] in around and isinstance(node, _NORMS):
+            shapes = [getattr(value, "shape", None) for value in vars(node).values()]
+            if (site.size,) in (*shapes, (node.num_features,)):
+                yield at
+
+
+def _others(tensor: Tensor, axis: str) -> list[int]:
+    """The sizes of the axes of a tensor but for one."""
+    return [n for name, n in tensor.axes.sizes(tensor.shape).items() if name != axis]
 
 
 def _layers(site: Site) -> set[str]:

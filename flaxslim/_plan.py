@@ -33,6 +33,17 @@ def counted(numbers: Iterable[tuple[Site, int]]) -> str:
     return " and ".join(many(count, unit) for unit, count in counts.items() if count)
 
 
+def check_is_plan(plan: Any) -> None:
+    """Raise `PlanError` unless it is a `Plan`."""
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            "the first argument is not a Plan",
+            seen=f"a {type(plan).__name__}",
+            mend="make one, flaxslim.plan(params, cfg, spec), or read a stored one: "
+            "Plan.from_json(text), or Plan.from_dict(data)",
+        )
+
+
 def many(count: int, names: str) -> str:
     """How many there are of something whose name is given in the plural.
 
@@ -65,6 +76,9 @@ class Cut:
     weak: int = 0
     folds: Channels = ()
     activation: str | None = None
+
+    def __hash__(self) -> int:  # `rules` is a dict
+        return hash((self.site, self.keep, self.dead, self.weak, self.folds, self.activation))
 
     @property
     def kept(self) -> np.ndarray:
@@ -165,6 +179,9 @@ class Plan:
     threshold: float = 0.0
     notes: tuple[str, ...] = ()
     blocked: tuple[str, ...] = ()
+
+    def __hash__(self) -> int:  # `values` is a dict
+        return hash((self.spec, self.cuts, self.threshold))
 
     @property
     def removed(self) -> int:

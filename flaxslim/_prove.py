@@ -15,7 +15,7 @@ from flaxslim._control import bar, by_site, by_tensor, norms
 from flaxslim._model import Inputs, Model, as_inputs, outputs, resolve, split
 from flaxslim._proof import Change, OutputRow, Proof
 from flaxslim._spec import Spec, SpecLike
-from flaxslim._tree import flatten
+from flaxslim._tree import check_living, flatten, name_of
 from flaxslim.errors import FlaxslimError, InputsError, UnknownFamilyError
 from flaxslim.specs import chosen, spec_for
 
@@ -106,6 +106,9 @@ def _proved(
     (m0, cfg), (m1, small) = before, after
     sites = spec.sites(m1.params, small) if spec is not None else ()
     notes = list(_notes(m0, m1))
+    for model in (m0, m1):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(model.weights)
+        check_living({name_of(keys): leaf for keys, leaf in leaves})
 
     with jax.default_matmul_precision("highest"):
         run0, run1 = _Run(m0, given), _Run(m1, given)

@@ -8,6 +8,7 @@ were made from one config do not undo each other.
 import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from flaxslim._pair import Pair
 from flaxslim._plan import Cut, Resize
 from flaxslim._record import LAYOUT, PER_LAYER, Recorded
 from flaxslim._spec import Site, Spec
-from flaxslim.errors import FlaxslimError, LayoutError, NothingMatchedError
+from flaxslim.errors import ConfigKeptWarning, FlaxslimError, LayoutError, NothingMatchedError
 from flaxslim.specs import known
 
 
@@ -293,7 +294,16 @@ def replaced(cfg: Any, values: Mapping[str, Any]) -> Any:
     written = {key: value for key, value in values.items() if key not in layouts}
     for prefix in {key.removesuffix(LAYOUT) for key in layouts if key.endswith(LAYOUT)}:
         written |= _merged(cfg, prefix, values)
-    new = _config.replace(cfg, {k: v for k, v in written.items() if v is not None})
+    told = {k: v for k, v in written.items() if v is not None}
+    new = _config.replace(cfg, told)
+    if computed := _config.computed(cfg, new, told):
+        warnings.warn(
+            "the config's class had computed fields from those that were cut, and they stay as "
+            f"they are: {'; '.join(computed)}. If the model is built by one that should follow, "
+            "set it in the new config, or make it a field(init=False)",
+            ConfigKeptWarning,
+            stacklevel=5,  # of `slim`
+        )
     for key in (key for key, value in written.items() if value is None):
         new = _without(new, key)
     return new

@@ -109,6 +109,12 @@ class Spec:
     pairs: tuple[Pair, ...] | Pair
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise SpecError(
+                "name= of a Spec is what messages call it",
+                seen=f"name={self.name!r}",
+                expected='name="MLP"',
+            )
         pairs = self.pairs if isinstance(self.pairs, list | tuple) else (self.pairs,)
         if not pairs or not all(isinstance(pair, Pair) for pair in pairs):
             raise SpecError(
@@ -123,8 +129,17 @@ class Spec:
         return iter(self.pairs)
 
     def __add__(self, other: "Spec") -> "Spec":
+        if not isinstance(other, Spec):
+            raise SpecError(
+                "only specs can be added to a spec",
+                seen=f"{self.name} and a {type(other).__name__}, {other!r}",
+                expected="BERT_FFN + BERT_HEADS",
+                mend='of pairs make one first: Spec(name="MLP", pairs=...)',
+            )
         pairs = tuple(dict.fromkeys((*self, *other)))
         return self if pairs == self.pairs else Spec(name=f"{self.name}+{other.name}", pairs=pairs)
+
+    __radd__ = __add__  # what comes first is no Spec: `None + spec`, `sum(specs)`
 
     def __str__(self) -> str:
         return "\n".join([self.name, *(f"  {pair}" for pair in self)])

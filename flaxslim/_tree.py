@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.core import Tracer
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from flaxslim.errors import PlanError, UnsupportedTreeError
+from flaxslim.errors import PlanError, TracedError, UnsupportedTreeError
 
 _NAME_OF = {DictKey: "key", FlattenedIndexKey: "key", GetAttrKey: "name", SequenceKey: "idx"}
 
@@ -69,6 +70,19 @@ def flatten(tree: Any) -> dict[str, Any]:
     {'dense/bias': 2, 'dense/kernel': 1}
     """
     return dict(_leaves(tree)[0])
+
+
+def check_living(leaves: Mapping[str, Any]) -> None:
+    """Raise `TracedError` for an array whose buffer is gone, as it is after donation."""
+    for path, leaf in leaves.items():
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted():
+            raise TracedError(
+                "an array was deleted: its buffer was given to another, and no values are left",
+                path=path,
+                seen=f"{leaf.dtype} {tuple(leaf.shape)} without values",
+                mend="pass the tree that the step function gave back, not the one that was donated "
+                "to it (jax.jit(..., donate_argnums=...))",
+            )
 
 
 def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:

@@ -190,13 +190,14 @@ class UnsupportedDtypeError(FlaxslimError, TypeError):
 
 
 class TracedError(FlaxslimError, TypeError):
-    """Parameters are tracers: new shapes depend on values, which `jax.jit` does not know.
+    """Parameters have no values, on which new shapes depend: tracers, shapes, deleted arrays.
 
         jax.jit(lambda params: slim(params, sizes, MLP)[0])(mlp)  # wrong
         small, small_sizes = slim(mlp, sizes, MLP)
         jax.jit(forward)(small, x)  # right
 
-    Mend: slim outside of `jit`, `grad` and `vmap`, and compile what runs the result.
+    Mend: slim outside of `jit`, `grad` and `vmap`, and compile what runs the result; give what a
+    step returned, not what was donated to it.
     """
 
 
@@ -339,6 +340,18 @@ class TrainingError(FlaxslimError, ValueError):
 
     Mend: the message has it; of `update` mostly that parameters are missing,
     `tx.update(grads, state, params)`, or that the state is of another spec.
+    """
+
+
+class TrainingWarning(UserWarning):
+    """An optimizer that prunes, and most likely not what was meant.
+
+        idle = {"up": alive["up"], "down": jax.tree.map(np.zeros_like, alive["down"])}
+        flaxslim.keep_dead(MLP).init(idle)  # wrong
+        flaxslim.keep_dead(MLP).init(mlp)  # right
+
+    Mend: of a second layer that starts at zero take the first steps without `lock`, or name its
+    pair in no spec that locks; of a schedule the message has it.
     """
 
 

@@ -1,6 +1,7 @@
 """Sizes in any config object: read, resized as a new object of the same kind."""
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import math
@@ -287,3 +288,172 @@ def test_a_field_that_cannot_be_set_is_told(make):
     with pytest.raises(ConfigError, match="cannot be set"):
         _config.replace(cfg, {"hidden": 3})
     assert cfg.hidden == 8
+
+
+# --- configs whose fields hang together ---------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    hidden: int = 8
+    heads: int = 2
+    size: int = 4
+
+    def __post_init__(self):
+        assert self.heads * self.size == self.hidden, "heads * size is not hidden"
+
+
+class Setters:
+    def __init__(self):
+        self._hidden = 8
+
+    @property
+    def hidden(self):
+        return self._hidden
+
+    @hidden.setter
+    def hidden(self, value):
+        if value % 2:
+            raise ValueError("heads * size is not hidden")
+        self._hidden = value
+
+
+def test_keys_of_one_object_are_set_at_once():
+    cfg = {"inner": Checked()}
+    new = _config.replace(cfg, {"inner.heads": 1, "inner.size": 8})
+    assert new == {"inner": Checked(8, 1, 8)}
+    assert cfg == {"inner": Checked()}
+
+
+@pytest.mark.parametrize(("cfg", "key"), [(Checked(), "heads"), (Setters(), "hidden")])
+def test_what_a_class_raises_itself_is_told(cfg, key):
+    with pytest.raises(ConfigError, match="refuses the sizes after the cut") as caught:
+        _config.replace(cfg, {key: 3})
+    assert caught.value.path == key
+    assert "heads * size is not hidden" in str(caught.value.seen)
+    assert "dict" in str(caught.value.mend)
+
+
+@dataclasses.dataclass
+class Computing:
+    hidden: int = 8
+    both: int | None = None  # an argument as well
+    half: int = dataclasses.field(init=False, default=0)
+    seen: int = dataclasses.field(init=False, default=0)
+
+    def __post_init__(self):
+        self.half, self.third = self.hidden // 2, self.hidden // 3
+        self.both = 2 * self.hidden if self.both is None else self.both
+
+
+def test_what_a_dataclass_computes_follows_and_what_was_put_there_stays():
+    cfg = Computing()
+    cfg.name, cfg.seen = "mine", 5  # pyright: ignore[reportAttributeAccessIssue]
+    new = _config.replace(cfg, {"hidden": 6})
+    assert vars(new) == {
+        "hidden": 6, "both": 16, "half": 3, "third": 2, "seen": 5, "name": "mine",
+    }  # fmt: skip
+
+
+def test_an_argument_that_was_computed_is_named():
+    for cfg, prefix in ((Computing(), ""), ({"part": Computing()}, "part.")):
+        values = {f"{prefix}hidden": 6}
+        told = _config.computed(cfg, _config.replace(cfg, values), values)
+        assert told == [f"{prefix}both = 16 (anew: 12)"]
+    given = Computing(both=3)
+    assert not _config.computed(given, _config.replace(given, {"hidden": 6}), {"hidden": 6})
+
+
+class Ref:
+    """What matters of `ml_collections.FieldReference`."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
+class Referring:
+    """What matters of a `ml_collections.ConfigDict` with references: setting one sets them all."""
+
+    def __init__(self, **fields: Any):
+        self.__dict__["_fields"] = fields
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name not in self.__dict__["_fields"]:
+            raise AttributeError(name)
+        value = self._fields[name]
+        return value.value if isinstance(value, Ref) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(old := self._fields.get(name), Ref):
+            old.value = value
+        else:
+            self._fields[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._fields[name]
+
+    __setitem__ = __setattr__
+
+    def __iter__(self):
+        return iter(self._fields)
+
+    def keys(self):
+        return self._fields.keys()
+
+    def __deepcopy__(self, memo: Any) -> "Referring":
+        return Referring(**copy.deepcopy(self._fields, memo))
+
+    def unlock(self) -> None: ...
+
+    def unlocked(self):
+        return contextlib.nullcontext()
+
+
+def _referring() -> Any:
+    shared = Ref(8)
+    return Referring(hidden=shared, other=shared, inner=Referring(hidden=shared))
+
+
+def _ml_collections() -> Any:
+    cfg = pytest.importorskip("ml_collections").ConfigDict({"hidden": 8})
+    cfg.other = cfg.get_ref("hidden")
+    cfg.inner = {"hidden": cfg.get_ref("hidden")}
+    return cfg.lock()
+
+
+@pytest.mark.parametrize("make", [_referring, _ml_collections])
+@pytest.mark.parametrize("key", ["hidden", "other", "inner.hidden"])
+def test_a_key_that_others_refer_to_is_set_alone(make, key):
+    cfg, names = make(), ("hidden", "other", "inner.hidden")
+    new = _config.replace(cfg, {key: 3})
+    assert {name: _config.read(new, name) for name in names} == {**dict.fromkeys(names, 8), key: 3}
+    assert {_config.read(cfg, name) for name in names} == {8}
+
+
+def test_a_frozen_config_dict_is_resized():
+    kind = pytest.importorskip("ml_collections").FrozenConfigDict
+    new = _config.replace(kind({"hidden": 8, "inner": {"hidden": 4}}), {"inner.hidden": 3})
+    assert type(new) is kind
+    assert new.to_dict() == {"hidden": 8, "inner": {"hidden": 3}}
+
+
+def test_a_pydantic_model_is_checked_as_a_whole():
+    pydantic = pytest.importorskip("pydantic")
+
+    class Model(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(validate_assignment=True)
+        hidden: int = 8
+        heads: int = pydantic.Field(2, alias="n_heads")
+        size: int = 4
+
+        @pydantic.model_validator(mode="after")
+        def _check(self):
+            assert self.heads * self.size == self.hidden
+            return self
+
+    new = _config.replace(Model(), {"heads": 1, "size": 8})
+    assert (type(new), new.heads, new.size, new.hidden) == (Model, 1, 8, 8)
+    with pytest.raises(ConfigError, match="refuses the sizes"):
+        _config.replace(Model(), {"heads": 1})
+    with pytest.raises(ConfigError, match="has no field to say this in"):
+        _config.replace(Model(), {"new": 1})

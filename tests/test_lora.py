@@ -92,6 +92,11 @@ NAMES = {
         b="block/{}/lora_B/default/weight",
         torch=True,
     ),
+    "lora_down": _named("block/{}/lora_down/kernel", "block/{}/lora_up/kernel"),
+    "a dict": _named("block/{}/lora/A", "block/{}/lora/B"),
+    "adapter_a": _named("block/{}/adapter_a", "block/{}/adapter_b"),
+    "a dict of an adapter": _named("block/{}/adapter/A", "block/{}/adapter/B"),
+    "adapter_down": _named("block/{}/adapter_down/kernel", "block/{}/adapter_up/kernel"),
     "wrapped": Names(
         w="block/{}/base_module/kernel",
         c="block/{}/base_module/bias",
@@ -622,6 +627,28 @@ def test_the_other_matrix_is_known_by_its_name(path, partner):
         assert found.partner == other
 
 
+OTHERS = {
+    "a bottleneck": {"adapter_down": (F, 2), "adapter_up": (2, F)},
+    "two adapters": {"adapter_a": (D, D), "adapter_b": (D, D)},
+    "one alone": {"adapter_a": (D, 2)},
+    "another rank": {"adapter/A": (D, 2), "adapter/B": (4, F)},
+}
+
+
+@pytest.mark.parametrize("own", OTHERS.values(), ids=OTHERS)
+def test_what_is_called_an_adapter_and_has_other_shapes_is_none(own):
+    """It stays as it is; where its size is that of the channels, a note of the plan says so."""
+    tree = {"block": FLAX.pack(dead_rows(), only="wc")["block"]}
+    flat = flatten(tree) | {f"block/up/{name}": np.ones(shape) for name, shape in own.items()}
+    tree = traverse_util.unflatten_dict(flat, sep="/")
+    p = plan(tree, spec=FLAX.spec)
+    assert p.removed == len(DEAD)
+    small = flatten(apply(p, tree))
+    assert {name: small[f"block/up/{name}"].shape for name in own} == own
+    wide = [name for name, shape in own.items() if F in shape and "/" not in name]
+    assert all(any(name in note for note in p.notes) for name in wide)
+
+
 @pytest.mark.parametrize(
     ("path", "folder"),
     [
@@ -674,8 +701,8 @@ def test_an_adapter_of_another_reader_is_one_that_reads(name):
     assert p.removed == len(DEAD)
     small = shapes_of(apply(p, tree))
     ours, theirs = (
-        {path.replace(n, "down"): shape for path, shape in small.items() if n in path}
-        for n in ("side", "down")
+        {path.replace(n, "block/down"): shape for path, shape in small.items() if n in path}
+        for n in ("block/side", "block/down")
     )
     assert ours == theirs
     params = names.pack(made, only="wc")

@@ -657,6 +657,44 @@ def test_a_number_that_a_class_keeps_is_told(modules, told):
     assert (small.layer.hidden, proof.ok) == ((5, False) if modules else (8, True))
 
 
+class Normed(nnx.Module):
+    """A norm between the layers of an FFN, which is 3 wide or as wide as its hidden layer."""
+
+    def __init__(self, kind: Any, width: int):
+        rngs = nnx.Rngs(0)
+        self.up, self.down = nnx.Linear(width, 8, rngs=rngs), nnx.Linear(8, width, rngs=rngs)
+        self.norm = kind(8, rngs=rngs)
+        self.down.kernel[...] = self.down.kernel[...].at[:3].set(0.0)
+        self.eval()
+
+    def __call__(self, x: Any) -> Any:
+        return self.down(nnx.relu(self.norm(self.up(x))))
+
+
+TABLES = {f"norm/{name}": "f" for name in ("mean", "var", "scale", "bias")}
+
+
+@pytest.mark.parametrize("named", [0, 2, 4])
+def test_a_batch_norm_between_the_layers_says_its_width(named):
+    """Named, it is mended, and back again; what of it is not named is told."""
+    net, x = Normed(nnx.BatchNorm, 3), jnp.ones((2, 3))
+    tables = dict([*TABLES.items()][:named])
+    spec = Spec(name="NORMED", pairs=Pair(first="up", second="down", tables=tables))
+    if named < 4:
+        with pytest.warns(ConfigKeptWarning, match=r"norm of 8 features \(a BatchNorm"):
+            slim(net, None, spec)
+        return
+    p = plan(net, spec=spec)
+    small = slim(net, None, plan=p)[0]
+    assert (small.norm.num_features, expand(p, small).norm.num_features) == (5, 8)
+    np.testing.assert_allclose(small(x), net(x), rtol=1e-6)
+
+
+def test_a_norm_that_may_be_of_the_inputs_is_not_told():
+    net = Normed(nnx.LayerNorm, 8)
+    slim(net, None, Spec(name="NORMED", pairs=Pair(first="up", second="down")))  # warns of nothing
+
+
 class Tied(nnx.Module):
     """An FFN, and another layer that has a variable in common with it."""
 

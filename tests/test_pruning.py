@@ -1,6 +1,7 @@
 """`flaxslim.pruning`: who dies, when, by which score, and what of the model is zero then."""
 
 import itertools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -514,6 +515,23 @@ def test_what_was_dead_at_the_start_stays_dead(how):
     }
     assert (params["layers"]["1"]["down"]["kernel"][jnp.array([2, 5])] == 0).all()
     assert (params["layers"]["0"]["down"]["kernel"] != 0).all()
+
+
+@pytest.mark.parametrize("lock", [True, False])
+def test_a_second_layer_that_starts_at_zero_and_would_be_locked_is_named(lock):
+    net = mlp(layers=2)
+    down = net.params["layers"]["1"]["down"]
+    down["kernel"] = jnp.zeros_like(down["kernel"])
+    tx = flaxslim.pruning(optax.sgd(0.1), net.spec, flaxslim.one_shot(0.5), lock=lock)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tx.init(net.params)
+    told = [str(w.message) for w in caught if w.category is flaxslim.TrainingWarning]
+    assert len(told) == lock
+    if lock:
+        assert "layers/1/down/kernel (10 channels)" in told[0]
+        assert "layers/0" not in told[0]
+        assert caught[0].filename == __file__
 
 
 def test_each_axis_has_its_schedule():

@@ -573,6 +573,23 @@ def test_a_config_that_cannot_say_the_new_width_is_named():
         slim(tree, {"hidden": 3}, spec)
 
 
+def test_a_field_that_the_class_of_a_config_computed_from_the_width_is_named():
+    @dataclasses.dataclass
+    class Config:
+        hidden: int = 3
+        both: int | None = None
+
+        def __post_init__(self):
+            self.both = 2 * self.hidden if self.both is None else self.both
+
+    tree = {"up": {"kernel": np.ones((2, 3))}, "down": {"kernel": np.diag([1.0, 0.0, 1.0])}}
+    spec = Spec(name="MLP", pairs=Pair(first="up", second="down", width="hidden"))
+    with pytest.warns(ConfigKeptWarning, match=r"both = 6 \(anew: 4\)") as caught:
+        _, cfg = slim(tree, Config(), spec)
+    assert caught[0].filename == __file__
+    assert (cfg.hidden, cfg.both) == (2, 6)
+
+
 def test_a_stored_plan_is_for_the_activation_by_which_it_was_made():
     spec = Spec(name="M", pairs=Pair(first="up", second="down", activation="config.act", width="f"))
     tree = {

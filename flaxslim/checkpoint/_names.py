@@ -16,7 +16,7 @@ from flaxslim._lazy import transposed
 from flaxslim._spec import Spec
 from flaxslim._tree import flatten
 from flaxslim.checkpoint._leaf import Leaf, nest
-from flaxslim.checkpoint._unplaced import is_tied, twin, unplaced
+from flaxslim.checkpoint._unplaced import is_tied, of_dropped_layers, twin, unplaced
 from flaxslim.errors import ConfigError
 from flaxslim.specs import spec_for
 
@@ -312,17 +312,21 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, Leaf]:
     return leaves
 
 
-def to_torch_like(params: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Leaf]:
+def to_torch_like(
+    params: Mapping[str, Any], source: Mapping[str, Any], *, layers: int = 0
+) -> dict[str, Leaf]:
     """PyTorch name -> leaf for a flat Flax tree, with the names of the checkpoint it came from.
 
     Tensors of the source that have no place in the Flax tree are kept as they are; one that is
     tied to (bitwise equal to) a tensor that has a place follows it. Flax tensors that the source
-    has not are added by the general rule, but for a head that is only the embedding again.
+    has not are added by the general rule, but for a head that is only the embedding again. Of its
+    first `layers` layers those that the Flax tree no longer has are left out.
     """
     names = table({name: np.ndim(leaf) for name, leaf in source.items()}, params)
     leaves = {name: Leaf(array=params[new.path], axes=new.back) for name, new in names.items()}
+    dropped = of_dropped_layers(source, names, layers)
     for name in source:
-        if name not in leaves:
+        if name not in leaves and name not in dropped:
             other = twin(name, names, source)
             leaves[name] = leaves[other] if other else Leaf(array=source[name])
     rest = set(params) - {new.path for new in names.values()}

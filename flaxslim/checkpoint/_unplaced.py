@@ -1,6 +1,6 @@
 """Which PyTorch tensors without a place in the Flax tree matter: no buffers, no ties."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,33 @@ def unplaced(tensors: Mapping[str, Any], names: Collection[str]) -> tuple[str, .
         and not _is_buffer(name, np.asarray(leaf))
         and not twin(name, names, tensors)
     )
+
+
+def of_dropped_layers(names: Iterable[str], placed: Collection[str], layers: int) -> set[str]:
+    """Those of numbered layers that a tree no longer has, though it has others beside them.
+
+    `layers` is how many the checkpoint's config counts: what is numbered on behind them (a block
+    that predicts further tokens) the Flax class never had.
+
+    >>> of_dropped_layers(["h.0.w", "h.1.w", "h.2.w"], ["h.0.w"], layers=2)
+    {'h.1.w'}
+    """
+    there = {(before, number) for name in placed for before, number in _numbered(name)}
+    stacks = {before for before, _ in there}
+    return {
+        name
+        for name in names
+        for before, number in _numbered(name)
+        if before in stacks and (before, number) not in there and number < layers
+    }
+
+
+def _numbered(name: str) -> Iterator[tuple[str, int]]:
+    """The numbers in a name, each with what is in front of it."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal():
+            yield ".".join(parts[:i]), int(part)
 
 
 def _is_buffer(name: str, array: np.ndarray) -> bool:

@@ -12,8 +12,9 @@ import numpy as np
 
 from flaxslim import _config
 from flaxslim._bits import FLOATS
+from flaxslim._kinds import is_whole
 from flaxslim._processes import written_by_one
-from flaxslim._tree import flatten
+from flaxslim._tree import check_living, flatten
 from flaxslim.checkpoint import _card, _folder, _msgpack, _safetensors
 from flaxslim.checkpoint._atomic import flush, fresh_folder
 from flaxslim.checkpoint._config import config_text
@@ -59,7 +60,8 @@ def save(
         cfg: a `PretrainedConfig`, a dict, a dataclass or an `ml_collections.ConfigDict`.
         like: the checkpoint that they came from. Its format is kept, and its tokenizer, processor,
             model card and other side files travel along; so do PyTorch tensors that the Flax class
-            has no use for (which would be stale if the cut concerned them).
+            has no use for (which would be stale if the cut concerned them), but none of layers that
+            `params` no longer has.
         format: "flax" (flax_model.msgpack), "flax-safetensors" or "torch" (safetensors with
             PyTorch names). By default that of `like`; a pickled `.bin` becomes "torch".
         dtype: floating-point tensors are cast to it; by default they stay as they are.
@@ -200,6 +202,7 @@ def _kind(format: str | None, source: Checkpoint | None, params: Any) -> str:
 def _leaves(params: Any, cfg: Any, kind: str, source: Checkpoint | None) -> dict[str, Leaf]:
     """What will be written, by the name that it has in the file."""
     flat = flatten(params)
+    check_living(flat)
     torch_named = naming_of(flat) == "torch"
     if kind != "torch":
         if torch_named:
@@ -216,9 +219,26 @@ def _leaves(params: Any, cfg: Any, kind: str, source: Checkpoint | None) -> dict
         return {name: Leaf(array=_array(leaf)) for name, leaf in dotted(params).items()}
     flat = {path: _array(leaf) for path, leaf in flat.items()}
     like = source is not None and source.naming == "torch"
-    found = to_torch_like(flat, dotted(source.params)) if source and like else to_torch(flat)
+    if source and like:
+        found = to_torch_like(flat, dotted(source.params), layers=_layers_said(source.config))
+    else:
+        found = to_torch(flat)
     _refuse_untied(found, cfg)
     return found
+
+
+def _layers_said(cfg: Any) -> int:
+    """How many layers a config counts in its longest stack; 0 if it says nothing of any."""
+    found = [0]
+    for key in _config.keys(cfg):
+        value = None if "." in key else _config.read(cfg, key)
+        if value is None:
+            continue
+        if "layer" in key and is_whole(value):
+            found.append(int(value))
+        elif key.endswith("config"):
+            found.append(_layers_said(value))
+    return max(found)
 
 
 def _refuse_untied(leaves: Mapping[str, Leaf], cfg: Any) -> None:

@@ -1,6 +1,5 @@
 """What `prune` refuses before it computes anything."""
 
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from flaxslim import _mesh, _tree
 from flaxslim._draw import draw
+from flaxslim._kinds import is_number
 from flaxslim._plan import PER_LAYER
 from flaxslim._slim import mend_blocked
 from flaxslim._spec import Site, Spec
@@ -61,10 +61,10 @@ def shares_of(keep: float | Mapping[str, float], sites: Sequence[Site]) -> dict[
 
 def check_share(share: Any) -> None:
     """Raise `BudgetError` unless it is a share of the channels that can stay."""
-    is_number = isinstance(share, numbers.Real)
-    if is_number and 0 < float(share) <= 1:
+    known = is_number(share)
+    if known and 0 < float(share) <= 1:
         return
-    percent = float(share) if is_number and 1 < float(share) <= 100 else 30.0
+    percent = float(share) if known and 1 < float(share) <= 100 else 30.0
     raise BudgetError(
         "keep= is the share of the channels that stays",
         seen=repr(share),
@@ -85,8 +85,10 @@ def refuse_adapters(sites: Sequence[Site]) -> None:
 
 
 def refuse_apart(params: Any) -> None:
-    """Raise `CalibrationError` for arrays that no process sees all of."""
-    for path, leaf in _tree.flatten(params).items():
+    """Raise `CalibrationError` for arrays that no process sees all of; `TracedError` without."""
+    leaves = _tree.flatten(params)
+    _tree.check_living(leaves)
+    for path, leaf in leaves.items():
         if _mesh.is_apart(leaf):
             raise CalibrationError(
                 "pruning without training refits layers on one host, and this array spans several",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from flaxslim._kinds import is_number, is_whole
 from flaxslim._spec import Site
 from flaxslim.errors import TrainingError
 from flaxslim.training._allocation import Allocation, choose, members, regrown
@@ -45,14 +46,14 @@ class Decide:
 
     def __post_init__(self) -> None:
         gap = min((schedule.gap for schedule in self.schedules.values()), default=math.inf)
-        if not isinstance(self.fade, int) or not 0 <= self.fade <= gap:
+        if not is_whole(self.fade) or not 0 <= self.fade <= gap:
             raise TrainingError(
                 "what is doomed must have faded before the next channels die",
-                seen=f"fade={self.fade}, and channels die {gap} steps apart",
+                seen=f"fade={self.fade!r}, and channels die {gap} steps apart",
                 expected=f"fade from 0 to {gap} steps",
             )
-        if not 0 <= self.regrow <= 1:
-            raise TrainingError("regrow is a share", seen=self.regrow, expected="0.0 to 1.0")
+        if not is_number(self.regrow) or not 0 <= self.regrow <= 1:
+            raise TrainingError("regrow is a share", seen=repr(self.regrow), expected="0.0 to 1.0")
         if self.regrow and (self.fade or self.how.among_all or not self.schedules):
             raise TrainingError(
                 "channels give way to others at once, at each site by itself, and on a schedule",

@@ -45,6 +45,7 @@ from flax.traverse_util import unflatten_dict
 from jax.core import Tracer
 
 from flaxslim import _tree
+from flaxslim._kinds import is_number
 from flaxslim._spec import Site, SpecLike
 from flaxslim.errors import TrainingError, nearest
 from flaxslim.specs import chosen
@@ -67,10 +68,10 @@ def gates(params: Any, spec: SpecLike, *, cfg: Any = None, chance: float = 0.9) 
     >>> print(gates(params, MLP)["down"]["kernel"].shape)
     (1, 4)
     """
-    if not 0 < chance < 1:
+    if not is_number(chance) or not 0 < chance < 1:
         raise TrainingError(
             "a gate that is surely open, or surely closed, learns nothing",
-            seen=f"chance={chance}",
+            seen=f"chance={chance!r}",
             expected="a chance between 0 and 1, such as 0.9",
         )
     start = math.log(chance) - math.log1p(-chance) + _SHIFT
@@ -130,12 +131,18 @@ def gated(params: Any, values: Any, spec: SpecLike, *, cfg: Any = None) -> Any:
 
 
 def expected_sparsity(log_alpha: Any) -> jax.Array:
-    """Which share of all gates is expected to be exactly 0: a scalar.
+    """Which share of all gates is expected to be exactly 0: a scalar. `TrainingError` without any.
 
     >>> print(expected_sparsity({"kernel": jnp.array([[-9.0, 9.0]])}).round(3))
     0.5
     """
     closed = [_closed(x).ravel() for x in jax.tree.leaves(log_alpha)]
+    if not closed:
+        raise TrainingError(
+            "there are no gates whose sparsity could be expected",
+            seen=repr(log_alpha),
+            mend="make them for the parameters: flaxslim.gates(params, spec, cfg=cfg)",
+        )
     return jnp.concatenate(closed).mean()
 
 
@@ -144,17 +151,23 @@ def gate_lagrangian(log_alpha: Any, multipliers: Any, target: Any) -> jax.Array:
 
     The gates descend it and the multipliers `(2,)`, which begin at zero, ascend it: put
     `optax.scale(-1)` behind their optimizer. `target` may be traced, so that it can rise on a
-    schedule. Raises `TrainingError` for a target that is no share.
+    schedule. Raises `TrainingError` for a target that is no share, and for other multipliers.
 
     >>> log_alpha = {"kernel": jnp.array([[-9.0, 9.0]])}
     >>> print(gate_lagrangian(log_alpha, jnp.array([1.0, 10.0]), target=0.6).round(3))
     0.0
     """
-    if not isinstance(target, Tracer) and not 0 <= target < 1:
+    if not isinstance(target, Tracer) and not (is_number(target) and 0 <= target < 1):
         raise TrainingError(
             "the target is the share of gates that close",
-            seen=f"target={target}",
+            seen=f"target={target!r}",
             expected="0.0 to less than 1.0",
+        )
+    if np.shape(multipliers) != (2,):
+        raise TrainingError(
+            "there are two multipliers, one of the gap and one of its square",
+            seen=f"shape {np.shape(multipliers)}",
+            expected="jnp.zeros(2) for a start",
         )
     gap = expected_sparsity(log_alpha) - target
     return multipliers[0] * gap + multipliers[1] * gap**2

@@ -20,11 +20,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 
 from flaxslim import _tree
+from flaxslim._kinds import is_number
 from flaxslim._spec import Site, SpecLike, Tensor
 from flaxslim.errors import TrainingError
 from flaxslim.specs import chosen
@@ -82,12 +82,17 @@ def proximal_group_lasso(
      [0.  0. ]]
     """
     found = chosen(spec, cfg)
-    known = None if callable(strength) or isinstance(strength, Tracer) else float(strength)
-    if known is not None and not (np.isfinite(known) and known >= 0):
+    if not _is_rate(strength):
         raise TrainingError(
             "the strength of a penalty is 0 or more",
-            seen=f"strength={strength}",
-            expected="0.001 for a start; the larger, the more channels die",
+            seen=f"strength={strength!r}",
+            expected="0.001 for a start, or a schedule; the larger, the more channels die",
+        )
+    if not _is_rate(learning_rate):
+        raise TrainingError(
+            "the learning rate is 0 or more",
+            seen=f"learning_rate={learning_rate!r}",
+            expected="that of the optimizer before it: a number, or its schedule",
         )
 
     def init(params: Any) -> optax.ScaleByScheduleState:
@@ -138,6 +143,13 @@ class _Group:
         """The squared L2 norm of each channel, `(s, f)`."""
         rows = [total(site, jnp.square, leaves, of=_own(site)) for site in self.sites]
         return sum(rows[1:], rows[0])
+
+
+def _is_rate(value: Any) -> bool:
+    """A number of 0 or more, or what gives one: a schedule, a tracer."""
+    if callable(value) or isinstance(value, Tracer):
+        return True
+    return is_number(value) and 0 <= value < math.inf
 
 
 def _own(site: Site) -> tuple[Tensor, ...]:

@@ -32,6 +32,7 @@ def channel_mask(params: Any, spec: SpecLike, *, cfg: Any = None) -> Any:
      [0. 0.]]
     """
     sites, leaves = chosen(spec, cfg).sites(params, cfg), _tree.flatten(params)
+    _tree.check_living(leaves)
     alive = {site.second.path: read(site, leaves) for site in sites}
     found = dict.fromkeys(leaves, np.True_) | masks(sites, alive)
     return _tree.replace(params, found)

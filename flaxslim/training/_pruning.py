@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from flaxslim import _tree
+from flaxslim._kinds import is_number, is_whole
 from flaxslim._spec import Site, Spec, SpecLike, Tensor
-from flaxslim.errors import TrainingError, nearest
+from flaxslim.errors import TrainingError, TrainingWarning, nearest
 from flaxslim.specs import chosen
 from flaxslim.training._allocation import Allocation
 from flaxslim.training._channels import masks, read, reading
@@ -76,7 +78,8 @@ def pruning(
       allocation: "site": the same share at each site. "global": the smallest scores among all.
       min_width, max_sparsity: so many channels live on at each site; no larger share of it dies.
         Each may be by axis: `{"f": 128, "h": 2}`.
-      lock: what is dead at the start (nothing reads it) stays dead.
+      lock: what is dead at the start (nothing reads it) stays dead. A `TrainingWarning` names sites
+        that are dead as a whole, such as one whose second layer starts at zero.
       fade: over how many steps what is doomed goes to zero, in equal parts; 0 is at once.
       regrow: which share of the living gives way to dead channels with larger gradients, each time
         (RigL, Evci et al. 2020), less and less until the schedule ends. Only what reads a dead
@@ -130,6 +133,11 @@ class Pruning:
     seed: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.lock, bool | np.bool_) or not is_whole(self.seed):
+            raise TrainingError(
+                "lock= is True or False, and seed= a whole number",
+                seen=f"lock={self.lock!r}, seed={self.seed!r}",
+            )
         if not self.decide.schedules and not self.lock:
             raise TrainingError(
                 "nothing would ever die",
@@ -146,6 +154,7 @@ class Pruning:
 
     def init(self, params: Any) -> PruningState:
         leaves = _tree.flatten(params)
+        _tree.check_living(leaves)
         channels: BySite = {}
         sites = self.spec.sites(params, self.cfg)
         self._warn_of_idle(sites)
@@ -159,6 +168,8 @@ class Pruning:
             if self.decide.fade:
                 own["fading"] = jnp.zeros(alive.shape, bool)
             channels[site.second.path] = own
+        if self.lock:
+            _warn_of_locked(sites, channels)
         # Arrays of their own, or a step function could not be given all of them to overwrite.
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
         owed = jnp.zeros((), bool)
@@ -226,6 +237,7 @@ class Pruning:
                 warnings.warn(
                     f"the schedule of axis {axis!r} has nothing to prune: {self.spec.name} has no "
                     "site with it in these parameters",
+                    TrainingWarning,
                     stacklevel=5,
                 )
                 continue
@@ -246,6 +258,7 @@ class Pruning:
                     f"site, and the schedule ends at {target:.0%}: lower min_width "
                     f"({how.min_width}) or raise max_sparsity ({how.max_sparsity}); both may be "
                     'by axis: {"f": 128, "h": 2}',
+                    TrainingWarning,
                     stacklevel=5,
                 )
 
@@ -270,6 +283,30 @@ def _check_shares(axis: str, schedule: Schedule) -> None:
                 seen=f"{share} at step {step}",
                 expected="0.0 to 1.0: 0.5 is half of the channels",
             )
+
+
+def _warn_of_locked(sites: Sequence[Site], channels: BySite) -> None:
+    """Warn of sites that are dead as a whole: a second layer that starts at zero looks the same."""
+    frozen = []
+    for site in sites:
+        alive = channels[site.second.path]["alive"]
+        # Under `jit` and across processes there are no values to look at.
+        if isinstance(alive, Tracer) or not alive.is_fully_addressable or not site.size:
+            continue
+        rows = np.flatnonzero(~np.asarray(alive).any(axis=-1))
+        if rows.size:
+            which = f", in {rows.tolist()} of its stack" if site.rows > 1 else ""
+            frozen.append(f"{site.second.path} ({site.size} channels{which})")
+    if frozen:
+        more = f" and of {len(frozen) - 4} more" if len(frozen) > 4 else ""
+        warnings.warn(
+            f"all channels of {', '.join(frozen[:4])}{more} are dead already, since nothing reads "
+            "them, and lock=True (keep_dead) keeps them so: these layers never train. If they "
+            "start at zero (kernel_init=zeros), take the first steps without it and call init "
+            "then, or leave their pair out of the spec; if they were pruned, all is well",
+            TrainingWarning,
+            stacklevel=3,
+        )
 
 
 def _transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
@@ -320,11 +357,13 @@ def _allocation(name: str, min_width: Any, max_sparsity: Any, spec: Spec) -> All
         [*value.values()] if isinstance(value, Mapping) else [value]
         for value in (min_width, max_sparsity)
     )
-    if not all(width >= 0 for width in widths) or not all(0 <= share <= 1 for share in shares):
+    sound = all(is_whole(width) and width >= 0 for width in widths)
+    if not sound or not all(is_number(share) and 0 <= share <= 1 for share in shares):
         raise TrainingError(
             "no site can have so many channels",
-            seen=f"min_width={min_width}, max_sparsity={max_sparsity}",
-            expected="min_width of 0 or more, max_sparsity from 0.0 to 1.0",
+            seen=f"min_width={min_width!r}, max_sparsity={max_sparsity!r}",
+            expected="min_width a whole number of 0 or more, max_sparsity from 0.0 to 1.0; "
+            'either may be by axis: {"f": 128, "h": 2}',
         )
     return Allocation(among_all=name == "global", min_width=min_width, max_sparsity=max_sparsity)
 

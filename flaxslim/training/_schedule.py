@@ -7,13 +7,13 @@ looked at.
 
 import dataclasses
 import math
-import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from flaxslim._kinds import is_number, is_whole
 from flaxslim.errors import TrainingError
 
 # The share that is dead after a step, which may be traced.
@@ -38,7 +38,17 @@ class Schedule:
     at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not callable(self.sparsity):
+            raise TrainingError(
+                "the sparsity of a schedule is a function of the step",
+                seen=repr(self.sparsity),
+                mend="for a share that stays the same one_shot(0.5)",
+            )
         _check_span(self.begin, self.end, self.every)
+        if not isinstance(self.at, Iterable):
+            raise TrainingError(
+                "at= is no sequence of steps", seen=repr(self.at), expected="(10, 20)"
+            )
         for step in self.at:
             _check_step("a step of the schedule", step)
         object.__setattr__(self, "at", tuple(sorted(self.at)))
@@ -89,8 +99,12 @@ def stepwise(sparsities: Mapping[int, float]) -> Schedule:
     >>> [round(float(schedule(step)), 2) for step in (999, 1000, 1999, 2000)]
     [0.0, 0.3, 0.3, 0.5]
     """
-    if not sparsities:
-        raise TrainingError("a stepwise schedule needs steps", expected="{1000: 0.3, 2000: 0.5}")
+    if not isinstance(sparsities, Mapping) or not sparsities:
+        raise TrainingError(
+            "a stepwise schedule needs steps",
+            seen=repr(sparsities),
+            expected="{1000: 0.3, 2000: 0.5}",
+        )
     for step, share in sparsities.items():
         _check_step("a step of the schedule", step)
         _check_share("sparsity", share)
@@ -137,7 +151,9 @@ def exponential(start: float, final: float, *, begin: int, end: int, every: int 
     >>> [float(schedule(step)) for step in (0, 1, 2)]
     [0.0, 0.5, 0.75]
     """
-    if not 0 <= start < 1 or not 0 <= final < 1:
+    _check_share("start", start)
+    _check_share("final", final)
+    if start == 1 or final == 1:
         raise TrainingError(
             "an exponential schedule never reaches 1, and starts below it",
             seen=f"start {start}, final {final}",
@@ -165,7 +181,7 @@ def as_schedule(value: Any) -> Schedule:
         return value
     if callable(value):
         return scheduled(value)
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if is_number(value):
         return one_shot(float(value))
     raise TrainingError(
         "this is no schedule",
@@ -181,6 +197,7 @@ def _ramp(
     """A schedule by a function of how far it has come, 0 to 1."""
     _check_share("start", start)
     _check_share("final", final)
+    _check_step("end", end)
     _check_span(begin, end, every)
 
     def sparsity(step: Any) -> Any:
@@ -192,18 +209,20 @@ def _ramp(
     return Schedule(sparsity=sparsity, begin=begin, end=end, every=every)
 
 
-def _check_share(what: str, share: float) -> None:
-    if not 0 <= share <= 1:
+def _check_share(what: str, share: Any) -> None:
+    if not is_number(share) or not 0 <= share <= 1:
         raise TrainingError(
             f"{what} is the share of the channels that is dead",
-            seen=share,
+            seen=repr(share),
             expected="a number from 0.0 to 1.0 (50% is 0.5)",
         )
 
 
 def _check_step(what: str, step: Any) -> None:
-    if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 0:
-        raise TrainingError(f"{what} is no step", seen=step, expected="a whole number, 0 or more")
+    if not is_whole(step) or step < 0:
+        raise TrainingError(
+            f"{what} is no step", seen=repr(step), expected="a whole number, 0 or more"
+        )
 
 
 def _check_span(begin: int, end: int | None, every: int) -> None:

@@ -13,6 +13,7 @@ from flaxslim import _mesh, _tree
 from flaxslim._apply import apply
 from flaxslim._copies import Names, copies
 from flaxslim._draw import draw
+from flaxslim._kinds import is_whole
 from flaxslim._plan import Plan
 from flaxslim._slim import carried_out
 from flaxslim._spec import SpecLike
@@ -197,8 +198,12 @@ class ShrinkEvery:
         width: str = "uniform",
         multiple_of: int | Mapping[str, int] = 1,
     ):
-        if steps < 1:
-            raise TrainingError("shrink every how many steps?", seen=steps, expected="1 or more")
+        if not is_whole(steps) or steps < 1:
+            raise TrainingError(
+                "shrink every how many steps?",
+                seen=repr(steps),
+                expected="a whole number, 1 or more",
+            )
         self.steps, self.spec, self.width, self.multiple_of = steps, spec, width, multiple_of
         self.changed = False
         self._calls = 0

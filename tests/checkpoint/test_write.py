@@ -29,6 +29,8 @@ from flaxslim._tree import flatten, replace
 from flaxslim.checkpoint import _atomic, _pour, _safetensors, _write, load, read, save
 from flaxslim.checkpoint._card import HEADING, with_section
 from flaxslim.checkpoint._config import config_text
+from flaxslim.checkpoint._leaf import nest
+from flaxslim.checkpoint._names import dotted
 
 CONFIG = BertConfig(
     vocab_size=61,
@@ -162,6 +164,19 @@ def test_the_stock_class_loads_every_format(tmp_path, params):
     for format in ("flax", "flax-safetensors", "torch"):
         folder = save(tmp_path / format, freeze(params), CONFIG, format=format)
         _same(_stock(folder).params, params)
+
+
+@pytest.mark.parametrize("dropped", ["0", "1"])
+def test_layers_that_were_dropped_do_not_come_back_from_the_checkpoint(tmp_path, params, dropped):
+    """What the Flax class has no use for does, and what stands behind the layers that it counts."""
+    tree = dotted(read(save(tmp_path / "torch", params, CONFIG, format="torch")).params)
+    tree |= {"encoder.layer.2.extra": np.ones(3, np.float32), "other": np.ones(2, np.float32)}
+    source = save(tmp_path / "more", nest(tree, "."), CONFIG)
+    less: Any = nest(
+        {p: x for p, x in flatten(params).items() if f"layer/{dropped}/" not in p}, "/"
+    )
+    found = dotted(read(save(tmp_path / "out", less, CONFIG, like=source)).params)
+    assert found.keys() == {name for name in tree if f"layer.{dropped}." not in name}
 
 
 def test_shards_stay_shards(tmp_path, params, monkeypatch):

@@ -1,0 +1,192 @@
+"""A config copied with other values, by its kind: mappings, dataclasses, pydantic models, objects.
+
+All values of one object are set at once, since a class may check its fields against each other
+(`heads * size == hidden`). The class's own code runs, and what it raises is a `ConfigError`.
+"""
+
+import copy
+import dataclasses
+import types
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+from flaxslim.errors import ConfigError
+
+
+def keys(cfg: Any) -> list[str]:
+    """The names in a config."""
+    if isinstance(cfg, Mapping) or _is_config_dict(cfg):
+        return [key for key in cfg if isinstance(key, str)]
+    # A NamedTuple has `_fields`, a class with slots `__slots__`.
+    kinds = (getattr(cfg, kind, None) for kind in ("__dict__", "_fields", "__slots__"))
+    return [key for key in next(filter(None, kinds), ()) if not key.startswith("_")]
+
+
+def with_values(cfg: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of a config with some of its own keys set, all in one."""
+    if isinstance(cfg, type | types.ModuleType):
+        raise ConfigError(
+            "a config is an object: a class or a Python module cannot be copied with another size",
+            seen=str(cfg),
+            mend="pass an instance of a class or dataclass, or a dict",
+        )
+    try:
+        if dataclasses.is_dataclass(cfg):
+            return _dataclass(cfg, values)
+        if hasattr(cfg, "model_copy") and hasattr(cfg, "model_fields_set"):
+            return _pydantic(cfg, values)
+        if _is_config_dict(cfg):
+            return _config_dict(cfg, values)
+        if isinstance(cfg, MutableMapping):
+            new = copy.copy(cfg)
+            new.update(values)
+            return new
+        if isinstance(cfg, Mapping):
+            return type(cfg)({**cfg, **values})  # pyright: ignore[reportCallIssue]
+        return _object(cfg, values)
+    except ConfigError:
+        raise
+    except Exception as error:  # a class's own code may raise anything, asserts among it
+        raise _refused(cfg, values, error) from error
+
+
+def _dataclass(cfg: Any, values: Mapping[str, Any]) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cfg)}
+    for name in values:
+        if name not in fields or not fields[name].init:
+            raise _no_field(cfg, name, [*fields])
+    try:
+        new = dataclasses.replace(cfg, **values)
+    except ValueError as error:
+        if "InitVar" not in str(error):
+            raise
+        raise _no_field(cfg, next(iter(values)), [*fields], error) from error
+    # `replace` makes anew what is no argument of the class. What its own code computes is right
+    # so; what was put there by hand since stays.
+    arguments = {name for name, field in fields.items() if field.init}
+    own = {k: v for k, v in getattr(cfg, "__dict__", {}).items() if k not in arguments}
+    same = dataclasses.replace(cfg) if own else cfg
+    for name, value in own.items():
+        if not _equal(getattr(same, name, dataclasses.MISSING), value):
+            object.__setattr__(new, name, value)
+    return new
+
+
+def _pydantic(cfg: Any, values: Mapping[str, Any]) -> Any:
+    """By `model_validate`, for the checks, and a copy for what is no field."""
+    fields = type(cfg).model_fields
+    extra = getattr(cfg, "model_extra", None)
+    if extra is None:  # the class has no room for other keys
+        for name in values:
+            if name not in fields:
+                raise _no_field(cfg, name, [*fields])
+    old = {name: getattr(cfg, name) for name in fields if name in cfg.model_fields_set}
+    names = {n: f.alias for n, f in fields.items() if isinstance(f.alias, str)}
+    given = {names.get(name, name): value for name, value in {**old, **values}.items()}
+    checked = type(cfg).model_validate({**(extra or {}), **given})
+    new = {name: getattr(checked, name) for name in (*fields, *values)}
+    return cfg.model_copy(update=new, deep=True)
+
+
+def _is_config_dict(cfg: Any) -> bool:
+    """Whether it is an `ml_collections.ConfigDict`, or the like."""
+    return hasattr(cfg, "unlock") and hasattr(cfg, "keys")
+
+
+def _config_dict(cfg: Any, values: Mapping[str, Any]) -> Any:
+    if hasattr(cfg, "as_configdict"):  # a frozen one
+        return type(cfg)(_config_dict(cfg.as_configdict(), values))
+    new = copy.deepcopy(cfg)
+    for name, value in values.items():
+        # Set in place, a reference (`cfg.get_ref`) would change every key that refers to it.
+        if name in new and hasattr(new, "unlocked"):
+            with new.unlocked():
+                del new[name]
+                new[name] = value
+            continue
+        try:
+            setattr(new, name, value)
+        except (AttributeError, KeyError, TypeError) as error:  # it is locked
+            raise _no_field(cfg, name, keys(cfg), error) from error
+    return new
+
+
+def _object(cfg: Any, values: Mapping[str, Any]) -> Any:
+    name = next(iter(values))
+    try:
+        new = copy.deepcopy(cfg)
+        for name, value in values.items():
+            setattr(new, name, value)
+    except (AttributeError, TypeError) as error:  # slots, a NamedTuple
+        raise _no_field(cfg, name, keys(cfg), error) from error
+    return new
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values are known to be alike; objects that cannot be compared count as such."""
+    if type(a) is type(b) and type(a).__eq__ is object.__eq__:
+        return True
+    try:
+        return bool(a == b)
+    except Exception:  # arrays, and what else has no truth
+        return True
+
+
+def stale(cfg: Any, new: Any, names: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Fields of a dataclass that its code had computed from keys that are set: name, kept, anew.
+
+    They are arguments as well, so the copy was given their old values. Which is right cannot be
+    told: `2 * width` should follow, and `hidden // heads` should not once heads were cut.
+    """
+    if not dataclasses.is_dataclass(cfg) or not hasattr(cfg, "__post_init__"):
+        return
+    fields = [field for field in dataclasses.fields(cfg) if field.init]
+    for field in fields:
+        missing = dataclasses.MISSING
+        has_default = field.default is not missing or field.default_factory is not missing
+        if field.name in names or not has_default:
+            continue
+        others = [other.name for other in fields if other is not field]
+        try:
+            before, after = (
+                getattr(type(one)(**{name: getattr(one, name) for name in others}), field.name)
+                for one in (cfg, new)
+            )
+        except Exception:  # the class's own code: it needs the field, or an InitVar
+            continue
+        kept = getattr(new, field.name)
+        if _equal(before, kept) and not _equal(after, kept):
+            yield field.name, kept, after
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def _no_field(
+    cfg: Any, name: str, names: Sequence[str], error: Exception | None = None
+) -> ConfigError:
+    return ConfigError(
+        f"a {type(cfg).__name__} has no field to say this in"
+        if name not in names
+        else f"a field of a {type(cfg).__name__} cannot be set",
+        path=name,
+        seen=f"the fields {', '.join(names)}" + (f"; {error}" if error else ""),
+        mend=f'give it a field "{name}" that may be None and can be set; or keep one width for '
+        'all layers (width="uniform"), or pass a dict',
+    )
+
+
+def _refused(cfg: Any, values: Mapping[str, Any], error: Exception) -> ConfigError:
+    """What the code of a class raised, in the words of it."""
+    told = str(error).strip()
+    return ConfigError(
+        f"a {type(cfg).__name__} refuses the sizes after the cut",
+        path=", ".join(values),
+        seen=", ".join(f"{name}={value!r}" for name, value in values.items())
+        + f"; {type(error).__name__}"
+        + (f": {told}" if told else ""),
+        expected="values that the class's own checks let pass",
+        mend="name in the spec every key that follows from the width; or take widths that the "
+        "class can say (multiple_of=...); or pass a dict of the config's values, which checks "
+        "nothing",
+    )
