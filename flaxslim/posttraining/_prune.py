@@ -41,6 +41,7 @@ from flaxslim.posttraining._latency import default_cache
 from flaxslim.posttraining._method import PRESETS, REFERENCES, Method
 from flaxslim.posttraining._rank import Ranking
 from flaxslim.posttraining._report import Report, Row
+from flaxslim.posttraining._tied import tied
 from flaxslim.posttraining._tune import check_tunable, split, tune
 from flaxslim.specs import chosen
 
@@ -217,7 +218,7 @@ def zero(
     if counts != first:
         check(counts)
     new, rows = engine.pruned(ordered, rankings, counts)
-    new, tuned = _tuned(engine, new, ordered, distance, only=_parameters(params))
+    new, tuned = _tuned(engine, new, ordered, distance, only=_learnt(params, cfg))
     in_order = [rows[site.second.path] for site in sites]
     report = _report(engine, distance, new, in_order, tuned=tuned, cost=cost)
     return _as_given(params, tree, new), report
@@ -269,7 +270,7 @@ def _tuned(
     sites: Sequence[Site],
     distance: Distance,
     *,
-    only: Collection[str] | None,
+    only: Collection[str],
 ) -> tuple[Any, Mapping[str, float]]:
     """As the method says: tuned, with the loss before and after, or as it is."""
     how = engine.method.tune
@@ -314,11 +315,14 @@ def _report(
     )
 
 
-def _parameters(params: Any) -> Collection[str] | None:
-    """What of an nnx module is a parameter; None for trees that hold nothing else."""
-    if not isinstance(params, nnx.Module):
-        return None
-    return _tree.flatten(nnx.state(params, nnx.Param)).keys()
+def _learnt(params: Any, cfg: Any) -> Collection[str]:
+    """What may be tuned: of an nnx module what is a parameter, and nowhere what is tied.
+
+    An embedding is no more tuned than other tables; a head of its own is what the config denies.
+    """
+    module = isinstance(params, nnx.Module)
+    leaves = _tree.flatten(nnx.state(params, nnx.Param) if module else params)
+    return leaves.keys() - tied(leaves, cfg)
 
 
 def _notes(rows: Iterable[Row]) -> Iterator[str]:

@@ -83,7 +83,7 @@ def tune(
     """The tuned parameters, and the loss on what is held out: `before`, `after`, at which `step`.
 
     `alive` are the living channels `(s, f)` of the sites, by the paths of their second kernels; the
-    rows of the others stay zero. `only` are the paths of what is a parameter, if not all are.
+    rows of the others stay zero. `only` are the paths of what may be tuned, if not all may.
     """
     fit, held = split(calibration)
     leaves = _tree.flatten(params)
