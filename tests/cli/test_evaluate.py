@@ -92,6 +92,27 @@ def test_perplexity_is_of_all_rows(tmp_path):
     assert found["perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_perplexity_is_of_texts_wherever_they_stand_and_however_long_they_are(tmp_path):
+    """Texts padded at the left, and one that is cut into two, have that of the same, padded."""
+    params = drawn(transformers.FlaxGPT2LMHeadModel, GPT2)
+    rng, sizes = np.random.default_rng(0), (POSITIONS, POSITIONS, POSITIONS, 12)
+    texts = [rng.integers(3, 20, n).astype(np.int32) for n in sizes]
+    found = {}
+    for side in ("left", "right"):
+        pads = [[(0, POSITIONS - n), (POSITIONS - n, 0)][side == "left"] for n in sizes]
+        ids = np.stack([np.pad(x, pad) for x, pad in zip(texts, pads, strict=True)])
+        mask = np.stack([np.pad(np.ones_like(x), pad) for x, pad in zip(texts, pads, strict=True)])
+        np.savez(tmp_path / f"{side}.npz", eval_ids=ids, eval_mask=mask)
+    long = [np.concatenate(texts[:2]), np.concatenate([*texts[2:], np.zeros(28, np.int32)])]
+    mask = np.arange(2 * POSITIONS) < np.array([[2 * POSITIONS], [POSITIONS + 12]])
+    np.savez(tmp_path / "long.npz", eval_ids=np.stack(long), eval_mask=mask)
+    for name in ("left", "right", "long"):
+        data = tmp_path / f"{name}.npz"
+        found |= {name: measured("perplexity", "FlaxGPT2LMHeadModel", GPT2, data, params)}
+    first = found["right"]["perplexity"]
+    assert [x["perplexity"] for x in found.values()] == pytest.approx([first] * 3, rel=1e-5)
+
+
 @pytest.mark.parametrize("tokenizer", ["", "[SEP]"], indirect=True)
 def test_what_ends_each_text_is_no_word(tokenizer):
     """A model that says "the" whatever came before, and passages of which three end so."""

@@ -392,6 +392,29 @@ def test_language_learns_from_the_tokens_that_count(tmp_path):
     assert "a_ids" in str(caught.value)
 
 
+IDS = np.arange(24).reshape(4, 6)
+BAD_TOKENS: dict[str, tuple[Any, Any, str]] = {
+    "floats": (IDS + 0.6, IDS * 0 + 1, "a_ids cannot be taken as input_ids"),
+    "fewer masks": (IDS, IDS[:2] * 0 + 1, "not have equally many samples"),
+    "shorter masks": (IDS, IDS[:, :5] * 0 + 1, "a_mask is no mask of a_ids"),
+    "no text": (IDS[:0], IDS[:0], "hold no sample"),
+    "a mask of zeros": (IDS, IDS * 0, "no token to predict"),
+    "one token each": (IDS[:, :1], IDS[:, :1] * 0 + 1, "no token to predict"),
+    "one list": (IDS[0], IDS[0], r"expected: +integers, \(samples, length\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOKENS)
+def test_tokens_of_no_use_are_told_with_the_keys_of_the_recipe(name, tmp_path):
+    from flaxslim.cli._tasks._language import Language, LanguageData
+
+    ids, mask, words = BAD_TOKENS[name]
+    np.savez(tmp_path / "x.npz", a_ids=ids, a_mask=mask)
+    with pytest.raises(FlaxslimError, match=words) as caught:
+        Language.load(LanguageData(tokens=tmp_path / "x.npz", train="a"), None)
+    assert "data." in (caught.value.mend or "")
+
+
 def test_stories_are_measured_as_their_reference_says(data):
     """Dense perplexity 6.158, by the class alone."""
     from transformers import FlaxLlamaForCausalLM
