@@ -27,6 +27,7 @@ from flaxslim.posttraining._distance import Distance
 from flaxslim.posttraining._engine import Engine
 from flaxslim.posttraining._function import function_of
 from flaxslim.posttraining._method import PRESETS
+from flaxslim.posttraining._refit import Moments
 from flaxslim.specs import spec_for
 
 QUICK = Tune(steps=20, every=10)
@@ -139,6 +140,28 @@ def test_the_measured_error_is_that_of_the_output_of_the_layer(compensation):
     expected = ((after - before) ** 2).sum() / energy
     # In "none" and "scale" the mean is part of the error, which the energy leaves out.
     np.testing.assert_allclose(report.rows[0].measured, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("score", ["wanda", "fluctuation"])
+def test_a_head_that_puts_out_nothing_goes_first(score):
+    """It reads much by no weight and nothing by large ones, so that its sums are the largest."""
+    net = NETS["heads"]()
+    (site,) = net.spec.sites(net.params, net.cfg)
+    leaves, rng = flatten(net.params), np.random.default_rng(0)
+    w = rng.normal(size=(12, 6))
+    x = rng.normal(size=(50, 12))
+    w[[4, 6]], x[:, [4, 6]] = 0.0, 100.0 * x[:, [4, 6]]
+    w[[5, 7]], x[:, [5, 7]] = 100.0 * w[[5, 7]], 0.0
+    path = site.second.path
+    moments = [Moments(xx=x.T @ x / 50, x=x.mean(0), count=50)]
+    ranking = _rank.rank(
+        site, moments, {**leaves, path: w.reshape(leaves[path].shape)}, score=score
+    )
+    assert ranking.orders[0, 0] == 1
+    assert ranking.errors[1] == 0
+    rest = x.var(0) if score == "fluctuation" else (x**2).mean(0)
+    lost = (rest * (w**2).sum(1)) ** (1 if score == "fluctuation" else 0.5)
+    np.testing.assert_array_equal(ranking.orders[0], np.argsort(lost.reshape(3, 4).sum(1)))
 
 
 @pytest.mark.parametrize("method", METHODS)

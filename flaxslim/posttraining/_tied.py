@@ -18,7 +18,7 @@ def tied(leaves: Mapping[str, Any], cfg: Any) -> set[str]:
 
     The Flax classes of LLaMA and Mistral hold the head that the config ties as a tensor of its own.
     """
-    backwards = dict(reversed(leaves.items()))
+    backwards = dict(reversed(list(leaves.items())))
     found = leaves.keys() - (once(leaves).keys() & once(backwards).keys())
     if not (_config.has(cfg, _KEY) and _config.read(cfg, _KEY)):
         return found
