@@ -93,6 +93,30 @@ def test_every_preset_on_every_layout(name, method):
     assert f"(relative squared error, on {which} batches)" in str(report)
 
 
+@pytest.mark.filterwarnings("ignore::flaxslim.errors.CalibrationWarning")
+@pytest.mark.parametrize("width", ["uniform", "per_layer"])
+def test_the_report_says_the_widths_that_are_left(width):
+    """Of a layer of which 7 of 10 channels were dead, and one that fills up to its width."""
+    net = mlp()
+    down = net.params["layers"]["0"]["down"]
+    down["kernel"] = down["kernel"].at[:7].set(0)
+    params, _, report = pruned(net, method="wanda", width=width)
+    widths = [layer["down"]["kernel"].shape[0] for layer in params["layers"].values()]
+    assert [row.after for row in report.rows] == widths == [5 if width == "uniform" else 3, 5]
+
+
+def test_what_is_held_out_is_held_out_from_the_refit_too():
+    """Then errors can be compared with those of what is tuned."""
+    net = mlp()
+    still = Tune(steps=2, every=1, learning_rate=1e-30)
+    first, second = (
+        pruned(net, method=Method(ridge=1e-2, **how))[2]
+        for how in ({"hold_out": True}, {"tune": still})
+    )
+    assert first.output_error == pytest.approx(second.output_error, rel=1e-4)
+    assert first.measure == second.measure == "relative squared error, on held-out batches"
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_making_up_for_it_helps_and_more_so_the_better_the_method(name):
     net = NETS[name]()

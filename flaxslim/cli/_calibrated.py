@@ -18,6 +18,7 @@ from flaxslim.cli._console import in_flags, messages
 from flaxslim.cli._slim import as_flax
 from flaxslim.errors import CalibrationError, CalibrationWarning
 from flaxslim.posttraining._data import CalibrationData, read_calibration
+from flaxslim.posttraining._method import Method
 from flaxslim.posttraining._report import Report
 
 
@@ -44,7 +45,7 @@ class Data:
 class How:
     """The flags that say how to prune."""
 
-    preset: str
+    preset: str | Method
     width: str
     heads: bool
     multiple_of: int
