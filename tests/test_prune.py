@@ -93,6 +93,32 @@ def test_every_preset_on_every_layout(name, method):
     assert f"(relative squared error, on {which} batches)" in str(report)
 
 
+def test_a_mask_of_texts_is_none_of_the_patches_that_are_put_out():
+    """As many patches as tokens, of which the last does not count."""
+    scale = {"scale": jnp.ones(3)}
+    mask = np.array([[1, 1, 0]] * 4)
+    batch = {"input_ids": mask, "attention_mask": mask, "pixel_values": np.ones((4, 3, 2), "f")}
+    batch |= {"decoder_input_ids": mask, "decoder_attention_mask": mask[:, ::-1]}
+
+    def apart(name: str, position: int) -> float:
+        def fn(p: Any, batch: Any) -> Any:
+            return {name: batch["pixel_values"] * p["scale"][:, None]}
+
+        away = {"scale": scale["scale"].at[position].set(2)}
+        calibration = Calibration(fn, [batch], params=scale)
+        return Distance(calibration, [], None, None).mean(away, scale, [batch])
+
+    seen = {
+        name: [apart(name, position) > 0 for position in range(3)]
+        for name in ("vision_model_output", "encoder_last_hidden_state", "last_hidden_state")
+    }
+    assert seen == {
+        "vision_model_output": [True, True, True],
+        "encoder_last_hidden_state": [True, True, False],
+        "last_hidden_state": [False, True, True],
+    }
+
+
 @pytest.mark.filterwarnings("ignore::flaxslim.errors.CalibrationWarning")
 @pytest.mark.parametrize("width", ["uniform", "per_layer"])
 def test_the_report_says_the_widths_that_are_left(width):

@@ -68,7 +68,7 @@ class Distance:
         for (keys, x), y in zip(ours, theirs, strict=True):
             if measure := self._measure(keys, x):
                 how = self._divergence if measure == _DIVERGENCE else self._relative
-                found.append(how(x, y, batch, "decoder"))
+                found.append(how(x, y, batch, _side(keys)))
         return sum(found, jnp.zeros(())) / max(len(found), 1)
 
     def _measure(self, keys: Any, x: Any) -> str | None:
@@ -100,3 +100,12 @@ class Distance:
         x, y = (jnp.where(weights[..., None] > 0, z.astype(jnp.float32), 0) for z in (x, y))
         ours, theirs = (jax.nn.log_softmax(z) for z in (x, y))
         return (weights * divergence(theirs, ours)).sum() / jnp.maximum(weights.sum(), 1)
+
+
+def _side(keys: Any) -> str:
+    """The path of an output, by which it is known what its positions are.
+
+    What is not said to be of an encoder is what a decoder puts out, where there is one.
+    """
+    path = jax.tree_util.keystr(keys)
+    return path if "encoder" in path else f"decoder{path}"
