@@ -131,6 +131,40 @@ def test_the_report_says_the_widths_that_are_left(width):
     assert [row.after for row in report.rows] == widths == [5 if width == "uniform" else 3, 5]
 
 
+def test_a_batch_that_the_model_does_not_take_is_told():
+    net = mlp()
+
+    def fn(p: Any, inputs: Any) -> Any:
+        return (lambda *, x: net.fn(p, x))(**inputs)
+
+    data = [{"x": x, "labels": np.zeros(len(x), np.int32)} for x in batches(net)]
+    with pytest.raises(CalibrationError, match="does not run on a batch") as caught:
+        prune(net.params, net.cfg, net.spec, model=fn, batches=data, keep=0.5)
+    for words in ("unexpected keyword argument 'labels'", "labels int32 (16,)", "leave out"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["fisher", Method(ridge=1e-2, tune=Tune(steps=4, every=2))])
+def test_a_batch_may_hold_numbers_for_all_of_its_samples(method):
+    """And these stay with their samples, when rows of several batches are mixed."""
+    net, scales = mlp(), (1.0, 2.0, 1.0, 2.0)
+    pairs = zip(batches(net), scales, strict=True)
+    same = [{"x": x, "scale": np.full(len(x), s, "f")} for x, s in pairs]
+    once = [{**batch, "scale": batch["scale"][0]} for batch in same]
+
+    def fn(p: Any, inputs: Any) -> Any:
+        return net.fn(p, inputs["x"] * inputs["scale"].reshape(-1, 1, 1))
+
+    found = [
+        prune(net.params, net.cfg, net.spec, model=fn, batches=data, keep=0.5, preset=method)[0]
+        for data in (same, once)
+    ]
+    for path, leaf in flatten(found[0]).items():
+        assert np.isfinite(leaf).all()
+        if method == "fisher":
+            np.testing.assert_allclose(flatten(found[1])[path], leaf, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_held_out_is_held_out_from_the_refit_too():
     """Then errors can be compared with those of what is tuned."""
     net = mlp()

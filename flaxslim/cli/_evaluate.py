@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim.errors import CalibrationError, CalibrationWarning, nearest
+from flaxslim.errors import CalibrationError, CalibrationWarning, FlaxslimError, nearest
 from flaxslim.posttraining._text import decoded, lines
 from flaxslim.posttraining._tokens import check, load_tokenizer, positions
 
@@ -103,7 +103,18 @@ def _model(cls: Any, params: Any, cfg: Any) -> Callable[..., Any]:
 
     def checked(batch: Mapping[str, Any]) -> Any:
         check([batch], cfg, cls.__name__)
-        return run(on_device, batch)
+        try:
+            return run(on_device, batch)
+        except FlaxslimError:
+            raise
+        except Exception as error:  # what a class lacks, or does not take, it says in any words
+            raise CalibrationError(
+                "the class does not run on texts alone, by which this metric measures",
+                path=cls.__name__,
+                seen=": ".join([type(error).__name__, *str(error).splitlines()[:1]])[:300],
+                expected="a class that takes input_ids and attention_mask",
+                mend="measure it by a function of your own: --evaluate module:function",
+            ) from error
 
     return checked
 

@@ -10,7 +10,7 @@ import numpy as np
 from flaxslim import _config
 from flaxslim._divergence import divergence
 from flaxslim._spec import Site
-from flaxslim.posttraining._calibration import Calibration
+from flaxslim.posttraining._calibration import Calibration, side_of
 
 # (outputs of the dense model, outputs, batch) -> scalar.
 Loss = Callable[[Any, Any, Any], Any]
@@ -68,7 +68,7 @@ class Distance:
         for (keys, x), y in zip(ours, theirs, strict=True):
             if measure := self._measure(keys, x):
                 how = self._divergence if measure == _DIVERGENCE else self._relative
-                found.append(how(x, y, batch, _side(keys)))
+                found.append(how(x, y, batch, side_of(keys)))
         return sum(found, jnp.zeros(())) / max(len(found), 1)
 
     def _measure(self, keys: Any, x: Any) -> str | None:
@@ -100,12 +100,3 @@ class Distance:
         x, y = (jnp.where(weights[..., None] > 0, z.astype(jnp.float32), 0) for z in (x, y))
         ours, theirs = (jax.nn.log_softmax(z) for z in (x, y))
         return (weights * divergence(theirs, ours)).sum() / jnp.maximum(weights.sum(), 1)
-
-
-def _side(keys: Any) -> str:
-    """The path of an output, by which it is known what its positions are.
-
-    What is not said to be of an encoder is what a decoder puts out, where there is one.
-    """
-    path = jax.tree_util.keystr(keys)
-    return path if "encoder" in path else f"decoder{path}"

@@ -292,6 +292,7 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "data without a metric": (["--keep", 0.5, "--evaluation", "x.txt"], "--evaluate perplexity"),
     "a metric that fails": (["--keep", 0.5, "--evaluate", "json:dumps"], "gave no number"),
     "a negative seed": (["--keep", 0.5, "--seed", -1], "no negative number"),
+    "a seed of 64 bits": (["--keep", 0.5, "--seed", 2**63], "of more than 63 bits"),
     "metric without data": (["--keep", 0.5, "--evaluate", "stsb"], "--evaluation FILE"),
 }
 

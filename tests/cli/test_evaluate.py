@@ -29,6 +29,10 @@ BERT = transformers.BertConfig(
 GPT2 = transformers.GPT2Config(
     vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=POSITIONS,
 )  # fmt: skip
+VIT = transformers.ViTConfig(
+    hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=4,
+    patch_size=2,
+)  # fmt: skip
 T5 = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
 
 
@@ -65,6 +69,7 @@ REFUSED = {
     "of classes": ("perplexity", "FlaxBertForSequenceClassification", BERT, "no logits of tokens"),
     "without a head": ("lambada", "FlaxGPT2Model", GPT2, "no logits of tokens"),
     "of two texts": ("lambada", "FlaxT5ForConditionalGeneration", T5, "reads two"),
+    "of pictures": ("stsb", "FlaxViTModel", VIT, "does not run on texts alone"),
     "with a head": ("stsb", "FlaxBertForMaskedLM", BERT, "no hidden states"),
 }
 
