@@ -181,6 +181,9 @@ def verify(
     by_layer: ByLayer = False,
     whole: Whole = False,
     json: Json = False,
+    revision: Annotated[
+        str | None, arg(help="branch, tag or commit of BEFORE, if that is a Hub repository")
+    ] = None,
 ) -> int:
     """Run two checkpoints on the same inputs and show whether they compute the same function.
 
@@ -191,7 +194,7 @@ def verify(
     from flaxslim.cli._console import console, messages
 
     way = _way(by_layer, whole)
-    found, hint = _verify.verify(before, after, approximate=approximate, way=way)
+    found, hint = _verify.verify(before, after, approximate=approximate, way=way, revision=revision)
     if json:
         print(found.to_json())
     else:
