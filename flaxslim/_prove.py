@@ -13,6 +13,7 @@ from flaxslim import _config
 from flaxslim._compare import Reference, compare, reference
 from flaxslim._control import bar, by_site, by_tensor, norms
 from flaxslim._model import Inputs, Model, as_inputs, outputs, resolve, split
+from flaxslim._once import once
 from flaxslim._proof import Change, OutputRow, Proof
 from flaxslim._spec import Spec, SpecLike
 from flaxslim._tree import check_living, flatten, name_of
@@ -266,8 +267,9 @@ def _eps(dtype: Any) -> float:
 
 
 def _count(model: Model) -> tuple[int, int]:
-    """The number of parameters, and of their bytes as stored."""
+    """The number of parameters, and of their bytes as stored; what is tied counts once."""
     leaves = [x for x in jax.tree_util.tree_leaves(model.weights) if hasattr(x, "dtype")]
+    leaves = once(dict(enumerate(leaves))).values()
     return sum(x.size for x in leaves), sum(x.size * x.dtype.itemsize for x in leaves)
 
 

@@ -285,6 +285,22 @@ def test_arrays_are_taken_by_their_names(read, tmp_path):
     assert (data.samples, data.tokens, data.truncated) == (4, 64, 2)
 
 
+def test_padding_at_the_left_goes_to_the_right(read, tmp_path):
+    """And is what is cut first; what belongs to the tokens goes with them."""
+    ids = np.arange(5, 85).reshape(4, 20)
+    mask = (np.arange(20) >= np.array([[12], [15], [0], [12]])).astype(np.int64)
+    np.savez(tmp_path / "x.npz", input_ids=ids, attention_mask=mask, token_type_ids=ids + 1)
+    with pytest.warns(CalibrationWarning, match="where 9 were"):
+        data = read(tmp_path / "x.npz", length=8, samples=9, batch_size=4)
+    (batch,) = data.batches
+    assert (data.tokens, data.truncated) == (8 + 5 + 8 + 8, 1)
+    for row, real in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        expected = ids[(ids == row[0]).any(1)].ravel()
+        start = int(np.flatnonzero(expected == row[0])[0])
+        assert (row[real == 1] == expected[start : start + 8][: real.sum()]).all()
+    np.testing.assert_array_equal(batch["token_type_ids"], batch["input_ids"] + 1)
+
+
 @pytest.mark.filterwarnings("ignore:all 96 samples")
 def test_stories_by_fields(data):
     model = data / "stories260K"
@@ -450,6 +466,11 @@ ARRAYS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "wide": ({"a": np.array([2**40])}, {}, "array a is none of samples(.|\n)*fit int32"),
     "floats for ids": ({"a": np.ones((2, 3))}, {"fields": ["a"]}, "a cannot be taken as input_ids"),
     "no such array": ({"eval_ids": np.ones((2, 3))}, {"fields": ["ids"]}, "nearest:  eval_ids"),
+    "a mask of other tokens": (
+        {"input_ids": np.ones((2, 3), int), "attention_mask": np.ones((2, 4), int)},
+        {},
+        r"attention_mask is no mask of input_ids(.|\n)*\(2, 3\)(.|\n)*\(2, 4\)",
+    ),
     "three": ({"a": np.ones((2, 3))}, {"fields": ["a", "b", "c"]}, "two fields at most"),
 }
 

@@ -27,6 +27,7 @@ from flaxslim.posttraining._distance import Distance
 from flaxslim.posttraining._engine import Engine
 from flaxslim.posttraining._function import function_of
 from flaxslim.posttraining._method import PRESETS
+from flaxslim.posttraining._refit import Moments
 from flaxslim.specs import spec_for
 
 QUICK = Tune(steps=20, every=10)
@@ -92,6 +93,90 @@ def test_every_preset_on_every_layout(name, method):
     assert f"(relative squared error, on {which} batches)" in str(report)
 
 
+def test_a_mask_of_texts_is_none_of_the_patches_that_are_put_out():
+    """As many patches as tokens, of which the last does not count."""
+    scale = {"scale": jnp.ones(3)}
+    mask = np.array([[1, 1, 0]] * 4)
+    batch = {"input_ids": mask, "attention_mask": mask, "pixel_values": np.ones((4, 3, 2), "f")}
+    batch |= {"decoder_input_ids": mask, "decoder_attention_mask": mask[:, ::-1]}
+
+    def apart(name: str, position: int) -> float:
+        def fn(p: Any, batch: Any) -> Any:
+            return {name: batch["pixel_values"] * p["scale"][:, None]}
+
+        away = {"scale": scale["scale"].at[position].set(2)}
+        calibration = Calibration(fn, [batch], params=scale)
+        return Distance(calibration, [], None, None).mean(away, scale, [batch])
+
+    seen = {
+        name: [apart(name, position) > 0 for position in range(3)]
+        for name in ("vision_model_output", "encoder_last_hidden_state", "last_hidden_state")
+    }
+    assert seen == {
+        "vision_model_output": [True, True, True],
+        "encoder_last_hidden_state": [True, True, False],
+        "last_hidden_state": [False, True, True],
+    }
+
+
+@pytest.mark.filterwarnings("ignore::flaxslim.errors.CalibrationWarning")
+@pytest.mark.parametrize("width", ["uniform", "per_layer"])
+def test_the_report_says_the_widths_that_are_left(width):
+    """Of a layer of which 7 of 10 channels were dead, and one that fills up to its width."""
+    net = mlp()
+    down = net.params["layers"]["0"]["down"]
+    down["kernel"] = down["kernel"].at[:7].set(0)
+    params, _, report = pruned(net, method="wanda", width=width)
+    widths = [layer["down"]["kernel"].shape[0] for layer in params["layers"].values()]
+    assert [row.after for row in report.rows] == widths == [5 if width == "uniform" else 3, 5]
+
+
+def test_a_batch_that_the_model_does_not_take_is_told():
+    net = mlp()
+
+    def fn(p: Any, inputs: Any) -> Any:
+        return (lambda *, x: net.fn(p, x))(**inputs)
+
+    data = [{"x": x, "labels": np.zeros(len(x), np.int32)} for x in batches(net)]
+    with pytest.raises(CalibrationError, match="does not run on a batch") as caught:
+        prune(net.params, net.cfg, net.spec, model=fn, batches=data, keep=0.5)
+    for words in ("unexpected keyword argument 'labels'", "labels int32 (16,)", "leave out"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["fisher", Method(ridge=1e-2, tune=Tune(steps=4, every=2))])
+def test_a_batch_may_hold_numbers_for_all_of_its_samples(method):
+    """And these stay with their samples, when rows of several batches are mixed."""
+    net, scales = mlp(), (1.0, 2.0, 1.0, 2.0)
+    pairs = zip(batches(net), scales, strict=True)
+    same = [{"x": x, "scale": np.full(len(x), s, "f")} for x, s in pairs]
+    once = [{**batch, "scale": batch["scale"][0]} for batch in same]
+
+    def fn(p: Any, inputs: Any) -> Any:
+        return net.fn(p, inputs["x"] * inputs["scale"].reshape(-1, 1, 1))
+
+    found = [
+        prune(net.params, net.cfg, net.spec, model=fn, batches=data, keep=0.5, preset=method)[0]
+        for data in (same, once)
+    ]
+    for path, leaf in flatten(found[0]).items():
+        assert np.isfinite(leaf).all()
+        if method == "fisher":
+            np.testing.assert_allclose(flatten(found[1])[path], leaf, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_held_out_is_held_out_from_the_refit_too():
+    """Then errors can be compared with those of what is tuned."""
+    net = mlp()
+    still = Tune(steps=2, every=1, learning_rate=1e-30)
+    first, second = (
+        pruned(net, method=Method(ridge=1e-2, **how))[2]
+        for how in ({"hold_out": True}, {"tune": still})
+    )
+    assert first.output_error == pytest.approx(second.output_error, rel=1e-4)
+    assert first.measure == second.measure == "relative squared error, on held-out batches"
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_making_up_for_it_helps_and_more_so_the_better_the_method(name):
     net = NETS[name]()
@@ -139,6 +224,28 @@ def test_the_measured_error_is_that_of_the_output_of_the_layer(compensation):
     expected = ((after - before) ** 2).sum() / energy
     # In "none" and "scale" the mean is part of the error, which the energy leaves out.
     np.testing.assert_allclose(report.rows[0].measured, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("score", ["wanda", "fluctuation"])
+def test_a_head_that_puts_out_nothing_goes_first(score):
+    """It reads much by no weight and nothing by large ones, so that its sums are the largest."""
+    net = NETS["heads"]()
+    (site,) = net.spec.sites(net.params, net.cfg)
+    leaves, rng = flatten(net.params), np.random.default_rng(0)
+    w = rng.normal(size=(12, 6))
+    x = rng.normal(size=(50, 12))
+    w[[4, 6]], x[:, [4, 6]] = 0.0, 100.0 * x[:, [4, 6]]
+    w[[5, 7]], x[:, [5, 7]] = 100.0 * w[[5, 7]], 0.0
+    path = site.second.path
+    moments = [Moments(xx=x.T @ x / 50, x=x.mean(0), count=50)]
+    ranking = _rank.rank(
+        site, moments, {**leaves, path: w.reshape(leaves[path].shape)}, score=score
+    )
+    assert ranking.orders[0, 0] == 1
+    assert ranking.errors[1] == 0
+    rest = x.var(0) if score == "fluctuation" else (x**2).mean(0)
+    lost = (rest * (w**2).sum(1)) ** (1 if score == "fluctuation" else 0.5)
+    np.testing.assert_array_equal(ranking.orders[0], np.argsort(lost.reshape(3, 4).sum(1)))
 
 
 @pytest.mark.parametrize("method", METHODS)

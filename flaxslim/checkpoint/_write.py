@@ -241,6 +241,11 @@ def _layers_said(cfg: Any) -> int:
     return max(found)
 
 
+def check_writable(params: Any, cfg: Any, source: Checkpoint) -> None:
+    """Raise what `write` would of parameters that get other values, but keep their names."""
+    _leaves(params, cfg, kind_of(None, source, params), source)
+
+
 def _refuse_untied(leaves: Mapping[str, Leaf], cfg: Any) -> None:
     """Raise `ConfigError` for a head of its own that PyTorch would tie to the embedding.
 

@@ -1,5 +1,7 @@
 """What a recipe makes: the model that it starts from, the optimizer, and the schedules."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ import optax
 
 import flaxslim
 from flaxslim.cli._recipe import Recipe, Train
-from flaxslim.errors import RecipeError
+from flaxslim.errors import FlaxslimError, RecipeError
 from flaxslim.specs import chosen
 
 
@@ -24,8 +26,9 @@ def start(recipe: Recipe) -> tuple[Any, Any, Any]:
     """The class, parameters and config that a recipe begins with."""
     model, cls = recipe.model, model_class(recipe)
     if model.source is None:
-        cfg = cls.config_class(**model.config)
-        params = cls(cfg, seed=recipe.seed).params
+        with sayable(recipe):
+            cfg = cls.config_class(**model.config)
+            params = cls(cfg, seed=recipe.seed).params
     else:
         revision = {"revision": model.revision} if model.revision else {}
         cfg = cls.config_class.from_pretrained(model.source, **revision)
@@ -36,6 +39,26 @@ def start(recipe: Recipe) -> tuple[Any, Any, Any]:
         params = loaded.params
     cfg.architectures = [cls.__name__.removeprefix("Flax")]
     return cls, jax.tree.map(jnp.asarray, params), cfg
+
+
+@contextlib.contextmanager
+def sayable(recipe: Recipe) -> Iterator[None]:
+    """What a class of transformers makes of wrong sizes, whatever it raises, as a `RecipeError`."""
+    try:
+        yield
+    except FlaxslimError:
+        raise
+    except Exception as error:
+        config = recipe.model.config
+        told = ", ".join(f"{name} = {value!r}" for name, value in config.items())
+        raise RecipeError(
+            f"{recipe.model.cls} cannot be built or run with this config",
+            path="[model.config]" if config else f"[model], source {recipe.model.source!r}",
+            seen=": ".join([type(error).__name__, *str(error).splitlines()[:1]])[:300]
+            + (f"; with {told}" if told else ""),
+            expected="values that the class takes, and sizes that fit each other",
+            mend="correct the values of [model.config], or the config.json of the source",
+        ) from error
 
 
 def learning_rate(train: Train, steps: int) -> optax.Schedule:
@@ -63,6 +86,20 @@ def check_widths(recipe: Recipe, cfg: Any) -> None:
                 "say no smaller one",
                 seen=f'pruning.spec = "{recipe.pruning.spec}", shrink.width = "uniform"',
                 mend='shrink.width = "per_layer" (--set shrink.width=per_layer)',
+            )
+
+
+def check_floors(recipe: Recipe, params: Any, cfg: Any) -> None:
+    """Raise `RecipeError` for a site of which no channel can die, since it must keep more."""
+    pruning = recipe.pruning
+    for site in chosen(pruning.spec, cfg).sites(params, cfg) if recipe.prunes else ():
+        if pruning.shares.get(site.pair.axis) and pruning.min_width >= site.size:
+            raise RecipeError(
+                f"pruning.min_width keeps all {site.pair.unit} of a layer",
+                path=site.second.path,
+                seen=f"min_width = {pruning.min_width}",
+                expected=f"less than {site.size}, which the layer has",
+                mend="lower pruning.min_width, or leave it out",
             )
 
 

@@ -15,9 +15,11 @@ from flaxslim.checkpoint import Checkpoint, read
 from flaxslim.checkpoint._names import unused
 from flaxslim.checkpoint._write import refuse_loss
 from flaxslim.cli._console import in_flags, messages
+from flaxslim.cli._kinds import MOST_SEED
 from flaxslim.cli._slim import as_flax
 from flaxslim.errors import CalibrationError, CalibrationWarning
 from flaxslim.posttraining._data import CalibrationData, read_calibration
+from flaxslim.posttraining._method import Method
 from flaxslim.posttraining._report import Report
 
 
@@ -34,9 +36,11 @@ class Data:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
+        if not 0 <= self.seed <= MOST_SEED:
             raise CalibrationError(
-                "a seed is no negative number", seen=f"--seed {self.seed}", expected="0 or more"
+                "a seed is no negative number, and none of more than 63 bits",
+                seen=f"--seed {self.seed}",
+                expected=f"from 0 to {MOST_SEED}",
             )
 
 
@@ -44,7 +48,7 @@ class Data:
 class How:
     """The flags that say how to prune."""
 
-    preset: str
+    preset: str | Method
     width: str
     heads: bool
     multiple_of: int

@@ -3,11 +3,12 @@
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from flaxslim.cli._build import model_class, optimizer
+from flaxslim.cli._build import check_floors, model_class, optimizer, sayable
 from flaxslim.cli._program import check_finite, make_program
 from flaxslim.cli._recipe import Recipe
 from flaxslim.cli._report import channels, sizes
@@ -32,24 +33,22 @@ def check(recipe: Recipe, *, batch_size: int = 2) -> Checked:
     of it, and the defaults of its class.
     """
     kind, cls = TASKS[recipe.task](), model_class(recipe)
-    source = recipe.model.source
-    if source is not None and (Path(source) / "config.json").is_file():
-        cfg = cls.config_class.from_pretrained(source)
-        cfg.update(dict(recipe.model.config))
-    else:
-        cfg = cls.config_class(**recipe.model.config)
-    params = cls(cfg, seed=recipe.seed).params
-    parameters, prunable = sizes(params)[0], channels(recipe, params, cfg)
     rng = np.random.default_rng(recipe.seed)
+    with sayable(recipe):
+        cfg = _config(recipe, cls)
+        params = cls(cfg, seed=recipe.seed).params
+    parameters, prunable = sizes(params)[0], channels(recipe, params, cfg)
+    check_floors(recipe, params, cfg)
     batch = kind.random(recipe.data, cfg, min(batch_size, recipe.train.batch_size), rng)
     tx = optimizer(recipe, cfg, recipe.train.steps, prunes=recipe.prunes)
-    program = make_program(recipe, kind, cls, cfg, tx)
-    teacher: Logits = ()
-    if recipe.distils:
-        shapes = jax.eval_shape(program.forward, params, kind.inputs(batch))
-        teacher = tuple(rng.standard_normal(x.shape, np.float32) for x in shapes)
-    state = program.tx.init(params)
-    params, state, loss = program.train(params, state, batch, teacher, 1)
+    with sayable(recipe):
+        program = make_program(recipe, kind, cls, cfg, tx)
+        teacher: Logits = ()
+        if recipe.distils:
+            shapes = jax.eval_shape(program.forward, params, kind.inputs(batch))
+            teacher = tuple(rng.standard_normal(x.shape, np.float32) for x in shapes)
+        state = program.tx.init(params)
+        params, state, loss = program.train(params, state, batch, teacher, 1)
     compiling, began = program.compiling, time.perf_counter()
     _, _, loss = program.train(params, state, batch, teacher, 2)
     value = np.asarray(loss)
@@ -61,3 +60,12 @@ def check(recipe: Recipe, *, batch_size: int = 2) -> Checked:
         compiling=compiling,
         seconds=time.perf_counter() - began,
     )
+
+
+def _config(recipe: Recipe, cls: Any) -> Any:
+    source = recipe.model.source
+    if source is None or not (Path(source) / "config.json").is_file():
+        return cls.config_class(**recipe.model.config)
+    cfg = cls.config_class.from_pretrained(source)
+    cfg.update(dict(recipe.model.config))
+    return cfg

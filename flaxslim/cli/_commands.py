@@ -4,6 +4,7 @@
 """
 
 import json as json_module
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -158,12 +159,16 @@ def _way(
     by_layer: bool, whole: bool, *, verify: bool = True
 ) -> Literal["by-layer", "whole", "auto"]:
     """How the proof goes, by flags of which one at most is given."""
-    given = {"--no-verify": not verify, "--by-layer": by_layer, "--whole": whole}
+    _one_of({"--no-verify": not verify, "--by-layer": by_layer, "--whole": whole})
+    return "by-layer" if by_layer else "whole" if whole else "auto"
+
+
+def _one_of(given: Mapping[str, bool]) -> None:
+    """Raise `FlaxslimError` if more than one of some flags is given."""
     if len(flags := [flag for flag, is_given in given.items() if is_given]) > 1:
         raise FlaxslimError(
             "these flags exclude each other", seen=" ".join(flags), mend="give one of them"
         )
-    return "by-layer" if by_layer else "whole" if whole else "auto"
 
 
 def verify(
@@ -176,6 +181,9 @@ def verify(
     by_layer: ByLayer = False,
     whole: Whole = False,
     json: Json = False,
+    revision: Annotated[
+        str | None, arg(help="branch, tag or commit of BEFORE, if that is a Hub repository")
+    ] = None,
 ) -> int:
     """Run two checkpoints on the same inputs and show whether they compute the same function.
 
@@ -186,7 +194,7 @@ def verify(
     from flaxslim.cli._console import console, messages
 
     way = _way(by_layer, whole)
-    found, hint = _verify.verify(before, after, approximate=approximate, way=way)
+    found, hint = _verify.verify(before, after, approximate=approximate, way=way, revision=revision)
     if json:
         print(found.to_json())
     else:
@@ -237,7 +245,9 @@ def run(
             "needs no file and no network"
         ),
     ] = False,
-    json: Annotated[bool, arg(help="print the report as JSON instead of tables")] = False,
+    json: Annotated[
+        bool, arg(help="print the report, or what --check found, as JSON instead of tables")
+    ] = False,
 ) -> int:
     """Train a model by a recipe while its channels die, cut them out, prove it, and save it.
 
@@ -255,18 +265,21 @@ def run(
     Example: flaxslim run digits --set pruning.sparsity=0.8 --out out/digits
     """
     from flaxslim.cli import _demo, _execute, _recipe_prune, _recipe_read
+    from flaxslim.cli._recipe import toml_value
 
     tree, book = _recipe_read.load(_demo.shipped(recipe), set)
     if _recipe_prune.COMMAND in tree:
         asked = [name for name, given in (("--check", check), ("--json", json)) if given]
         return _execute.prune(tree, book, out, overwrite=overwrite, dry_run=dry_run, refused=asked)
+    _one_of({"--dry-run": dry_run, "--check": check, "--overwrite": overwrite})
+    _one_of({"--dry-run": dry_run, "--json": json})
     if out is not None:
-        _recipe_read.override(book, tree, f"output.folder={str(out)!r}")
+        _recipe_read.override(book, tree, f"output.folder={toml_value(str(out))}")
     read = _recipe_read.checked(tree, book, files=not (dry_run or check))
     if dry_run:
         return _execute.show(read)
     if check:
-        return _execute.check(read)
+        return _execute.check(read, json=json)
     return _execute.execute(read, overwrite=overwrite, json=json)
 
 
@@ -295,6 +308,10 @@ def report(
 
     if html is not None:
         _page.check(html, overwrite=overwrite)
+    elif overwrite:
+        raise FlaxslimError(
+            "there is no file to replace", seen="--overwrite", mend="--html FILE --overwrite"
+        )
     found = _slimming.read(out)
     if html is None:
         console.print(_table.slimming(found))

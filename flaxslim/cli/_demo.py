@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 from flaxslim.cli import _recipe_read
+from flaxslim.cli._recipe import toml_value
 from flaxslim.cli._recipe_book import PACKAGED
 from flaxslim.errors import RecipeError, nearest, neighbours
 
@@ -58,6 +59,6 @@ def run(folder: Path | None = None, *, steps: int = 100) -> int:
 
     with tempfile.TemporaryDirectory() as scratch:
         target = folder or Path(scratch) / "digits"
-        said = [*overrides(steps), f"output.folder={str(target)!r}"]
+        said = [*overrides(steps), f"output.folder={toml_value(str(target))}"]
         read = _recipe_read.read(recipes() / "digits.toml", said)
         return _execute.execute(read, kept=folder is not None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim.errors import CalibrationError, CalibrationWarning, nearest
+from flaxslim.errors import CalibrationError, CalibrationWarning, FlaxslimError, nearest
 from flaxslim.posttraining._text import decoded, lines
 from flaxslim.posttraining._tokens import check, load_tokenizer, positions
 
@@ -103,7 +103,18 @@ def _model(cls: Any, params: Any, cfg: Any) -> Callable[..., Any]:
 
     def checked(batch: Mapping[str, Any]) -> Any:
         check([batch], cfg, cls.__name__)
-        return run(on_device, batch)
+        try:
+            return run(on_device, batch)
+        except FlaxslimError:
+            raise
+        except Exception as error:  # what a class lacks, or does not take, it says in any words
+            raise CalibrationError(
+                "the class does not run on texts alone, by which this metric measures",
+                path=cls.__name__,
+                seen=": ".join([type(error).__name__, *str(error).splitlines()[:1]])[:300],
+                expected="a class that takes input_ids and attention_mask",
+                mend="measure it by a function of your own: --evaluate module:function",
+            ) from error
 
     return checked
 
@@ -129,12 +140,15 @@ def _is_causal(run: Callable[..., Any], batch: Mapping[str, Any], logits: Any) -
     """Whether the first half of a text knows nothing of the second: it is run with another one."""
     ids = np.asarray(batch["input_ids"])
     mask = np.asarray(batch.get("attention_mask", np.ones_like(ids)))
-    row = int(mask.sum(1).argmax())
-    half = int(mask[row].sum()) // 2
+    row = int((mask != 0).sum(1).argmax())
+    text = np.flatnonzero(mask[row])
+    before, after = np.split(text, [len(text) // 2])
+    if not len(before):
+        return True
     other = ids.copy()
-    other[row, half:] = ids[row, half:] == 0
-    first, again = logits[row, :half], run({**batch, "input_ids": other}).logits[row, :half]
-    return not (half and abs(first - again).max() > 1e-6 * abs(first).max())
+    other[row, after] = ids[row, after] == 0
+    first, again = logits[row, before], run({**batch, "input_ids": other}).logits[row, before]
+    return not abs(first - again).max() > 1e-6 * abs(first).max()
 
 
 def _no_language_model(why: str, cls: Any) -> CalibrationError:
@@ -147,30 +161,58 @@ def _no_language_model(why: str, cls: Any) -> CalibrationError:
 
 
 def _perplexity(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[str, float]:
-    """exp of the mean loss of the next token, over all tokens but the first of each text."""
+    """exp of the mean loss of the next token, over all tokens but the first of each text.
+
+    A text that is longer than the model takes, or than 512 tokens, is cut into several.
+    """
     import jax
     import optax
 
-    from flaxslim.posttraining._data import read_calibration
+    from flaxslim.posttraining._padding import counted
 
-    length = min(512, _longest(cfg))
-    fields = ("eval_ids", "eval_mask") if data.suffix == ".npz" else ()
-    with warnings.catch_warnings():  # of fewer samples than so many
-        warnings.simplefilter("ignore", CalibrationWarning)
-        found = read_calibration(
-            data, folder=folder, cfg=cfg, samples=10**9, length=length, batch_size=1, fields=fields
-        )
+    samples = _texts(data, folder, cfg, min(512, _longest(cfg)))
     logits = _language_model(cls, params, cfg)
     losses = jax.jit(optax.softmax_cross_entropy_with_integer_labels)
     total = tokens = 0.0
-    for batch in _in_pairs(found.batches):
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        counted = np.ones_like(ids)[:, 1:] if mask is None else mask[:, 1:]
-        total += float((np.asarray(losses(logits(batch)[:, :-1], ids[:, 1:])) * counted).sum())
-        tokens += float(counted.sum())
+    for batch in _in_pairs(samples):
+        ids, counts = batch["input_ids"], counted(batch["attention_mask"])
+        total += float((np.asarray(losses(logits(batch)[:, :-1], ids[:, 1:])) * counts).sum())
+        tokens += float(counts.sum())
     if not tokens:
-        raise CalibrationError("there is no token to measure", path=str(data))
+        raise CalibrationError(
+            "there is no token to measure",
+            path=str(data),
+            expected="texts of two tokens or more that count, one after the other",
+        )
     return {"perplexity": float(np.exp(total / tokens))}
+
+
+def _texts(data: Path, folder: Path, cfg: Any, length: int) -> list[dict[str, np.ndarray]]:
+    """Ids and mask `(1, t)` of each text of a file, of at most so many tokens."""
+    from flaxslim.posttraining._arrays import read_arrays
+    from flaxslim.posttraining._data import read_calibration
+
+    if data.suffix.lower() == ".npz":
+        arrays = read_arrays(data, ("eval_ids", "eval_mask"))
+        return list(_cut(arrays, length))
+    with warnings.catch_warnings():  # of fewer samples than so many
+        warnings.simplefilter("ignore", CalibrationWarning)
+        found = read_calibration(
+            data, folder=folder, cfg=cfg, samples=10**9, length=length, batch_size=1
+        )
+    return found.batches
+
+
+def _cut(arrays: Mapping[str, np.ndarray], length: int) -> Iterator[dict[str, np.ndarray]]:
+    """Rows, those that are too long in parts of one length, without parts of padding alone."""
+    width = arrays["input_ids"].shape[1]
+    length = min(length, width)
+    filled = {name: np.pad(x, [(0, 0), (0, -width % length)]) for name, x in arrays.items()}
+    for row in range(len(arrays["input_ids"])):
+        for start in range(0, width, length):
+            part = {name: x[row : row + 1, start : start + length] for name, x in filled.items()}
+            if part["attention_mask"].any():
+                yield part
 
 
 def _in_pairs(samples: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

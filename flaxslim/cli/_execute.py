@@ -1,5 +1,6 @@
 """What `flaxslim run` and `flaxslim demo` print: around the run itself, which is in `_run`."""
 
+import dataclasses
 import json as json_module
 import shlex
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,16 @@ def show(read: Read) -> int:
     return 0
 
 
-def check(read: Read) -> int:
+def check(read: Read, *, json: bool = False) -> int:
     """Take the first step on random numbers, and print what it was."""
     from flaxslim.cli import _check
 
     _say_missing(read)
     with messages.status("the first training step, on random weights and numbers"):
         found = _check.check(read.recipe)
+    if json:
+        print(json_module.dumps(dataclasses.asdict(found), indent=1))
+        return 0
     console.print(
         f"{read.recipe.model.cls}: {found.parameters:,} parameters, {found.channels:,} channels "
         f"that can die\nfirst step: loss {found.loss:.3f}; compiled and run in "

@@ -30,6 +30,9 @@ class Source:
     """Marks a text that is a folder or the id of a repository on the Hub."""
 
 
+MOST_SEED = 2**63 - 1  # more bits are no seed of JAX
+
+Seed = Annotated[int, Range(low=0, high=MOST_SEED)]
 Count = Annotated[int, Range(low=1)]
 Steps = Annotated[int, Range(low=0)]
 Share = Annotated[float, Range(low=0, high=1)]

@@ -12,6 +12,7 @@ from flaxslim._prove import Proof
 from flaxslim._prove import verify as prove
 from flaxslim.checkpoint import save
 from flaxslim.checkpoint._atomic import check_target
+from flaxslim.checkpoint._write import check_writable
 from flaxslim.cli import _evaluate, _metrics, _table
 from flaxslim.cli._calibrated import Data, How, Model, opened, pruned
 from flaxslim.cli._console import console, messages
@@ -61,6 +62,7 @@ def run(
     target = out.expanduser().resolve()
     check_target(target, overwrite=overwrite, source=local)
     model = opened(source, data, revision)
+    check_writable(*model.dense, model.source)  # before hours are spent
     scores = {}
     if measure is not None:  # first, since it may fail
         with messages.status("measuring the dense model"):

@@ -147,7 +147,8 @@ def sweep(
     """Prune at several sizes by several presets, and show what each keeps of the model.
 
     Writes no model. The error is the distance of the outputs from those of the dense model, on
-    calibration data: compare by it, and judge what you ship on data of your own (--evaluate).
+    calibration data (if a preset tunes, on a part that no preset learns from): compare by it, and
+    judge what you ship on data of your own (--evaluate).
     Example: flaxslim sweep path/to/folder --calibration texts.txt --keep 0.9,0.7,0.5
     """
     from flaxslim.cli import _calibrated, _sweep

@@ -7,9 +7,9 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from flaxslim.cli._kinds import Checkpoint, Count, Positive, Range, Share, Steps, Weight
+from flaxslim.cli._kinds import Checkpoint, Count, Positive, Seed, Share, Steps, Weight
 
 # How a recipe says that the model teaches itself, as it was when its pruning began.
 START = "start"
@@ -176,7 +176,7 @@ class Recipe:
     data: Any
     train: Train
     output: Output
-    seed: Annotated[int, Range(low=0)] = 0
+    seed: Seed = 0
     pruning: Pruning = dataclasses.field(default_factory=Pruning)
     distillation: Distillation | None = None
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
@@ -215,12 +215,21 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it. JSON's escapes are TOML's, but for pairs of surrogates.
+
+    >>> print(toml_value("a'b\\"c"))
+    "a'b\\"c"
+    """
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _toml(at: tuple[str, ...], tree: Mapping[str, Any]) -> Iterator[str]:
     if at:
         yield f"\n[{'.'.join(at)}]"
     for name, value in tree.items():
         if not isinstance(value, Mapping):
-            yield f"{name} = {json.dumps(value)}"
+            yield f"{name} = {toml_value(value)}"
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from _toml((*at, name), value)

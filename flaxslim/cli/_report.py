@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxslim._once import once
 from flaxslim._proof import Change, Proof
 from flaxslim._prove import flops
 from flaxslim.cli import _metrics
@@ -95,8 +96,8 @@ def channels(recipe: Recipe, params: Any, cfg: Any) -> int:
 
 
 def sizes(tree: Any) -> tuple[int, int]:
-    """The number of parameters, and of their bytes."""
-    leaves = jax.tree.leaves(tree)
+    """The number of parameters, and of their bytes; what is tied counts once."""
+    leaves = once(dict(enumerate(jax.tree.leaves(tree)))).values()
     return sum(x.size for x in leaves), sum(x.size * x.dtype.itemsize for x in leaves)
 
 

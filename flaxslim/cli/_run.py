@@ -60,6 +60,7 @@ def _told(recipe: Recipe, partial: Path) -> Report:
         cls, params, cfg = _build.start(recipe)
         task.check(cfg)
         _build.check_widths(recipe, cfg)
+        _build.check_floors(recipe, params, cfg)
     with _metrics.writer(partial, tensorboard=recipe.output.tensorboard) as metrics:
         story = _Story(recipe=recipe, kind=kind, task=task, cls=cls, metrics=metrics)
         ended = story.tell(params, cfg)

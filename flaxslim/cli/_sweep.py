@@ -41,8 +41,10 @@ def run(
             raise TargetError("there is no such folder", path=str(csv_file.resolve().parent))
         check_file(csv_file, overwrite=True, ours=_is_table, what="a table of a sweep")
     shares, names = _shares(keep), [name.strip() for name in presets.split(",")]
-    for name in names:
-        method_of(name)  # which says what there is, before anything is read
+    methods = [method_of(name) for name in names]  # which says what there is
+    # One column is of one measure: where any of them is tuned, none may learn what is held out.
+    apart = any(method.holds_out for method in methods)
+    methods = [dataclasses.replace(method, hold_out=apart) for method in methods]
     model = opened(source, data, revision)
     folder = model.checkpoint.folder
     dense = dict(measure(model.cls, *model.dense, folder)) if measure else {}
@@ -54,12 +56,15 @@ def run(
             mend="call it otherwise",
         )
     rows = [_row("dense", 1.0, model.dense[0], 0.0, dense)]
-    for preset in names:
+    measures: dict[str, None] = {}
+    for preset, method in zip(names, methods, strict=True):
         for share in shares:
-            params, cfg, report = pruned(model, dataclasses.replace(how, preset=preset), keep=share)
+            params, cfg, report = pruned(model, dataclasses.replace(how, preset=method), keep=share)
+            measures[report.measure] = None
             found = dict(measure(model.cls, params, cfg, folder)) if measure else {}
             rows.append(_row(preset, share, params, report.output_error, found))
     console.print(_table.swept(rows))
+    console.print(f"error: {' or '.join(measures)}", markup=False, soft_wrap=True)
     if csv_file is not None:
         with fresh_file(csv_file) as new, new.open("w", newline="", encoding="utf-8") as file:
             names = dict.fromkeys(name for row in rows for name in row)

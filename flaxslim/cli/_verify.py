@@ -33,13 +33,18 @@ Way = Literal["auto", "whole", "by-layer"]
 
 
 def verify(
-    before: str, after: str, *, approximate: bool = False, way: Way = "auto"
+    before: str,
+    after: str,
+    *,
+    approximate: bool = False,
+    way: Way = "auto",
+    revision: str | None = None,
 ) -> tuple[Proof, str | None]:
-    """Read both and compare; and what to say besides if the proof fails.
+    """Read both and compare; and what to say besides if the proof fails. `revision` is of `before`.
 
     What the record of the cut says waives nothing: it lies beside the weights that are judged.
     """
-    old, new = read(before, lazy=True), read(after, lazy=True)
+    old, new = read(before, revision=revision, lazy=True), read(after, lazy=True)
     proof = prove_checkpoints(old, new, exact=not approximate, way=way)
     hint = None
     if not proof.ok and not approximate and _recorded_as_approximate(new):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from flaxslim.errors import CalibrationError, nearest
+from flaxslim.posttraining._padding import MASKS, padded_right
 
 
 def read_arrays(path: Path, fields: Sequence[str] = ()) -> dict[str, np.ndarray]:
@@ -15,7 +16,7 @@ def read_arrays(path: Path, fields: Sequence[str] = ()) -> dict[str, np.ndarray]
     All of them by their names, or those that one or two `fields` name: as `input_ids`, and as
     `attention_mask`. The first axis of each counts the samples. Nothing is unpickled.
     Raises `CalibrationError` for a file that is none, has no such arrays, or other dtypes, and for
-    arrays whose first axes differ.
+    arrays whose first axes differ. Rows that are padded at the left become padded at the right.
     """
     if len(fields) > 2:
         raise CalibrationError(
@@ -53,7 +54,25 @@ def read_arrays(path: Path, fields: Sequence[str] = ()) -> dict[str, np.ndarray]
                 expected="integers, (samples, length)",
                 mend=_mend_fields(as_named),
             )
-    return arrays
+    for name, mask in MASKS.items():
+        _refuse_other_lengths(path, dict(zip(arrays, stored, strict=True)), arrays, name, mask)
+    return padded_right(arrays)
+
+
+def _refuse_other_lengths(
+    path: Path, told: Mapping[str, str], arrays: Mapping[str, np.ndarray], name: str, mask: str
+) -> None:
+    """Raise `CalibrationError` for a mask of other tokens than those beside it."""
+    if name in arrays and mask in arrays and arrays[mask].ndim == 2:
+        shapes = {told[one]: arrays[one].shape for one in (name, mask)}
+        if len(set(shapes.values())) > 1:
+            raise CalibrationError(
+                f"{told[mask]} is no mask of {told[name]}",
+                path=str(path),
+                seen=", ".join(f"{one} of shape {shape}" for one, shape in shapes.items()),
+                expected="one number for each token",
+                mend=f"write both of one shape, padded alike, or leave {told[mask]} out",
+            )
 
 
 def _mend_fields(arrays: Mapping[str, np.ndarray]) -> str:

@@ -273,6 +273,15 @@ def _of_images(path: str, batch: Mapping[str, Any]) -> bool:
     return "vision" in path or ("decoder" not in path and "input_ids" not in batch)
 
 
+def side_of(keys: Any) -> str:
+    """The path of an output, by which it is known what its positions are.
+
+    What is not said to be of an encoder is what a decoder puts out, where there is one.
+    """
+    path = jax.tree_util.keystr(keys)
+    return path if "encoder" in path else f"decoder{path}"
+
+
 def _of_positions(mask: Any, name: str) -> Any:
     """A mask `(b, t)`; one of `(b, 1, 1, t)`, as attention adds it, says the same."""
     if mask.ndim > 2:

@@ -19,7 +19,7 @@ import numpy as np
 from flaxslim import _tree
 from flaxslim._jaxpr import scan_counts
 from flaxslim._spec import Site
-from flaxslim.errors import CalibrationError, nearest
+from flaxslim.errors import CalibrationError, FlaxslimError, nearest
 
 # What changes neither the numbers of a kernel nor what they mean.
 _MOVES = frozenset(
@@ -105,7 +105,7 @@ class Traced:
     """
 
     def __init__(self, fn: Callable[..., Any], params: Any, batch: Any):
-        self._closed, self.outputs = jax.make_jaxpr(fn, return_shape=True)(params, batch)
+        self._closed, self.outputs = _traced(fn, params, batch)
         self.paths = list(_tree.flatten(params))
         found: list[Read] = []
         self.tables: set[str] = set()  # the parameters that are looked up by index
@@ -137,6 +137,34 @@ class Traced:
         into = _Found(reads=reads, tables=tables)
         out, _ = _run(self._closed.jaxpr, self._closed.consts, arrays, views, into)
         return jax.tree.unflatten(jax.tree.structure(self.outputs), out), reads
+
+
+def _traced(fn: Callable[..., Any], params: Any, batch: Any) -> tuple[Any, Any]:
+    """The jaxpr and the outputs; raises `CalibrationError` for a batch that the function refuses.
+
+    A class of transformers says that in errors of any kind.
+    """
+    try:
+        return jax.make_jaxpr(fn, return_shape=True)(params, batch)
+    except FlaxslimError:
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            "the model does not run on a batch of the calibration data",
+            seen=": ".join([type(error).__name__, *str(error).splitlines()[:1]])[:300]
+            + f"; the batch holds {_said(batch)}",
+            expected="what the model takes, by the names that it has there, and nothing else",
+            mend="leave out of the data what the model does not take (labels), and add what it "
+            "lacks (decoder_input_ids, pixel_values: an .npz holds both); pixels are (b, c, h, w)",
+        ) from error
+
+
+def _said(batch: Any) -> str:
+    """The arrays of a batch: names, dtypes, shapes."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    names = (jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in leaves)
+    told = (f"{x.dtype} {np.shape(x)}" for _, x in leaves)
+    return ", ".join(f"{name} {x}".strip() for name, x in zip(names, told, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from flaxslim import _mesh, _tree
+from flaxslim._once import once
 from flaxslim._prove import flops
 from flaxslim._slim import slim
 from flaxslim._spec import Site, Spec
@@ -116,7 +117,7 @@ def within(
     if budget.params is None and budget.bytes is None:
         whole.check_runs_smaller(sites)
     if budget.params is not None or budget.bytes is not None:
-        sizes = {path: int(np.prod(np.shape(leaf))) for path, leaf in leaves.items()}
+        sizes = {path: int(np.prod(np.shape(leaf))) for path, leaf in once(leaves).items()}
         widths = {path: leaf.dtype.itemsize for path, leaf in leaves.items()}
         of_bytes = budget.bytes is not None
         each = {

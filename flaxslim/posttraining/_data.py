@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flaxslim.errors import CalibrationError, CalibrationWarning, neighbours
-from flaxslim.posttraining import _arrays, _images, _text, _tokens
+from flaxslim.posttraining import _arrays, _images, _padding, _text, _tokens
 
 _MULTIPLE = 16  # of which the lengths of padded batches are: each is compiled for once
 
@@ -192,8 +192,7 @@ def _from_arrays(ask: _Ask) -> tuple[CalibrationData, int]:
         taken[name] = x[rows]
         if x.ndim == 2 and x.dtype == np.int32 and x.shape[1] > ask.length:
             # Padding that goes is no loss; what has no mask is all text.
-            beyond = arrays.get(name.replace("input_ids", "attention_mask"), np.ones_like(x))
-            cut |= (beyond[rows, ask.length :] != 0).any(axis=1)
+            cut |= (_padding.mask_of(name, arrays)[rows, ask.length :] != 0).any(axis=1)
             taken[name] = taken[name][:, : ask.length]
     batches = [{name: x[part] for name, x in taken.items()} for part in ask.batches(len(rows))]
     tokens = None

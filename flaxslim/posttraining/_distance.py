@@ -10,7 +10,7 @@ import numpy as np
 from flaxslim import _config
 from flaxslim._divergence import divergence
 from flaxslim._spec import Site
-from flaxslim.posttraining._calibration import Calibration
+from flaxslim.posttraining._calibration import Calibration, side_of
 
 # (outputs of the dense model, outputs, batch) -> scalar.
 Loss = Callable[[Any, Any, Any], Any]
@@ -68,7 +68,7 @@ class Distance:
         for (keys, x), y in zip(ours, theirs, strict=True):
             if measure := self._measure(keys, x):
                 how = self._divergence if measure == _DIVERGENCE else self._relative
-                found.append(how(x, y, batch, "decoder"))
+                found.append(how(x, y, batch, side_of(keys)))
         return sum(found, jnp.zeros(())) / max(len(found), 1)
 
     def _measure(self, keys: Any, x: Any) -> str | None:

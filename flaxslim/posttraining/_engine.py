@@ -255,10 +255,11 @@ class Engine:
     def _of(self, seen: Seen, site: Site) -> tuple[Any, Any, Any]:
         """The moments of a site: of most batches, of those held out, and those to refit by.
 
-        What is tuned afterwards must not know what is held out, or it seems to become worse.
+        What is tuned afterwards must not know what is held out, or it seems to become worse; nor
+        what is compared with it.
         """
         path = site.second.path
-        every = seen.fit[path] if self.method.tune is not None else seen.all(path)
+        every = seen.fit[path] if self.method.holds_out else seen.all(path)
         return seen.fit[path], seen.held[path], every
 
     def _compensated(

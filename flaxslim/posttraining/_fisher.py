@@ -46,9 +46,7 @@ def mask_gradients(
     """The gradient by the masks of each sample, `(n, s, u)`, by the path of the second kernel."""
     paths = list(dict.fromkeys(t.path for site in sites for t in site.reading))
 
-    def of_sample(own: Any, params: Any, sample: Any, key: Any) -> Any:
-        batch = jax.tree.map(lambda x: x[None], sample)
-
+    def of_sample(own: Any, params: Any, batch: Any, key: Any) -> Any:
         def value(own: Any) -> Any:
             return value_of(calibration, objective, _tree.replace(params, own), batch, key)
 
@@ -62,8 +60,15 @@ def mask_gradients(
 
     @jax.jit
     def of_batch(own: Any, params: Any, batch: Any, key: Any) -> Any:
-        keys = jax.random.split(key, len(jax.tree.leaves(batch)[0]))
-        return jax.lax.map(lambda x: of_sample(own, params, *x), (batch, keys))
+        leaves, structure = jax.tree.flatten(batch)
+        samples = [x for x in leaves if x.ndim]  # a number is one for all of them
+
+        def one(given: Any) -> Any:
+            rest = iter(given[0])
+            alone = [next(rest)[None] if x.ndim else x for x in leaves]
+            return of_sample(own, params, jax.tree.unflatten(structure, alone), given[1])
+
+        return jax.lax.map(one, (samples, jax.random.split(key, len(samples[0]))))
 
     found: dict[str, list[np.ndarray]] = {}
     own = {path: _tree.flatten(params)[path] for path in paths}

@@ -10,7 +10,7 @@ import numpy as np
 from flaxslim import _tree
 from flaxslim._spec import Site
 from flaxslim.errors import CalibrationError
-from flaxslim.posttraining._calibration import Calibration
+from flaxslim.posttraining._calibration import Calibration, side_of
 from flaxslim.training._channels import Rows
 from flaxslim.training._score import Evidence, ScoreFn, as_score
 
@@ -97,11 +97,12 @@ def value_of(
 
 def _signed(calibration: Calibration, out: Any, batch: Any, key: Any) -> Any:
     """The outputs that are floating, times random signs, summed over what counts."""
-    leaves = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
+    leaves = jax.tree_util.tree_leaves_with_path(out)
+    leaves = [(at, x) for at, x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
     keys = jax.random.split(key, len(leaves))
     total = jnp.zeros(())
-    for x, k in zip(leaves, keys, strict=True):
-        counted = calibration.counted(batch, x.shape[:-1], "decoder") if x.ndim > 1 else None
+    for (at, x), k in zip(leaves, keys, strict=True):
+        counted = calibration.counted(batch, x.shape[:-1], side_of(at)) if x.ndim > 1 else None
         own = x if counted is None else jnp.where(counted[..., None] > 0, x, 0)
         total += (own * jax.random.rademacher(k, x.shape, x.dtype)).sum()
     return total

@@ -39,6 +39,8 @@ class Method:
       ridge: of the refit, relative to the mean square of a channel; None: the best of four on
         batches that are held out.
       tune: a distillation of what is left; None for none.
+      hold_out: the refit leaves alone the batches that are held out, by which the error of the
+        outputs then is measured, as it always is where something is tuned: to compare with that.
 
     Raises `CalibrationError` for a score or a compensation that is not known.
     """
@@ -49,6 +51,12 @@ class Method:
     sequential: str = "no"
     ridge: float | None = None
     tune: Tune | None = None
+    hold_out: bool = False
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the error is measured on batches that nothing but a ridge was chosen by."""
+        return self.hold_out or self.tune is not None
 
     def __post_init__(self) -> None:
         check_score(self.score)

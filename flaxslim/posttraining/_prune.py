@@ -2,9 +2,10 @@
 
 Channels are ranked (`_rank`), their numbers chosen (`_allocate`), the second layers refitted on
 those that stay (`_refit`), and what is left may be tuned (`_tune`). All of that happens on
-parameters of the dense shapes, in which the rows of what goes are zero; `slim` then cuts them.
+parameters of the dense shapes, in which the rows of what goes are zero; a plan then cuts them.
 """
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +18,10 @@ import numpy as np
 from flax import nnx
 
 from flaxslim import _mesh, _tree
+from flaxslim._draw import plan
 from flaxslim._multiples import with_mesh
-from flaxslim._slim import slim
+from flaxslim._plan import Plan
+from flaxslim._slim import carried_out
 from flaxslim._spec import Site, SpecLike
 from flaxslim.errors import CalibrationError, nearest
 from flaxslim.posttraining import _allocate
@@ -41,6 +44,7 @@ from flaxslim.posttraining._latency import default_cache
 from flaxslim.posttraining._method import PRESETS, REFERENCES, Method
 from flaxslim.posttraining._rank import Ranking
 from flaxslim.posttraining._report import Report, Row
+from flaxslim.posttraining._tied import tied
 from flaxslim.posttraining._tune import check_tunable, split, tune
 from flaxslim.specs import chosen
 
@@ -133,10 +137,12 @@ def prune(
         seed=seed,
         told=progress,
     )
+    chosen_plan = plan(zeroed, cfg, spec, width=width, multiple_of=multiple_of)
+    told_of = _as_cut(told_of, chosen_plan)
     if report is not None:
         report(told_of)
     _log.info("%s", told_of)
-    return slim(zeroed, cfg, spec, width=width, multiple_of=multiple_of)
+    return carried_out(chosen_plan, zeroed, cfg)
 
 
 def method_of(preset: str | Method) -> Method:
@@ -217,7 +223,7 @@ def zero(
     if counts != first:
         check(counts)
     new, rows = engine.pruned(ordered, rankings, counts)
-    new, tuned = _tuned(engine, new, ordered, distance, only=_parameters(params))
+    new, tuned = _tuned(engine, new, ordered, distance, only=_learnt(params, cfg))
     in_order = [rows[site.second.path] for site in sites]
     report = _report(engine, distance, new, in_order, tuned=tuned, cost=cost)
     return _as_given(params, tree, new), report
@@ -269,7 +275,7 @@ def _tuned(
     sites: Sequence[Site],
     distance: Distance,
     *,
-    only: Collection[str] | None,
+    only: Collection[str],
 ) -> tuple[Any, Mapping[str, float]]:
     """As the method says: tuned, with the loss before and after, or as it is."""
     how = engine.method.tune
@@ -300,8 +306,8 @@ def _report(
 ) -> Report:
     calibration = engine.calibration
     held_out = split(calibration)[1]
-    # Unless it is tuned, the refit knows them, too.
-    which = "held-out" if held_out and tuned else "calibration"
+    # The refit may know them, too.
+    which = "held-out" if held_out and engine.method.holds_out else "calibration"
     return Report(
         rows=tuple(rows),
         samples=calibration.samples,
@@ -310,15 +316,24 @@ def _report(
         measure=f"{distance.measure}, on {which} batches",
         tuned=tuned,
         cost=cost,
-        notes=tuple(_notes(rows)),
     )
 
 
-def _parameters(params: Any) -> Collection[str] | None:
-    """What of an nnx module is a parameter; None for trees that hold nothing else."""
-    if not isinstance(params, nnx.Module):
-        return None
-    return _tree.flatten(nnx.state(params, nnx.Param)).keys()
+def _as_cut(report: Report, cut: Plan) -> Report:
+    """With the widths that come of it: other channels may be dead already, or kept to fill up."""
+    left = {one.site.second.path: one.width * one.site.rows for one in cut.cuts}
+    rows = [dataclasses.replace(row, after=left.get(row.path, row.after)) for row in report.rows]
+    return dataclasses.replace(report, rows=tuple(rows), notes=tuple(_notes(rows)))
+
+
+def _learnt(params: Any, cfg: Any) -> Collection[str]:
+    """What may be tuned: of an nnx module what is a parameter, and nowhere what is tied.
+
+    An embedding is no more tuned than other tables; a head of its own is what the config denies.
+    """
+    module = isinstance(params, nnx.Module)
+    leaves = _tree.flatten(nnx.state(params, nnx.Param) if module else params)
+    return leaves.keys() - tied(leaves, cfg)
 
 
 def _notes(rows: Iterable[Row]) -> Iterator[str]:

@@ -12,6 +12,8 @@ obs           greedy removal with exact error        `_removal`, [1]
 fisher_mask   square of the gradient by its mask     `_fisher`, [2]
 fluctuation   variance of h_j * |W_j|^2               FLAP, An et al. 2024, arXiv 2312.11983, (5)
 
+That, and wanda's sqrt(mean h_j^2) * |W_j|, is of a head the sum over its hidden values j.
+
 [1] Kurtic et al. 2023, arXiv 2302.04089. [2] Kwon et al. 2022, arXiv 2204.09656.
 """
 
@@ -163,14 +165,11 @@ def _scores(
     seed: int,
 ) -> np.ndarray:
     """`(s, f)`, of channels or heads."""
-    square = np.stack([_by_channel(site, np.diag(m.xx)) for m in moments])
-    if score == "fluctuation":
-        spread = np.stack([_by_channel(site, np.diag(m.centred().xx)) for m in moments])
-        norms = np.stack([_by_channel(site, (w * w).sum(1)) for w in read_matrix(site, leaves)])
-        return spread * norms
-    known = as_score(score)
+    if score in ("wanda", "fluctuation"):
+        pairs = zip(moments, read_matrix(site, leaves), strict=True)
+        return np.stack([_by_channel(site, _by_input(score, m, w)) for m, w in pairs])
     zeros = jnp.zeros((site.rows, site.size), jnp.float32)
-    rms = np.sqrt(square)
+    rms = np.sqrt(np.stack([_by_channel(site, np.diag(m.xx)) for m in moments]))
     evidence = Evidence(
         site=site,
         params=leaves,
@@ -179,11 +178,19 @@ def _scores(
         activations={site.second.path: rms.reshape(*site.stack, site.size)},
         seed=seed,
     )
-    rows = known.rows(evidence)
-    if known.finish is not None:
-        # One look is all there is: the running mean that training starts with is that look.
-        rows = known.finish(dataclasses.replace(evidence, state=jnp.asarray(square, jnp.float32)))
-    return np.asarray(rows, np.float64)
+    return np.asarray(as_score(score).rows(evidence), np.float64)
+
+
+def _by_input(score: str | ScoreFn, moments: Moments, w: np.ndarray) -> np.ndarray:
+    """`(m,)`, of each hidden value with its own weights: those of a head are added up afterwards.
+
+    The sums of a head multiplied would be large where it reads much by no weight, and little by
+    large ones, and puts out nothing.
+    """
+    norms = (w * w).sum(1)
+    if score == "fluctuation":
+        return np.diag(moments.centred().xx) * norms
+    return np.sqrt(np.diag(moments.xx) * norms)
 
 
 def _by_channel(site: Site, values: np.ndarray) -> np.ndarray:

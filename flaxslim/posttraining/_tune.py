@@ -83,7 +83,7 @@ def tune(
     """The tuned parameters, and the loss on what is held out: `before`, `after`, at which `step`.
 
     `alive` are the living channels `(s, f)` of the sites, by the paths of their second kernels; the
-    rows of the others stay zero. `only` are the paths of what is a parameter, if not all are.
+    rows of the others stay zero. `only` are the paths of what may be tuned, if not all may.
     """
     fit, held = split(calibration)
     leaves = _tree.flatten(params)
@@ -199,22 +199,34 @@ def _wide(dtype: Any) -> Any:
 
 
 def _batches(fit: Sequence[Any], how: Tune, rng: np.random.Generator) -> Iterator[Any]:
-    """Batches without end: rows of all batches of one shape, mixed anew, tokens replaced."""
+    """Batches without end: rows of all batches of one shape, mixed anew, tokens replaced.
+
+    Numbers that a batch has for all of its rows stay with these.
+    """
     groups: dict[Any, list[Any]] = {}
     for batch in fit:
-        shapes = tuple(np.shape(x)[1:] for x in jax.tree.leaves(batch))
-        groups.setdefault((jax.tree.structure(batch), shapes), []).append(batch)
-    pools = [
-        jax.tree.map(lambda *xs: np.concatenate([np.asarray(x) for x in xs]), *own)
-        for own in groups.values()
-    ]
-    largest = [max(len(jax.tree.leaves(batch)[0]) for batch in own) for own in groups.values()]
-    sizes = np.array([len(jax.tree.leaves(pool)[0]) for pool in pools])
+        leaves = [np.asarray(x) for x in jax.tree.leaves(batch)]
+        alike = tuple(x.shape[1:] if x.ndim else x.item() for x in leaves)
+        groups.setdefault((jax.tree.structure(batch), alike), []).append(batch)
+    pools = [jax.tree.map(_joined, *own) for own in groups.values()]
+    largest = [max(map(_rows, own)) for own in groups.values()]
+    sizes = np.array([_rows(pool) for pool in pools])
     replace = _replacing(pools, how.noise)
     while True:
         number = rng.choice(len(pools), p=sizes / sizes.sum())
         pool, rows = pools[number], rng.permutation(sizes[number])[: largest[number]]
-        yield replace(jax.tree.map(lambda x, rows=rows: x[rows], pool), rng)
+        taken = jax.tree.map(lambda x, rows=rows: x[rows] if x.ndim else x, pool)
+        yield replace(taken, rng)
+
+
+def _joined(*parts: Any) -> np.ndarray:
+    arrays = [np.asarray(x) for x in parts]
+    return np.concatenate(arrays) if arrays[0].ndim else arrays[0]
+
+
+def _rows(batch: Any) -> int:
+    """How many samples there are."""
+    return next(len(x) for x in jax.tree.leaves(batch) if np.ndim(x))
 
 
 def _replacing(pools: Sequence[Any], share: float) -> Callable[[Any, Any], Any]:

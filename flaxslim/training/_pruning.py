@@ -249,6 +249,7 @@ class Pruning:
                 target = float(schedule(schedule.end))
                 most = [1 - float(how.floor(axis, site.size)) / max(site.size, 1) for site in own]
             sizes = [site.size * site.rows for site in own]
+            most = [max(share, 0.0) for share in most]  # narrower than min_width
             reach = float(np.dot(most, sizes)) / max(sum(sizes), 1)
             if not how.among_all:
                 reach = min(most)

@@ -127,6 +127,15 @@ def test_sweep(run, folder, texts, tmp_path):
     errors = [float(row["error"]) for row in rows]
     assert errors[0] == 0 < errors[1] < errors[2]
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert "error: KL divergence of logits, in nats, on calibration batches\n" in result.out
+
+
+def test_a_sweep_measures_all_presets_alike(run, folder, texts, monkeypatch):
+    brief = flaxslim.Method(score="magnitude", ridge=1e-2, tune=flaxslim.Tune(steps=2, every=1))
+    monkeypatch.setitem(_prune.PRESETS, "best", brief)
+    result = run("sweep", *_common(folder, texts), "--keep", 0.5, "--presets", "magnitude,best")
+    assert result.code == 0, result.err
+    assert "error: KL divergence of logits, in nats, on held-out batches\n" in result.out
 
 
 def test_pytorch_names_stay_what_they_are(run, folder, texts, tmp_path):
@@ -283,6 +292,7 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "data without a metric": (["--keep", 0.5, "--evaluation", "x.txt"], "--evaluate perplexity"),
     "a metric that fails": (["--keep", 0.5, "--evaluate", "json:dumps"], "gave no number"),
     "a negative seed": (["--keep", 0.5, "--seed", -1], "no negative number"),
+    "a seed of 64 bits": (["--keep", 0.5, "--seed", 2**63], "of more than 63 bits"),
     "metric without data": (["--keep", 0.5, "--evaluate", "stsb"], "--evaluation FILE"),
 }
 

@@ -283,6 +283,12 @@ def test_the_command_prints_the_same(run, slimmed):
     assert re.search(rf"output/dense/kernel +│ channels +│ +72 +│ +{WIDTH} +│", result.out)
 
 
+def test_there_is_no_page_to_replace_where_none_is_written(run, slimmed):
+    result = run("report", slimmed, "--overwrite")
+    assert result.code == 1
+    assert "--html FILE --overwrite" in result.err
+
+
 def test_only_an_earlier_report_is_replaced(run, slimmed, tmp_path):
     file = tmp_path / "deep" / "r.html"
     assert run("report", slimmed, "--html", file).code == 0

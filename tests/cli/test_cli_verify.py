@@ -25,6 +25,13 @@ def test_equal(run, checkpoints, slimmed):
     assert "control" in result.out
 
 
+def test_a_revision_is_of_the_first(run, flax_folder, slimmed):
+    result = run("verify", flax_folder, slimmed, "--revision", "v1")
+    assert result.code == 1
+    assert "has no revisions" in result.err
+    assert str(flax_folder) in result.err
+
+
 def test_not_equal(run, living_folder, slimmed):
     result = run("verify", living_folder, slimmed)
     assert result.code == NOT_PROVEN

@@ -29,6 +29,10 @@ BERT = transformers.BertConfig(
 GPT2 = transformers.GPT2Config(
     vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=POSITIONS,
 )  # fmt: skip
+VIT = transformers.ViTConfig(
+    hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=4,
+    patch_size=2,
+)  # fmt: skip
 T5 = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
 
 
@@ -65,6 +69,7 @@ REFUSED = {
     "of classes": ("perplexity", "FlaxBertForSequenceClassification", BERT, "no logits of tokens"),
     "without a head": ("lambada", "FlaxGPT2Model", GPT2, "no logits of tokens"),
     "of two texts": ("lambada", "FlaxT5ForConditionalGeneration", T5, "reads two"),
+    "of pictures": ("stsb", "FlaxViTModel", VIT, "does not run on texts alone"),
     "with a head": ("stsb", "FlaxBertForMaskedLM", BERT, "no hidden states"),
 }
 
@@ -90,6 +95,27 @@ def test_perplexity_is_of_all_rows(tmp_path):
     own = jnp.take_along_axis(likely, ids[:, 1:, None], -1)[..., 0]
     expected = float(jnp.exp(-(own * mask[:, 1:]).sum() / mask[:, 1:].sum()))
     assert found["perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_perplexity_is_of_texts_wherever_they_stand_and_however_long_they_are(tmp_path):
+    """Texts padded at the left, and one that is cut into two, have that of the same, padded."""
+    params = drawn(transformers.FlaxGPT2LMHeadModel, GPT2)
+    rng, sizes = np.random.default_rng(0), (POSITIONS, POSITIONS, POSITIONS, 12)
+    texts = [rng.integers(3, 20, n).astype(np.int32) for n in sizes]
+    found = {}
+    for side in ("left", "right"):
+        pads = [[(0, POSITIONS - n), (POSITIONS - n, 0)][side == "left"] for n in sizes]
+        ids = np.stack([np.pad(x, pad) for x, pad in zip(texts, pads, strict=True)])
+        mask = np.stack([np.pad(np.ones_like(x), pad) for x, pad in zip(texts, pads, strict=True)])
+        np.savez(tmp_path / f"{side}.npz", eval_ids=ids, eval_mask=mask)
+    long = [np.concatenate(texts[:2]), np.concatenate([*texts[2:], np.zeros(28, np.int32)])]
+    mask = np.arange(2 * POSITIONS) < np.array([[2 * POSITIONS], [POSITIONS + 12]])
+    np.savez(tmp_path / "long.npz", eval_ids=np.stack(long), eval_mask=mask)
+    for name in ("left", "right", "long"):
+        data = tmp_path / f"{name}.npz"
+        found |= {name: measured("perplexity", "FlaxGPT2LMHeadModel", GPT2, data, params)}
+    first = found["right"]["perplexity"]
+    assert [x["perplexity"] for x in found.values()] == pytest.approx([first] * 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("tokenizer", ["", "[SEP]"], indirect=True)

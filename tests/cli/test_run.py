@@ -319,6 +319,54 @@ def test_mistakes_are_exit_code_1(run):
     assert run("run", "nowhere.toml").code == 1
 
 
+def _set(*values: str) -> list[str]:
+    return [part for value in values for part in ("--set", value)]
+
+
+NO_RUNS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "to look and to run": (["--dry-run", "--check"], ("exclude each other", "--dry-run --check")),
+    "to look and to write": (["--dry-run", "--overwrite"], ("--dry-run --overwrite",)),
+    "to try and to write": (["--check", "--overwrite"], ("--check --overwrite",)),
+    "TOML as JSON": (["--dry-run", "--json"], ("--dry-run --json",)),
+    "no such activation": (
+        ["--check", *_set(*RUN, 'model.config.hidden_act="foo"')],
+        ("FlaxViTForImageClassification cannot be built", "hidden_act = 'foo'"),
+    ),
+    "a size in words": (
+        ["--check", *_set(*RUN, 'model.config.hidden_size="a"')],
+        ("cannot be built", "correct the values of [model.config]"),
+    ),
+    "nothing can die": (
+        ["--check", *_set(*RUN, "pruning.min_width=24")],
+        ("min_width keeps all channels", "less than 24"),
+    ),
+    "a seed of 64 bits": (["--check", *_set(f"seed={2**63}")], ("seed is out of its range",)),
+}
+
+
+@pytest.mark.parametrize("name", NO_RUNS)
+def test_what_cannot_be_run_is_said(name, run):
+    arguments, words = NO_RUNS[name]
+    result = run("run", "digits", *arguments)
+    assert result.code == 1
+    for word in words:
+        assert word in result.err
+
+
+def test_a_run_refuses_floors_too(tmp_path):
+    with pytest.raises(RecipeError, match="min_width keeps all channels"):
+        _run.run(_tiny(tmp_path / "out", "pruning.min_width=24", "train.steps=13"))
+
+
+def test_any_name_is_a_folder(run, tmp_path):
+    name = "a'b\"c\\ d\N{PARTY POPPER}"
+    shown = run("run", "digits", "--dry-run", "--out", tmp_path / name)
+    assert shown.code == 0, shown.err
+    recipe = tmp_path / "again.toml"
+    recipe.write_text(shown.out, encoding="utf-8")
+    assert _recipe_read.read(recipe).recipe.output.folder == tmp_path / name
+
+
 def test_help_teaches(run):
     text = run("run", "--help").out
     for words in ("--set", "--dry-run", "--check", "[pruning]", "metrics.jsonl", "Example: "):
@@ -348,9 +396,13 @@ def test_check_takes_the_first_step(run, name):
     said = [part for text in small for part in ("--set", f"model.config.{text}")]
     if name == "stories260k":
         said += ["--set", "model.source=org/name"]  # not asked for
-    result = run("run", name, *said, "--check")
+    as_json = ["--json"] if name == "digits" else []
+    result = run("run", name, *said, "--check", *as_json)
     assert result.code == 0, result.err
-    assert "the recipe is ready to run" in result.out
+    if as_json:
+        assert json.loads(result.out)["channels"] > 0
+    else:
+        assert "the recipe is ready to run" in result.out
 
 
 # --- the tasks --------------------------------------------------------------------------------
@@ -390,6 +442,29 @@ def test_language_learns_from_the_tokens_that_count(tmp_path):
     with pytest.raises(FlaxslimError, match="no array c_ids") as caught:
         Language.load(LanguageData(tokens=path, train="c"), None)
     assert "a_ids" in str(caught.value)
+
+
+IDS = np.arange(24).reshape(4, 6)
+BAD_TOKENS: dict[str, tuple[Any, Any, str]] = {
+    "floats": (IDS + 0.6, IDS * 0 + 1, "a_ids cannot be taken as input_ids"),
+    "fewer masks": (IDS, IDS[:2] * 0 + 1, "not have equally many samples"),
+    "shorter masks": (IDS, IDS[:, :5] * 0 + 1, "a_mask is no mask of a_ids"),
+    "no text": (IDS[:0], IDS[:0], "hold no sample"),
+    "a mask of zeros": (IDS, IDS * 0, "no token to predict"),
+    "one token each": (IDS[:, :1], IDS[:, :1] * 0 + 1, "no token to predict"),
+    "one list": (IDS[0], IDS[0], r"expected: +integers, \(samples, length\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOKENS)
+def test_tokens_of_no_use_are_told_with_the_keys_of_the_recipe(name, tmp_path):
+    from flaxslim.cli._tasks._language import Language, LanguageData
+
+    ids, mask, words = BAD_TOKENS[name]
+    np.savez(tmp_path / "x.npz", a_ids=ids, a_mask=mask)
+    with pytest.raises(FlaxslimError, match=words) as caught:
+        Language.load(LanguageData(tokens=tmp_path / "x.npz", train="a"), None)
+    assert "data." in (caught.value.mend or "")
 
 
 def test_stories_are_measured_as_their_reference_says(data):

@@ -10,7 +10,9 @@ import numpy as np
 
 from flaxslim.cli._kinds import Count
 from flaxslim.cli._tasks import Batch, Forward, Logits, Task, in_parts, in_rounds, over_all
-from flaxslim.errors import CorruptFileError, nearest
+from flaxslim.errors import CalibrationError, CorruptFileError
+from flaxslim.posttraining._arrays import read_arrays
+from flaxslim.posttraining._padding import counted
 from flaxslim.posttraining._tokens import check
 
 
@@ -58,13 +60,14 @@ class Language(Task):
     @staticmethod
     def loss(logits: Logits, batch: Mapping[str, Any]) -> Any:
         """Mean cross entropy over the tokens that count."""
+        import jax.numpy as jnp
         import optax
 
-        counted = batch["attention_mask"][:, 1:]
+        counts = counted(batch["attention_mask"])
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits[0][:, :-1], batch["input_ids"][:, 1:]
         )
-        return (losses * counted).sum() / counted.sum()
+        return (losses * counts).sum() / jnp.maximum(counts.sum(), 1)
 
     def check(self, cfg: Any) -> None:
         check([self.train, self.test], cfg, "data.tokens")
@@ -92,11 +95,9 @@ class Language(Task):
         total = tokens = 0.0
         for inputs, count in in_parts(self.test, size):
             (logits,) = forward(inputs)
-            counted = inputs["attention_mask"][:count, 1:]
-            total += float(
-                (np.asarray(losses(logits, inputs["input_ids"]))[:count] * counted).sum()
-            )
-            tokens += float(counted.sum())
+            counts = counted(inputs["attention_mask"][:count])
+            total += float((np.asarray(losses(logits, inputs["input_ids"]))[:count] * counts).sum())
+            tokens += float(counts.sum())
         return {"perplexity": math.exp(total / tokens)}
 
     def example(self) -> dict[str, Any]:
@@ -106,20 +107,25 @@ class Language(Task):
 def _read(data: LanguageData, name: str) -> dict[str, Any]:
     names = (f"{name}_ids", f"{name}_mask")
     try:
-        with np.load(data.tokens, allow_pickle=False) as file:
-            missing = [n for n in names if n not in file]
-            arrays = [] if missing else [file[n][:, : data.length].astype(np.int32) for n in names]
-            there = list(file)
-    except Exception as error:  # numpy, zipfile, zlib and tokenize raise whatever the bytes say
+        found = read_arrays(data.tokens, names)
+    except CalibrationError as error:
         raise CorruptFileError(
-            "this is no .npz file of arrays", path=str(data.tokens), seen=str(error)
+            error.problem,
+            path=error.path,
+            seen=error.seen,
+            expected=error.expected,
+            near=error.near,
+            mend=f"write {names[0]} and {names[1]} of one shape, (texts, tokens), or name others "
+            "in the recipe: data.train, data.evaluation",
         ) from error
-    if missing:
+    arrays = {own: x[:, : data.length] for own, x in found.items()}
+    if not counted(arrays["attention_mask"]).any():
         raise CorruptFileError(
-            f"the file has no array {missing[0]}",
+            f"of {names[0]} there is no token to predict",
             path=str(data.tokens),
-            seen=", ".join(there),
-            near=nearest(missing[0], there),
-            mend="name another one in the recipe: data.train, data.evaluation",
+            seen=f"{names[1]} of {int(arrays['attention_mask'].sum())} tokens, in "
+            f"{len(arrays['input_ids'])} texts of {data.length} tokens at most",
+            expected="two tokens or more that count, one after the other",
+            mend="write a mask of ones where there is text; or raise data.length",
         )
-    return {"input_ids": arrays[0], "attention_mask": arrays[1]}
+    return arrays
