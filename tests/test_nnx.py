@@ -1,6 +1,7 @@
 """nnx modules: what comes back is new, whole, and says its sizes; caches and training included."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
@@ -692,7 +693,9 @@ def test_a_batch_norm_between_the_layers_says_its_width(named):
 
 def test_a_norm_that_may_be_of_the_inputs_is_not_told():
     net = Normed(nnx.LayerNorm, 8)
-    slim(net, None, Spec(name="NORMED", pairs=Pair(first="up", second="down")))  # warns of nothing
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slim(net, None, Spec(name="NORMED", pairs=Pair(first="up", second="down")))
 
 
 class Tied(nnx.Module):
