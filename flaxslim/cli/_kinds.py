@@ -22,7 +22,8 @@ class Range:
 
     def __str__(self) -> str:
         if self.high < math.inf:
-            return f"from {self.low:g} to {self.high:g}"
+            high = self.high if isinstance(self.high, int) else f"{self.high:g}"
+            return f"from {self.low:g} to {high}"
         return f"above {self.low:g}" if self.open else f"{self.low:g} or more"
 
 
