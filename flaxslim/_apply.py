@@ -12,7 +12,8 @@ from flaxslim import _bits, _lora, _mesh, _processes, _record, _resize, _scales,
 from flaxslim._activation import named
 from flaxslim._axes import namespace
 from flaxslim._config import Width
-from flaxslim._dead import added_by_constants, evidence, first_is_constant
+from flaxslim._dead import evidence, first_is_constant
+from flaxslim._folds import added_by_constants
 from flaxslim._lazy import Lazy
 from flaxslim._nnx import mended
 from flaxslim._plan import Cut, Plan, check_is_plan

@@ -19,7 +19,8 @@ from flaxslim._activation import named
 from flaxslim._apply import check_fits, folded_biases, taken
 from flaxslim._axes import namespace
 from flaxslim._copies import Copy, Names, Place, copies, splits
-from flaxslim._dead import added_by_constants, evidence, first_is_constant, mark
+from flaxslim._dead import evidence, first_is_constant, mark
+from flaxslim._folds import added_by_constants
 from flaxslim._nnx import mended
 from flaxslim._plan import Cut, Plan
 from flaxslim._spec import Tensor

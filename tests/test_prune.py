@@ -170,8 +170,8 @@ def test_what_is_held_out_is_held_out_from_the_refit_too():
     net = mlp()
     still = Tune(steps=2, every=1, learning_rate=1e-30)
     first, second = (
-        pruned(net, method=Method(ridge=1e-2, **how))[2]
-        for how in ({"hold_out": True}, {"tune": still})
+        pruned(net, method=method)[2]
+        for method in (Method(ridge=1e-2, hold_out=True), Method(ridge=1e-2, tune=still))
     )
     assert first.output_error == pytest.approx(second.output_error, rel=1e-4)
     assert first.measure == second.measure == "relative squared error, on held-out batches"

@@ -9,32 +9,34 @@ writes anyway, so that XLA makes them part of the same pass; what decides who di
 """
 
 import dataclasses
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
 from flaxslim import _tree
 from flaxslim._kinds import is_number, is_whole
 from flaxslim._spec import Site, Spec, SpecLike, Tensor
-from flaxslim.errors import TrainingError, TrainingWarning, nearest
+from flaxslim.errors import TrainingError, nearest
 from flaxslim.specs import chosen
 from flaxslim.training._allocation import Allocation
 from flaxslim.training._channels import masks, read, reading
 from flaxslim.training._decide import Decide
 from flaxslim.training._inner import all_placed, held, selected, steps_of
+from flaxslim.training._pruning_checks import (
+    check_gradients,
+    check_state,
+    warn_of_idle,
+    warn_of_locked,
+)
 from flaxslim.training._schedule import Schedule, as_schedule
 from flaxslim.training._score import Evidence, ScoreFn, as_score
 from flaxslim.training._state import BySite, PruningState, by_site, nested
 
 # The largest count that the state can hold.
 _MOST = np.iinfo(np.int32).max
-_ROUNDING = 1e-6  # that a share may be beyond 0 or 1 by
 
 # A Schedule, a function of the step, a share; or these by axis: {"f": ..., "h": ...}.
 ScheduleLike = Any
@@ -157,7 +159,7 @@ class Pruning:
         _tree.check_living(leaves)
         channels: BySite = {}
         sites = self.spec.sites(params, self.cfg)
-        self._warn_of_idle(sites)
+        warn_of_idle(self.decide, self.spec, sites)
         for site in sites:
             alive = read(site, leaves) if self.lock else jnp.ones((site.rows, site.size), bool)
             own = {
@@ -169,7 +171,7 @@ class Pruning:
                 own["fading"] = jnp.zeros(alive.shape, bool)
             channels[site.second.path] = own
         if self.lock:
-            _warn_of_locked(sites, channels)
+            warn_of_locked(sites, channels)
         # Arrays of their own, or a step function could not be given all of them to overwrite.
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
         owed = jnp.zeros((), bool)
@@ -191,9 +193,9 @@ class Pruning:
             )
         sites = self.spec.sites(params, self.cfg)
         leaves, grads = _tree.flatten(params), _tree.flatten(updates)
-        _check_gradients(sites, grads)
+        check_gradients(sites, grads)
         channels = by_site(state.channels)
-        _check_state(sites, channels, self.decide.fade)
+        check_state(sites, channels, self.decide.fade)
         activations = extra.pop("activations", {})
 
         evidence = {
@@ -229,85 +231,12 @@ class Pruning:
         skipped = state.skipped + jnp.minimum(verdict.skipped, _MOST - state.skipped)
         return new, PruningState(inner, count, skipped, verdict.owed, nested(channels))
 
-    def _warn_of_idle(self, sites: Sequence[Site]) -> None:
-        """Warn of schedules that cannot do what they say."""
-        for axis, schedule in self.decide.schedules.items():
-            own = [site for site in sites if site.pair.axis == axis]
-            if not own:
-                warnings.warn(
-                    f"the schedule of axis {axis!r} has nothing to prune: {self.spec.name} has no "
-                    "site with it in these parameters",
-                    TrainingWarning,
-                    stacklevel=5,
-                )
-                continue
-            _check_shares(axis, schedule)
-            if schedule.end is None:
-                continue
-            how = self.decide.how
-            with jax.ensure_compile_time_eval():  # `init` may be traced
-                target = float(schedule(schedule.end))
-                most = [1 - float(how.floor(axis, site.size)) / max(site.size, 1) for site in own]
-            sizes = [site.size * site.rows for site in own]
-            most = [max(share, 0.0) for share in most]  # narrower than min_width
-            reach = float(np.dot(most, sizes)) / max(sum(sizes), 1)
-            if not how.among_all:
-                reach = min(most)
-            if reach < target - 0.5 / max(min(site.size for site in own), 1):
-                warnings.warn(
-                    f"no more than {reach:.0%} of the channels of axis {axis!r} can die at some "
-                    f"site, and the schedule ends at {target:.0%}: lower min_width "
-                    f"({how.min_width}) or raise max_sparsity ({how.max_sparsity}); both may be "
-                    'by axis: {"f": 128, "h": 2}',
-                    TrainingWarning,
-                    stacklevel=5,
-                )
-
     def _zeroed(self, site: Site) -> tuple[Tensor, ...]:
         """The tensors in which what is dead is zero."""
         return reading(site) if self.decide.regrow else site.cut
 
 
 # --- what is refused --------------------------------------------------------------------------
-
-
-def _check_shares(axis: str, schedule: Schedule) -> None:
-    """Raise `TrainingError` unless a schedule begins and ends with a share."""
-    for step in (schedule.begin, schedule.end):
-        if step is None:
-            continue
-        with jax.ensure_compile_time_eval():
-            share = float(schedule(step))
-        if not -_ROUNDING <= share <= 1 + _ROUNDING:
-            raise TrainingError(
-                f"the sparsity of axis {axis!r} is no share",
-                seen=f"{share} at step {step}",
-                expected="0.0 to 1.0: 0.5 is half of the channels",
-            )
-
-
-def _warn_of_locked(sites: Sequence[Site], channels: BySite) -> None:
-    """Warn of sites that are dead as a whole: a second layer that starts at zero looks the same."""
-    frozen = []
-    for site in sites:
-        alive = channels[site.second.path]["alive"]
-        # Under `jit` and across processes there are no values to look at.
-        if isinstance(alive, Tracer) or not alive.is_fully_addressable or not site.size:
-            continue
-        rows = np.flatnonzero(~np.asarray(alive).any(axis=-1))
-        if rows.size:
-            which = f", in {rows.tolist()} of its stack" if site.rows > 1 else ""
-            frozen.append(f"{site.second.path} ({site.size} channels{which})")
-    if frozen:
-        more = f" and of {len(frozen) - 4} more" if len(frozen) > 4 else ""
-        warnings.warn(
-            f"all channels of {', '.join(frozen[:4])}{more} are dead already, since nothing reads "
-            "them, and lock=True (keep_dead) keeps them so: these layers never train. If they "
-            "start at zero (kernel_init=zeros), take the first steps without it and call init "
-            "then, or leave their pair out of the spec; if they were pruned, all is well",
-            TrainingWarning,
-            stacklevel=3,
-        )
 
 
 def _transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
@@ -367,53 +296,3 @@ def _allocation(name: str, min_width: Any, max_sparsity: Any, spec: Spec) -> All
             'either may be by axis: {"f": 128, "h": 2}',
         )
     return Allocation(among_all=name == "global", min_width=min_width, max_sparsity=max_sparsity)
-
-
-def _check_gradients(sites: Sequence[Site], grads: Mapping[str, Any]) -> None:
-    for site in sites:
-        for tensor in site.cut:
-            if tensor.path not in grads:
-                raise TrainingError(
-                    "a tensor of a pair that is pruned has no gradient",
-                    path=tensor.path,
-                    near=nearest(tensor.path, grads),
-                    mend="take the gradient by all parameters that the spec names; where others "
-                    "are frozen, give pruning only the subtree that is trained",
-                )
-            if np.shape(grads[tensor.path]) != tensor.shape:
-                raise TrainingError(
-                    "a gradient has not the shape of its parameter",
-                    path=tensor.path,
-                    seen=np.shape(grads[tensor.path]),
-                    expected=tensor.shape,
-                )
-
-
-def _check_state(sites: Sequence[Site], channels: BySite, fade: int) -> None:
-    paths = {site.second.path for site in sites}
-    if strange := sorted(paths ^ channels.keys()):
-        raise TrainingError(
-            "the state was made for another spec, or for other parameters",
-            path=strange[0],
-            seen="in the state only" if strange[0] in channels else "in the parameters only",
-            expected=f"the {len(paths)} sites of the spec",
-            mend="resume with the spec that the state was saved with, or start anew: "
-            "tx.init(params)",
-        )
-    for site in sites:
-        own = channels[site.second.path]
-        if own["alive"].shape != (site.rows, site.size):
-            raise TrainingError(
-                "the state has another number of channels than the parameters",
-                path=site.second.path,
-                seen=own["alive"].shape,
-                expected=(site.rows, site.size),
-                mend="cut both in one call: params, opt_state, cfg = flaxslim.shrink(params, "
-                "opt_state, cfg, spec=...)",
-            )
-        if bool(fade) != ("fading" in own):
-            raise TrainingError(
-                "either the state or the optimizer has fade=, and the other has not",
-                path=site.second.path,
-                mend="resume with the settings that the state was made with",
-            )
