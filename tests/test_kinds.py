@@ -63,28 +63,32 @@ def test_a_deleted_array_may_say_the_shapes_from_before_the_cut():
 # --- arguments of another kind ----------------------------------------------------------------
 
 
+loose: Any = flaxslim  # without types, which would say it before it runs
+any_spec: Any = MLP
+
+
 def pruned(**more: Any) -> Any:
     return flaxslim.pruning(optax.sgd(0.1), MLP, flaxslim.one_shot(0.5), **more)
 
 
 WRONG: dict[str, tuple[Any, type[FlaxslimError], str]] = {
-    "apply": (lambda: flaxslim.apply(None, params()), PlanError, "NoneType"),
-    "apply text": (lambda: flaxslim.apply(PLAN.to_json(), params()), PlanError, "a str"),
-    "expand": (lambda: flaxslim.expand(None, params()), PlanError, "NoneType"),
-    "spec + None": (lambda: MLP + None, SpecError, "None"),
-    "None + spec": (lambda: None + MLP, SpecError, "None"),
-    "spec + pair": (lambda: MLP + MLP.pairs[0], SpecError, "a Pair"),
-    "name": (lambda: Spec(name=None, pairs=MLP.pairs), SpecError, "name=None"),
-    "one_shot": (lambda: flaxslim.one_shot(".5"), TrainingError, "'.5'"),
-    "one_shot True": (lambda: flaxslim.one_shot(True), TrainingError, "True"),
-    "linear": (lambda: flaxslim.linear(None, 0.5, begin=0, end=2), TrainingError, "None"),
-    "cubic": (lambda: flaxslim.cubic(0, ".5", begin=0, end=2), TrainingError, "'.5'"),
-    "cubic end": (lambda: flaxslim.cubic(0, 0.5, begin=0, end=None), TrainingError, "None"),
-    "exponential": (lambda: flaxslim.exponential(0, "x", begin=0, end=2), TrainingError, "'x'"),
-    "stepwise": (lambda: flaxslim.stepwise([1, 2]), TrainingError, "[1, 2]"),
-    "stepwise share": (lambda: flaxslim.stepwise({1: ".5"}), TrainingError, "'.5'"),
-    "stepwise steps": (lambda: flaxslim.stepwise({2: 0.5, "1": 0.4}), TrainingError, "'1'"),
-    "scheduled": (lambda: flaxslim.scheduled(0.5), TrainingError, "0.5"),
+    "apply": (lambda: loose.apply(None, params()), PlanError, "NoneType"),
+    "apply text": (lambda: loose.apply(PLAN.to_json(), params()), PlanError, "a str"),
+    "expand": (lambda: loose.expand(None, params()), PlanError, "NoneType"),
+    "spec + None": (lambda: any_spec + None, SpecError, "None"),
+    "None + spec": (lambda: None + any_spec, SpecError, "None"),
+    "spec + pair": (lambda: any_spec + any_spec.pairs[0], SpecError, "a Pair"),
+    "name": (lambda: loose.Spec(name=None, pairs=MLP.pairs), SpecError, "name=None"),
+    "one_shot": (lambda: loose.one_shot(".5"), TrainingError, "'.5'"),
+    "one_shot True": (lambda: loose.one_shot(True), TrainingError, "True"),
+    "linear": (lambda: loose.linear(None, 0.5, begin=0, end=2), TrainingError, "None"),
+    "cubic": (lambda: loose.cubic(0, ".5", begin=0, end=2), TrainingError, "'.5'"),
+    "cubic end": (lambda: loose.cubic(0, 0.5, begin=0, end=None), TrainingError, "None"),
+    "exponential": (lambda: loose.exponential(0, "x", begin=0, end=2), TrainingError, "'x'"),
+    "stepwise": (lambda: loose.stepwise([1, 2]), TrainingError, "[1, 2]"),
+    "stepwise share": (lambda: loose.stepwise({1: ".5"}), TrainingError, "'.5'"),
+    "stepwise steps": (lambda: loose.stepwise({2: 0.5, "1": 0.4}), TrainingError, "'1'"),
+    "scheduled": (lambda: loose.scheduled(0.5), TrainingError, "0.5"),
     "min_width": (lambda: pruned(min_width="8"), TrainingError, "min_width='8'"),
     "min_width 1.5": (lambda: pruned(min_width=1.5), TrainingError, "min_width=1.5"),
     "min_width by axis": (lambda: pruned(min_width={"f": "8"}), TrainingError, "'8'"),
@@ -93,10 +97,10 @@ WRONG: dict[str, tuple[Any, type[FlaxslimError], str]] = {
     "fade": (lambda: pruned(fade=True), TrainingError, "fade=True"),
     "seed": (lambda: pruned(seed=None), TrainingError, "seed=None"),
     "lock": (lambda: pruned(lock="no"), TrainingError, "lock='no'"),
-    "ShrinkEvery text": (lambda: flaxslim.ShrinkEvery("3", MLP), TrainingError, "'3'"),
-    "ShrinkEvery 2.5": (lambda: flaxslim.ShrinkEvery(2.5, MLP), TrainingError, "2.5"),
-    "chance": (lambda: flaxslim.gates(params(), MLP, chance="x"), TrainingError, "'x'"),
-    "no gates": (lambda: flaxslim.expected_sparsity({}), TrainingError, "{}"),
+    "ShrinkEvery text": (lambda: loose.ShrinkEvery("3", MLP), TrainingError, "'3'"),
+    "ShrinkEvery 2.5": (lambda: loose.ShrinkEvery(2.5, MLP), TrainingError, "2.5"),
+    "chance": (lambda: loose.gates(params(), MLP, chance="x"), TrainingError, "'x'"),
+    "no gates": (lambda: loose.expected_sparsity({}), TrainingError, "{}"),
     "lagrangian": (
         lambda: flaxslim.gate_lagrangian({}, jnp.zeros(2), 0.5),
         TrainingError,
@@ -131,10 +135,10 @@ def test_an_argument_of_another_kind_is_refused(what):
 
 
 def test_numbers_of_numpy_and_jax_are_numbers():
-    schedule = flaxslim.cubic(np.float32(0), jnp.array(0.5), begin=np.int64(0), end=2)
+    schedule = loose.cubic(np.float32(0), jnp.array(0.5), begin=np.int64(0), end=2)
     assert float(schedule(2)) == 0.5
     pruned(min_width=np.int32(1), max_sparsity=jnp.array(0.5), seed=np.int8(3))
-    flaxslim.proximal_group_lasso(MLP, jnp.array(0.1), np.float16(0.1))
+    loose.proximal_group_lasso(MLP, jnp.array(0.1), np.float16(0.1))
 
 
 def test_a_plan_is_hashed_by_its_content():
