@@ -12,6 +12,7 @@ from flaxslim._config import Width
 from flaxslim._dead import RULES, Marks, mark
 from flaxslim._lazy import Lazy
 from flaxslim._nnx import modules
+from flaxslim._norms import refuse_norms
 from flaxslim._plan import Cut, Plan, channels
 from flaxslim._scales import beside
 from flaxslim._spec import Site, SpecLike
@@ -134,6 +135,10 @@ def draw(
             for site in cluster.sites:
                 cuts[site.second.path] = _cut(site, marks[site.second.path], mask, cfg)
     ordered = tuple(cuts[site.second.path] for site in sites)
+    nodes = dict(modules(params)) if in_nnx else {}
+    for cut in ordered:
+        if cut.removed:
+            refuse_norms(cut.site, nodes)
     values, resizes = _resize.values(found, ordered, cfg, width, shared) if sized else ({}, ())
     made = Plan(
         spec=found,
@@ -173,6 +178,7 @@ def check_dead(plan: Plan, leaves: Mapping[str, Any], cfg: Any) -> None:
     """Raise `PlanError` if an exact plan, made for another model, would cut living channels."""
     for cut in plan.cuts if plan.exact else ():
         _check_activation(cut, cfg)
+        _check_conditions(cut, cfg)
         folded = cut.folded
         found = mark(cut.site, leaves, named(cut.activation), foldable=bool(folded.any()))
         living = ~found.dead | (found.folded & ~folded)
@@ -199,6 +205,23 @@ def _check_activation(cut: Cut, cfg: Any) -> None:
             expected=cut.activation,
             mend="make a new plan, with this config",
         )
+
+
+def _check_conditions(cut: Cut, cfg: Any) -> None:
+    """Raise `PlanError` if the config forbids what the one that the plan was made by allowed."""
+    pair = cut.site.pair
+    forbidden = {
+        pair.fold_unless: "a constant be folded" if cut.folded.any() else "",
+        pair.scaled_by: f"{pair.unit} go" if cut.removed else "",
+    }
+    for condition, what in forbidden.items():
+        if what and _policy.says(condition, pair, cfg) is not False:
+            raise PlanError(
+                f"only a config that says otherwise lets {what}, and the plan does so",
+                path=cut.site.second.path,
+                seen="no config" if cfg is None else f"a config in which {condition} may hold",
+                mend="pass the config that belongs to these parameters, or make a new plan",
+            )
 
 
 def _marked(

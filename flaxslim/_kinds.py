@@ -4,18 +4,17 @@ import numbers
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 
 def is_number(value: Any) -> bool:
     """A real number, of Python, numpy, or an array without dimensions; True is none, nor is NaN.
 
-    >>> [is_number(x) for x in (0.5, 3, jnp.array(0.5), "0.5", True, None, float("nan"))]
+    >>> [is_number(x) for x in (0.5, 3, np.array(0.5), "0.5", True, None, float("nan"))]
     [True, True, True, False, False, False, False]
     """
-    if isinstance(value, jax.Array) and not isinstance(value, Tracer) and not value.shape:
-        value = value.item() if jnp.issubdtype(value.dtype, jnp.number) else None
+    value = _one(value)
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value
 
 
@@ -25,4 +24,11 @@ def is_whole(value: Any) -> bool:
     >>> [is_whole(x) for x in (3, 3.0, "3", True)]
     [True, False, False, False]
     """
+    value = _one(value)
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _one(value: Any) -> Any:
+    """What an array without dimensions holds; anything else as it is."""
+    array = isinstance(value, np.ndarray | jax.Array) and not isinstance(value, Tracer)
+    return value.item() if array and not value.shape else value

@@ -75,14 +75,10 @@ class Layout:
         return cls(told, everywhere) if told else None
 
     @functools.cached_property
-    def key(self) -> Any:
-        """What two layouts have in common that tell all modules the same; it can be hashed."""
-        return (
-            _hashable(
-                sorted((path, tree, t) for path, own in self._told.items() for tree, t in own)
-            ),
-            _hashable(self._everywhere),
-        )
+    def key(self) -> str:
+        """What two layouts have in common that tell all modules the same; quickly hashed."""
+        told = sorted((path, tree, t) for path, own in self._told.items() for tree, t in own)
+        return repr(_plain([told, self._everywhere]))
 
     def at(self, path: tuple[str, ...]) -> Told | None:
         """What the module at a path is told, if anything; `LayoutError` if that is absurd."""
@@ -105,15 +101,15 @@ class Layout:
         return next((told for regex, told in self._everywhere if regex.fullmatch(whole)), None)
 
 
-def _hashable(value: Any) -> Any:
-    """Tuples, arrays and dataclasses, one in the other, as tuples."""
+def _plain(value: Any) -> Any:
+    """Arrays, dataclasses and regular expressions, one in the other, as lists that say all."""
     if isinstance(value, list | tuple):
-        return tuple(map(_hashable, value))
+        return [*map(_plain, value)]
     if isinstance(value, np.ndarray):
-        return (value.shape, *value.ravel().tolist())
+        return [value.shape, value.tolist()]
     if dataclasses.is_dataclass(value):
-        return _hashable(list(vars(value).values()))
-    return str(value) if isinstance(value, LayoutError) else value
+        return _plain([*vars(value).values()])
+    return value.pattern if isinstance(value, re.Pattern) else value
 
 
 def _parts(tree: str) -> tuple[str, ...]:

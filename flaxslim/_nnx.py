@@ -20,15 +20,13 @@ from jax.tree_util import tree_flatten_with_path
 from flaxslim import _config
 from flaxslim._axes import Axes
 from flaxslim._config import Width
+from flaxslim._norms import PER_CHANNEL, norms_beside
 from flaxslim._pair import measure
 from flaxslim._plan import Cut, Plan
 from flaxslim._roots import beside, table_path
-from flaxslim._spec import Site, Spec, Tensor
+from flaxslim._spec import Site, Spec
 from flaxslim._tree import flatten, name_of
 from flaxslim.errors import LayoutError, PlanError, nearest
-
-# A norm is a table of a pair to us, and says how many features it has.
-_NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm)
 
 
 def modules(tree: Any) -> Iterator[tuple[str, nnx.Module]]:
@@ -91,7 +89,7 @@ def _mend_layers(
         # What owns a cache is no layer; what owns an embedding is.
         if node is not None and (tensor.path not in tables or isinstance(node, nnx.Embed)):
             _mend_layer(node, tensor.axes, old, new)
-        elif isinstance(node, _NORMS) and old[-1:] == (node.num_features,):
+        elif isinstance(node, PER_CHANNEL) and old[-1:] == (node.num_features,):
             node.num_features = new[-1]
 
 
@@ -201,30 +199,9 @@ def told_before(module: Any, plan: Plan) -> list[str]:
         f"Pair(tables={{'{at.rpartition('/')[2]}/scale': 'f', ...}}))"
         for cut in plan.cuts
         if cut.site.pair.axis == "f" and cut.removed
-        for at in _norms_beside(nodes, cut.site)
+        for at in norms_beside(nodes, cut.site, PER_CHANNEL)
     )
     return list(dict.fromkeys((*found, *norms)))
-
-
-def _norms_beside(nodes: Mapping[str, Any], site: Site) -> Iterator[str]:
-    """Norms beside the layers of a site with as many features as it has channels, which stay so.
-
-    Where the layers have so many inputs or outputs as well, nobody can tell whose norm it is.
-    """
-    around = {layer.rpartition("/")[0] for layer in _layers(site)}
-    kernels = (*site.first, site.second)
-    if any(n == site.size for t in kernels for n in _others(t, site.axis(t))):
-        return
-    for at, node in nodes.items():
-        if at.rpartition("/")[0] in around and isinstance(node, _NORMS):
-            shapes = [getattr(value, "shape", None) for value in vars(node).values()]
-            if (site.size,) in (*shapes, (node.num_features,)):
-                yield at
-
-
-def _others(tensor: Tensor, axis: str) -> list[int]:
-    """The sizes of the axes of a tensor but for one."""
-    return [n for name, n in tensor.axes.sizes(tensor.shape).items() if name != axis]
 
 
 def _layers(site: Site) -> set[str]:

@@ -110,7 +110,8 @@ class Pair:
       sizes: config expressions of axes whose size does not follow from the shapes, such as
         `{"k": "hidden_size/num_attention_heads"}`.
       fold_unless: a config key (or `key=value`) under which a head with constant values is not
-        constant, since its attention weights do not sum to one. Nor is it where no config says it.
+        constant, since its attention weights do not sum to one. Nor is it where no config says it,
+        but for a key that ends in "?", which a class may lack.
       scaled_by: the same for a class that scales heads by their number, so that none can go, nor
         where no config says it: `"query_pre_attn_norm=*div_num_heads"`. Values may have wildcards;
         their case is no matter.

@@ -22,13 +22,14 @@ WIDTHS = ("uniform", "per_layer")
 def says(condition: str | None, pair: Pair, cfg: Any) -> bool | None:
     """Whether a config says a condition of a pair: `key`, or `key=value` with wildcards.
 
-    None if there is no such key, which is no answer.
+    None if there is no such key, which is no answer; of a key that ends in "?" it is a no.
     """
     if condition is None:
         return False
     key, _, value = condition.partition("=")
+    key, optional = key.removesuffix("?"), key.endswith("?")
     if not _config.has(cfg, pair.config + key):
-        return None
+        return False if optional else None
     said = _config.read(cfg, pair.config + key)
     return fnmatchcase(str(said).lower(), value.lower()) if value else bool(said)
 

@@ -23,13 +23,16 @@ def refuse_states(params: Any, sites: Sequence[Site]) -> None:
 
     Moments have dead channels of their own, so that they would keep others than the parameters do.
     """
-    from flaxslim._state_kinds import is_state, optax_fields
+    from flaxslim._state_kinds import is_held, is_state, optax_fields
 
     fields = dict(optax_fields(params))
-    states = [path for path in (site.second.path for site in sites) if is_state(path, fields)]
-    if states:
+    states = [site.second.path for site in sites if is_state(site.second.path, fields)]
+    layers = {(s.pair, s.second.shape) for s in sites if s.second.path not in states}
+    # A module may be called so, if it is no copy of another.
+    copied = any(s.second.path in states and (s.pair, s.second.shape) in layers for s in sites)
+    if copied or any(is_held(path, fields) for path in states):
         raise UnsupportedTreeError(
-            "the tree holds an optimizer's state beside the parameters, and its moments would be "
+            "the tree holds what an optimizer keeps, too: copies of the parameters, which would be "
             "cut as if they were layers",
             path=states[0],
             seen=f"{len(sites) - len(states)} sites of layers, {len(states)} of copies",

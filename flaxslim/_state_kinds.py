@@ -73,8 +73,15 @@ def is_state(path: str, fields: Collection[str]) -> bool:
     (True, False)
     """
     *places, _ = path.split("/")
+    return is_held(path, fields) or any(_STATES.fullmatch(name) for name in places)
+
+
+def is_held(path: str, fields: Collection[str]) -> bool:
+    """Whether it lies in a field of optax's, or in one called as their moments in a state."""
+    *places, _ = path.split("/")
     above = {"/".join(places[: i + 1]) for i in range(len(places))}
-    return not above.isdisjoint(fields) or any(_STATES.fullmatch(name) for name in places)
+    at = next((i for i, name in enumerate(places) if _STATES.fullmatch(name)), len(places))
+    return not above.isdisjoint(fields) or any(_MOMENTS.fullmatch(name) for name in places[at:])
 
 
 def optax_fields(tree: Any) -> Iterator[tuple[str, type]]:
@@ -136,7 +143,9 @@ def _of_name(name: str, *, in_state: bool) -> tuple[Kind, bool] | None:
     name = name.lower()
     gradients = not _GRADIENTS.isdisjoint(name.split("_"))
     if _MOMENTS.fullmatch(name):
-        return Kind.STATE, True
+        # Of contrastive learning "momentum" is a network.
+        maybe = name.startswith(("moment", "velocity")) and not in_state
+        return (Kind.UNKNOWN if maybe else Kind.STATE), True
     if name in _PARAMETER_FIELDS.values():
         return Kind.PARAMETERS, True
     if _STATES.fullmatch(name):

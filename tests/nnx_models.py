@@ -80,6 +80,7 @@ class MaxTextConfig:
     base_num_kv_heads: int = 3
     head_dim: int = 4
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    attention_sink: bool = False
 
 
 # --- what they share --------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from strategies import (
 from flaxslim import Pair, Plan, Spec, _bits, apply, plan, slim
 from flaxslim._activation import activation
 from flaxslim._tree import flatten, replace
-from flaxslim.errors import ConfigError, NonFiniteError, UnsupportedDtypeError
+from flaxslim.errors import ConfigError, NonFiniteError, SpecError, UnsupportedDtypeError
 
 quiet, loud, acts = (st.sampled_from(sorted(names)) for names in (QUIET, LOUD, ACTS))
 
@@ -777,22 +777,57 @@ def test_whatever_the_axes_of_the_window_are_called(window):
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_what_stands_between_the_layers_leaves_only_what_nothing_reads(gated):
-    """A norm's bias makes something of a channel that is zero before it."""
+    """A shift makes something of a channel that is zero before it."""
     firsts = ("gate", "up") if gated else "up"
-    tables: dict[str, str] = dict.fromkeys(("norm/scale", "norm/bias"), "f")
+    tables: dict[str, str] = dict.fromkeys(("shift/scale", "shift/bias"), "f")
     pair = Pair(first=firsts, second="down", activation="relu", gated=gated, tables=tables)
     rng = np.random.default_rng(0)
     tree = {
         name: {"kernel": rng.normal(size=(3, 6)), "bias": rng.normal(size=6)}
         for name in ("gate", "up")
-    } | {"norm": {"scale": np.ones(6), "bias": np.ones(6)}, "down": {"kernel": np.ones((6, 2))}}
+    } | {"shift": {"scale": np.ones(6), "bias": np.ones(6)}, "down": {"kernel": np.ones((6, 2))}}
     for first in ("gate", "up"):
         tree[first]["kernel"][:, :2] = tree[first]["bias"][:2] = 0
     tree["down"]["kernel"][3] = 0
-    p = plan(tree, spec=Spec(name="NORMED", pairs=pair))
+    p = plan(tree, spec=Spec(name="SHIFTED", pairs=pair))
     assert p.cuts[0].keep == (0, 1, 2, 4, 5)
     assert p.cuts[0].rules == {"i": 1}
-    assert any("norm/scale, norm/bias of down may stand between" in note for note in p.notes)
+    assert any("shift/scale, shift/bias of down may stand between" in note for note in p.notes)
+
+
+@pytest.mark.parametrize("axis", ["f", "h"])
+@pytest.mark.parametrize("name", ["LayerNorm_0/scale", "ln_2/bias", "q_norm/scale"])
+def test_a_norm_over_the_channels_is_refused_if_one_of_them_would_go(axis, name):
+    """Its mean and variance are those of what is left."""
+    tree = {"up": {"kernel": np.ones((3, 6))}, "down": {"kernel": np.ones((6, 2))}}
+    tree |= {name.split("/")[0]: {name.split("/")[1]: np.ones(6)}}
+    columns, rows = ("d (h k)", "(h k) d") if axis == "h" else ("d f", "f d")
+    pair = Pair(first="up", second="down", first_axes=columns, second_axes=rows, axis=axis)
+    table = columns.removeprefix("d ")
+    pair = dataclasses.replace(pair, sizes={"k": "2"} if axis == "h" else {}, tables={name: table})
+    spec = Spec(name="NORMED", pairs=pair)
+    assert plan(tree, spec=spec).removed == 0
+    tree["down"]["kernel"][:2] = 0
+    with pytest.raises(SpecError, match="a norm over the channels") as caught:
+        plan(tree, spec=spec)
+    assert caught.value.path == name
+
+
+def test_a_norm_of_each_channel_alone_or_inside_of_each_head_is_none_of_those():
+    tree = {"up": {"kernel": np.ones((3, 6))}, "down": {"kernel": np.ones((6, 2))}}
+    tree["down"]["kernel"][:2] = 0
+    tree |= {"BatchNorm_0": {"scale": np.ones(6)}, "norm": {"scale": np.ones(6)}}
+    variables = {"params": tree, "batch_stats": {"norm": {"mean": np.ones(6)}}}
+    tables = {"BatchNorm_0/scale": "f", "norm/scale": "f", "batch_stats:norm/mean": "f"}
+    pair = Pair(first="up", second="down", tables=tables)
+    assert plan(variables, spec=Spec(name="NORMED", pairs=pair)).removed == 2
+
+    heads = {"up": {"kernel": np.ones((4, 3, 2))}, "down": {"kernel": np.ones((3, 2, 4))}}
+    heads |= {"q_norm": {"scale": np.ones((3, 2))}}
+    heads["down"]["kernel"][0] = 0
+    pair = Pair(first="up", second="down", first_axes="d h k", second_axes="h k d", axis="h")
+    pair = dataclasses.replace(pair, tables={"q_norm/scale": "h k"})
+    assert plan(heads, spec=Spec(name="HEADS", pairs=pair)).removed == 1
 
 
 def test_a_second_factor_with_an_activation_is_refused():

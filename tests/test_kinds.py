@@ -138,6 +138,7 @@ def test_numbers_of_numpy_and_jax_are_numbers():
     schedule = loose.cubic(np.float32(0), jnp.array(0.5), begin=np.int64(0), end=2)
     assert float(schedule(2)) == 0.5
     pruned(min_width=np.int32(1), max_sparsity=jnp.array(0.5), seed=np.int8(3))
+    pruned(min_width=np.array(1), max_sparsity=np.array(0.5), seed=jnp.array(3))
     loose.proximal_group_lasso(MLP, jnp.array(0.1), np.float16(0.1))
 
 

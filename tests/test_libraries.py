@@ -882,5 +882,7 @@ def test_heads_that_are_scaled_by_their_number_stay(value, width):
     else:
         assert (made.removed, made.blocked) == (2, ())
     del cfg["query_pre_attn_norm"]
+    tunix = {"layers": {"0": tree["layer_0"]}}  # whose Gemma 1 and 2 have no such key
+    assert plan(tunix, cfg, TUNIX_HEADS, width=width).removed == 2
     with pytest.raises(WidthError, match="pass a config that says query_pre_attn_norm"):
         slim(tree, cfg, GEMMA_DEEPMIND_HEADS, width=width)

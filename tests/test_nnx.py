@@ -34,7 +34,7 @@ from flaxslim import (
 )
 from flaxslim._nnx import check_shapes
 from flaxslim._tree import flatten, replace
-from flaxslim.errors import FlaxslimError, LayoutError, PlanError
+from flaxslim.errors import FlaxslimError, LayoutError, PlanError, SpecError
 from flaxslim.specs._libraries import BONSAI_GEMMA3_HEADS, BONSAI_QWEN3_HEADS
 
 TOKENS = jax.random.randint(jax.random.key(1), (2, 7), 0, VOCABULARY)
@@ -689,6 +689,24 @@ def test_a_batch_norm_between_the_layers_says_its_width(named):
     small = slim(net, None, plan=p)[0]
     assert (small.norm.num_features, expand(p, small).norm.num_features) == (5, 8)
     np.testing.assert_allclose(small(x), net(x), rtol=1e-6)
+
+
+def group_norm(width: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    return nnx.GroupNorm(width, num_groups=1, rngs=rngs)
+
+
+def bare_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(width, use_scale=False, use_bias=False, rngs=rngs)
+
+
+@pytest.mark.parametrize("kind", [nnx.LayerNorm, nnx.RMSNorm, group_norm, bare_norm])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_norm_over_the_channels_leaves_none_of_them(kind, named):
+    """Its mean is that of what is left: without one of the channels all others change."""
+    net = Normed(kind, 3)
+    tables = {name: "f" for name in TABLES if named and name in flatten(net)}
+    with pytest.raises(SpecError, match="a norm over the channels"):
+        slim(net, None, Spec(name="NORMED", pairs=Pair(first="up", second="down", tables=tables)))
 
 
 def test_a_norm_that_may_be_of_the_inputs_is_not_told():

@@ -300,6 +300,30 @@ def test_a_stored_plan_for_another_tree_is_refused():
         slim(small, cfg, plan=p)
 
 
+@pytest.mark.parametrize("condition", ["fold_unless", "scaled_by"])
+def test_a_stored_plan_is_refused_by_a_config_that_forbids_it(condition):
+    rng = np.random.default_rng(0)
+    value = {"kernel": rng.normal(size=(4, 3, 2)), "bias": np.ones((3, 2))}
+    value["kernel"][:, 1] = 0  # constant values
+    out = {"kernel": rng.normal(size=(3, 2, 4)), "bias": np.zeros(4)}
+    pair = Pair(
+        first="value",
+        second="out",
+        first_axes="d h k",
+        second_axes="h k d",
+        axis="h",
+        activation="identity",
+        width="heads",
+    )
+    spec = Spec(name="HEADS", pairs=dataclasses.replace(pair, **{condition: "odd"}))
+    tree, cfg = {"value": value, "out": out}, {"heads": 3, "odd": False}
+    p = plan(tree, cfg, spec)
+    assert slim(tree, cfg, plan=p)[1]["heads"] == 2
+    for other in ({"heads": 3, "odd": True}, {"heads": 3}):
+        with pytest.raises(PlanError, match="a config that says otherwise"):
+            slim(tree, other, plan=p)
+
+
 def test_a_stored_plan_for_a_part_of_the_layers_is_refused():
     n, smaller = (net(LAYOUTS["plain"], seed=0, share=0.5, depth=depth) for depth in (3, 2))
     pruned(n)

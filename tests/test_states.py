@@ -256,6 +256,11 @@ HELD_TWICE: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+@pytest.mark.parametrize("name", ["inner_state", "opt_state", "optimizer_states"])
+def test_a_module_may_be_called_like_a_state(name):
+    assert plan({name: mlp()}, None, SPEC).removed == 3
+
+
 @pytest.mark.parametrize("name", HELD_TWICE)
 def test_a_state_is_not_cut_as_if_it_were_layers(name):
     tree = HELD_TWICE[name](*trained())
@@ -508,7 +513,8 @@ def held(tree: Any) -> Any:
 STATES: dict[str, Callable[[Any], Any]] = {
     "optax": lambda p: optax.TraceState(held(p)),
     "in a list": lambda p: {"params": p, "opt_state": [held(p)]},
-    "momentum": lambda p: {"params": p, "momentum": held(p)},
+    "momentum in a state": lambda p: {"params": p, "opt_state": {"momentum": held(p)}},
+    "trace": lambda p: {"params": p, "trace": held(p)},
     "acc_grads": lambda p: {"params": p, "acc_grads": held(p)},
     "exp_avg, its type lost": lambda p: {"exp_avg": held(p), "prev_updates": held(p)},
     "grads of a collection": lambda p: {"params": p, "grads": {"params": held(p)}},
@@ -560,6 +566,7 @@ UNKNOWN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "two words": (lambda p: {"no_grad_params": slower(p)}, "no_grad_params"),
     "field": (lambda p: Strange(slower(p)), "thing"),
     "in a list": (lambda p: (p, held(p)), "1"),
+    "momentum": (lambda p: {"params": p, "momentum": held(p)}, "momentum"),
     "changes of parameters": (lambda p: {"params": p, "param_delta": held(p)}, "param_delta"),
     "averages of something": (lambda p: {"params": p, "fisher_ema": held(p)}, "fisher_ema"),
     "optax.ema in a bare chain": (lambda p: (of_updates(p), optax.EmptyState()), "0/ema"),

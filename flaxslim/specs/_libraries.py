@@ -259,7 +259,8 @@ TUNIX_HEADS = Spec(
             modules={"": {"n_rep?": "h/g"}},
             optional=True,
         ),
-        *_gemma_heads("layers/{i}/attn"),
+        # Its Gemma 1 and 2 scale by the size of a head, and say nothing of it.
+        *_gemma_heads("layers/{i}/attn", scaled_by="query_pre_attn_norm?=*div_num_heads"),
     ),
 )
 

@@ -36,6 +36,7 @@ def group_lasso(params: Any, spec: SpecLike, *, cfg: Any = None) -> jax.Array:
 
     The gradient of a channel that is zero is zero. Raises what `Spec.sites` does.
 
+    >>> import numpy as np
     >>> from flaxslim import Pair, Spec
     >>> MLP = Spec(name="MLP", pairs=Pair(first="up", second="down"))
     >>> params = {"up": {"kernel": np.diag([3.0, 0.0])}, "down": {"kernel": np.diag([4.0, 0.0])}}
@@ -71,6 +72,7 @@ def proximal_group_lasso(
     Raises `TrainingError` for a negative strength, or without parameters; `init` and `update`
     raise what `Spec.sites` does.
 
+    >>> import numpy as np
     >>> from flaxslim import Pair, Spec
     >>> MLP = Spec(name="MLP", pairs=Pair(first="up", second="down"))
     >>> params = {"up": {"kernel": np.diag([3.0, 0.1])}, "down": {"kernel": np.diag([4.0, 0.1])}}
