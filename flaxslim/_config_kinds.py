@@ -6,9 +6,12 @@ All values of one object are set at once, since a class may check its fields aga
 
 import copy
 import dataclasses
+import functools
 import types
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from flaxslim.errors import ConfigError
 
@@ -18,8 +21,16 @@ def keys(cfg: Any) -> list[str]:
     if isinstance(cfg, Mapping) or _is_config_dict(cfg):
         return [key for key in cfg if isinstance(key, str)]
     # A NamedTuple has `_fields`, a class with slots `__slots__`.
-    kinds = (getattr(cfg, kind, None) for kind in ("__dict__", "_fields", "__slots__"))
+    kinds = _attributes(cfg), *(getattr(type(cfg), kind, ()) for kind in ("_fields", "__slots__"))
     return [key for key in next(filter(None, kinds), ()) if not key.startswith("_")]
+
+
+def _attributes(cfg: Any) -> Mapping[str, Any]:
+    """What hangs on an object itself, past a `__getattr__` of its class."""
+    try:
+        return object.__getattribute__(cfg, "__dict__")
+    except AttributeError:  # slots
+        return {}
 
 
 def with_values(cfg: Any, values: Mapping[str, Any]) -> Any:
@@ -31,23 +42,53 @@ def with_values(cfg: Any, values: Mapping[str, Any]) -> Any:
             mend="pass an instance of a class or dataclass, or a dict",
         )
     try:
-        if dataclasses.is_dataclass(cfg):
-            return _dataclass(cfg, values)
-        if hasattr(cfg, "model_copy") and hasattr(cfg, "model_fields_set"):
-            return _pydantic(cfg, values)
-        if _is_config_dict(cfg):
-            return _config_dict(cfg, values)
-        if isinstance(cfg, MutableMapping):
-            new = copy.copy(cfg)
-            new.update(values)
-            return new
-        if isinstance(cfg, Mapping):
-            return type(cfg)({**cfg, **values})  # pyright: ignore[reportCallIssue]
-        return _object(cfg, values)
+        new = _copied(cfg, values)
     except ConfigError:
         raise
     except Exception as error:  # a class's own code may raise anything, asserts among it
         raise _refused(cfg, values, error) from error
+    for name in [name for name in _attributes(new) if name not in values and _cached(new, name)]:
+        del new.__dict__[name]  # it was computed from the old values
+    return new
+
+
+def _copied(cfg: Any, values: Mapping[str, Any]) -> Any:
+    if dataclasses.is_dataclass(cfg):
+        return _dataclass(cfg, values)
+    if _is_pydantic(cfg):
+        return _pydantic(cfg, values)
+    if _is_config_dict(cfg):
+        return _config_dict(cfg, values)
+    if isinstance(cfg, MutableMapping):
+        return _mapping(cfg, values)
+    if isinstance(cfg, Mapping):
+        return type(cfg)({**cfg, **values})  # pyright: ignore[reportCallIssue]
+    return _object(cfg, values)
+
+
+def _cached(cfg: Any, name: str) -> bool:
+    return isinstance(getattr(type(cfg), name, None), functools.cached_property)
+
+
+def _mapping(cfg: Any, values: Mapping[str, Any]) -> Any:
+    # A mapping that is no dict may hold one, which a shallow copy would share with the caller's.
+    new = copy.copy(cfg) if isinstance(cfg, dict) else copy.deepcopy(cfg)
+    if _attributes(cfg) is cfg:  # `self.__dict__ = self`: its keys are its attributes
+        object.__setattr__(new, "__dict__", new)
+    new.update(values)
+    for name, value in values.items():
+        if name not in cfg or not _says(cfg, name, cfg[name]):
+            continue
+        if name in _attributes(new):  # an attribute stands beside the key
+            new.__dict__[name] = value
+        if not _says(new, name, value):
+            raise _no_field(cfg, name, keys(cfg))
+    return new
+
+
+def _says(cfg: Any, name: str, value: Any) -> bool:
+    """Whether an attribute has the value; only for keys that are there, lest one be made."""
+    return _equal(getattr(cfg, name, dataclasses.MISSING), value)
 
 
 def _dataclass(cfg: Any, values: Mapping[str, Any]) -> Any:
@@ -63,13 +104,23 @@ def _dataclass(cfg: Any, values: Mapping[str, Any]) -> Any:
         raise _no_field(cfg, next(iter(values)), [*fields], error) from error
     # `replace` makes anew what is no argument of the class. What its own code computes is right
     # so; what was put there by hand since stays.
-    arguments = {name for name, field in fields.items() if field.init}
-    own = {k: v for k, v in getattr(cfg, "__dict__", {}).items() if k not in arguments}
+    missing = dataclasses.MISSING
+    slots = {name: getattr(cfg, name, missing) for name, field in fields.items() if not field.init}
+    own = {
+        name: value
+        for name, value in {**_attributes(cfg), **slots}.items()
+        if not (name in fields and fields[name].init) and not _cached(cfg, name)
+    }
     same = dataclasses.replace(cfg) if own else cfg
     for name, value in own.items():
-        if not _equal(getattr(same, name, dataclasses.MISSING), value):
+        if value is not missing and not _equal(getattr(same, name, missing), value):
             object.__setattr__(new, name, value)
     return new
+
+
+def _is_pydantic(cfg: Any) -> bool:
+    """By its class, as for each kind: an instance may answer to any name."""
+    return hasattr(type(cfg), "model_copy") and hasattr(type(cfg), "model_fields")
 
 
 def _pydantic(cfg: Any, values: Mapping[str, Any]) -> Any:
@@ -90,16 +141,16 @@ def _pydantic(cfg: Any, values: Mapping[str, Any]) -> Any:
 
 def _is_config_dict(cfg: Any) -> bool:
     """Whether it is an `ml_collections.ConfigDict`, or the like."""
-    return hasattr(cfg, "unlock") and hasattr(cfg, "keys")
+    return hasattr(type(cfg), "unlock") and hasattr(type(cfg), "keys")
 
 
 def _config_dict(cfg: Any, values: Mapping[str, Any]) -> Any:
-    if hasattr(cfg, "as_configdict"):  # a frozen one
+    if hasattr(type(cfg), "as_configdict"):  # a frozen one
         return type(cfg)(_config_dict(cfg.as_configdict(), values))
     new = copy.deepcopy(cfg)
     for name, value in values.items():
         # Set in place, a reference (`cfg.get_ref`) would change every key that refers to it.
-        if name in new and hasattr(new, "unlocked"):
+        if name in new and hasattr(type(new), "unlocked"):
             with new.unlocked():
                 del new[name]
                 new[name] = value
@@ -123,13 +174,15 @@ def _object(cfg: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two values are known to be alike; objects that cannot be compared count as such."""
-    if type(a) is type(b) and type(a).__eq__ is object.__eq__:
+    """Whether two values are alike; those of one kind that cannot be compared count as such."""
+    if a is b or (type(a) is type(b) and type(a).__eq__ is object.__eq__):
         return True
     try:
+        if hasattr(type(a), "__array__") or hasattr(type(b), "__array__"):
+            return np.array_equal(a, b)
         return bool(a == b)
-    except Exception:  # arrays, and what else has no truth
-        return True
+    except Exception:  # arrays in a list, and what else has no truth
+        return type(a) is type(b)
 
 
 def stale(cfg: Any, new: Any, names: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

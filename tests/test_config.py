@@ -4,11 +4,14 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import threading
 import types
+from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from flax.core import FrozenDict
 from hypothesis import given
@@ -362,6 +365,191 @@ def test_an_argument_that_was_computed_is_named():
         assert told == [f"{prefix}both = 16 (anew: 12)"]
     given = Computing(both=3)
     assert not _config.computed(given, _config.replace(given, {"hidden": 6}), {"hidden": 6})
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    hidden: int = 8
+    seen: int = dataclasses.field(init=False, default=3)
+
+
+def test_what_was_put_on_a_dataclass_with_slots_stays():
+    cfg = Slotted()
+    cfg.seen = 9
+    assert dataclasses.astuple(_config.replace(cfg, {"hidden": 6})) == (6, 9)
+
+
+@dataclasses.dataclass
+class Table:
+    hidden: int = 8
+    scale: Any = dataclasses.field(init=False, default=None)
+    table: Any = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        self.table = np.arange(self.hidden)
+
+
+def test_arrays_on_a_dataclass_stay_unless_its_class_computes_them():
+    cfg: Any = Table()
+    cfg.scale, cfg.note = np.ones(2), np.arange(3)
+    new = _config.replace(cfg, {"hidden": 6})
+    assert (new.scale is cfg.scale, new.note is cfg.note) == (True, True)
+    assert new.table.tolist() == [*range(6)]
+    cfg.table = np.zeros(8)
+    assert _config.replace(cfg, {"hidden": 6}).table is cfg.table
+
+
+class Caching:
+    hidden = 8
+
+    @functools.cached_property
+    def twice(self):
+        return 2 * self.hidden
+
+
+class CachingMapping(dict):
+    @functools.cached_property
+    def twice(self):
+        return 2 * self["hidden"]
+
+
+@dataclasses.dataclass
+class CachingFields:
+    hidden: int = 8
+
+    @functools.cached_property
+    def twice(self):
+        return 2 * self.hidden
+
+
+@pytest.mark.parametrize(
+    "make", [Caching, CachingFields, lambda: CachingMapping(hidden=8)], ids=["object", "dc", "dict"]
+)
+def test_a_cached_property_follows(make):
+    cfg = make()
+    assert cfg.twice == 16
+    assert _config.replace(cfg, {"hidden": 6}).twice == 12
+    assert cfg.twice == 16
+
+
+def test_a_cached_property_that_is_the_width_is_set():
+    assert _config.replace(Caching(), {"twice": 6}).twice == 6
+
+
+# --- mappings whose keys are attributes ---------------------------------------------------------
+
+
+class SelfDict(dict):
+    def __init__(self, **values: Any):
+        super().__init__(**values)
+        self.__dict__ = self
+
+
+class Beside(dict):
+    """Its attributes are a copy of its keys."""
+
+    def __init__(self, **values: Any):
+        super().__init__(**values)
+        self.__dict__.update(values)
+
+
+@pytest.mark.parametrize("kind", [SelfDict, Beside])
+def test_attributes_and_keys_agree_at_each_depth(kind):
+    cfg = kind(hidden=8, inner=kind(hidden=4, deep=kind(hidden=2)))
+    new = _config.replace(cfg, {"hidden": 6, "inner.hidden": 3, "inner.deep.hidden": 1})
+    for one, sizes in ((new, (6, 3, 1)), (cfg, (8, 4, 2))):
+        assert (one.hidden, one.inner.hidden, one.inner.deep.hidden) == sizes
+        inner = one["inner"]
+        assert (one["hidden"], inner["hidden"], inner["deep"]["hidden"]) == sizes
+
+
+class Within(dict):
+    """Its attributes are kept in an object of its own."""
+
+    def __init__(self, **values: Any):
+        super().__init__(**values)
+        self._own = types.SimpleNamespace(**values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._own, name)
+
+
+def test_a_mapping_that_would_contradict_itself_is_refused():
+    cfg = Within(hidden=8)
+    with pytest.raises(ConfigError, match="a field of a Within cannot be set"):
+        _config.replace(cfg, {"hidden": 6})
+    assert (cfg["hidden"], cfg.hidden) == (8, 8)
+
+
+class Wrapping(MutableMapping):
+    def __init__(self, values: dict[str, Any]):
+        self._values = values
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._values[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._values[key]
+
+    def __iter__(self):
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def test_a_mapping_that_wraps_a_dict_is_left_alone():
+    cfg = Wrapping({"hidden": 8})
+    assert dict(_config.replace(cfg, {"hidden": 6})) == {"hidden": 6}
+    assert dict(cfg) == {"hidden": 8}
+
+
+class Getting(dict):
+    __getattr__, __setattr__ = dict.get, dict.__setitem__
+
+
+class Indexing(dict):
+    __getattr__, __setattr__ = dict.__getitem__, dict.__setitem__
+
+
+class Making(dict):
+    """Makes what it is asked for, like `addict.Dict`."""
+
+    __setattr__ = dict.__setitem__
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = type(self)()
+        return self[name]
+
+
+class Answering:
+    """Answers to any name."""
+
+    def __init__(self, **values: Any):
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@pytest.mark.parametrize("kind", [Getting, Indexing, Making, Answering])
+def test_a_config_that_answers_to_any_name_is_not_asked_for_its_kind(kind):
+    cfg = kind(hidden=8)
+    new = _config.replace(cfg, {"hidden": 6})
+    assert (type(new), new.hidden, cfg.hidden) == (kind, 6, 8)
+    assert _config.keys(cfg) == _config.keys(new) == ["hidden"]
+
+
+# --- configs with references, and those that check themselves -----------------------------------
 
 
 class Ref:
