@@ -7,8 +7,9 @@ All values of one object are set at once, since a class may check its fields aga
 import copy
 import dataclasses
 import functools
+import operator
 import types
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,8 +67,9 @@ def _copied(cfg: Any, values: Mapping[str, Any]) -> Any:
     return _object(cfg, values)
 
 
-def _cached(cfg: Any, name: str) -> bool:
-    return isinstance(getattr(type(cfg), name, None), functools.cached_property)
+def _cached(cfg: Any, name: Any) -> bool:
+    kind = getattr(type(cfg), name, None) if isinstance(name, str) else None
+    return isinstance(kind, functools.cached_property)
 
 
 def _mapping(cfg: Any, values: Mapping[str, Any]) -> Any:
@@ -124,19 +126,39 @@ def _is_pydantic(cfg: Any) -> bool:
 
 
 def _pydantic(cfg: Any, values: Mapping[str, Any]) -> Any:
-    """By `model_validate`, for the checks, and a copy for what is no field."""
-    fields = type(cfg).model_fields
-    extra = getattr(cfg, "model_extra", None)
-    if extra is None:  # the class has no room for other keys
+    """A copy, once the class has let the new values pass.
+
+    Only those are taken from what it made of them: its validators already ran over the others,
+    and need not give the same again.
+    """
+    if cfg.model_extra is None:  # the class has no room for other keys
+        fields = type(cfg).model_fields
         for name in values:
             if name not in fields:
                 raise _no_field(cfg, name, [*fields])
-    old = {name: getattr(cfg, name) for name in fields if name in cfg.model_fields_set}
-    names = {n: f.alias for n, f in fields.items() if isinstance(f.alias, str)}
-    given = {names.get(name, name): value for name, value in {**old, **values}.items()}
-    checked = type(cfg).model_validate({**(extra or {}), **given})
-    new = {name: getattr(checked, name) for name in (*fields, *values)}
-    return cfg.model_copy(update=new, deep=True)
+    checked = _validated(cfg, values)
+    return cfg.model_copy(update={name: getattr(checked, name) for name in values}, deep=True)
+
+
+def _validated(cfg: Any, values: Mapping[str, Any], without: str | None = None) -> Any:
+    """A pydantic model made anew, from what the old one was given and some new values."""
+    fields = type(cfg).model_fields
+    given = {name: getattr(cfg, name) for name in fields if name in cfg.model_fields_set}
+    given |= {**(cfg.model_extra or {}), **values}
+    return type(cfg).model_validate(
+        {
+            _argument(name, fields[name]) if name in fields else name: value
+            for name, value in given.items()
+            if name != without
+        }
+    )
+
+
+def _argument(name: str, field: Any) -> str:
+    """The name by which pydantic takes a field: its own, or an alias."""
+    alias = field.validation_alias or field.alias
+    choices = getattr(alias, "choices", [alias])  # of `AliasChoices`
+    return next((choice for choice in choices if isinstance(choice, str)), name)
 
 
 def _is_config_dict(cfg: Any) -> bool:
@@ -185,31 +207,93 @@ def _equal(a: Any, b: Any) -> bool:
         return type(a) is type(b)
 
 
-def stale(cfg: Any, new: Any, names: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Fields of a dataclass that its code had computed from keys that are set: name, kept, anew.
+# --- what a class computes from other values ---------------------------------------------------
+
+
+def stale(cfg: Any, new: Any, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Fields that the code of a class had computed from keys that are set: name, kept, anew.
 
     They are arguments as well, so the copy was given their old values. Which is right cannot be
     told: `2 * width` should follow, and `hidden // heads` should not once heads were cut.
     """
-    if not dataclasses.is_dataclass(cfg) or not hasattr(cfg, "__post_init__"):
+    if _is_config_dict(cfg):
+        yield from _referring(cfg, new, values)
         return
-    fields = [field for field in dataclasses.fields(cfg) if field.init]
-    for field in fields:
-        missing = dataclasses.MISSING
-        has_default = field.default is not missing or field.default_factory is not missing
-        if field.name in names or not has_default:
-            continue
-        others = [other.name for other in fields if other is not field]
+    own = {key.partition(".")[0] for key in values}
+    for name, default in _optional(cfg):
+        kept = getattr(new, name, default)
+        if name in own or _equal(default, kept):
+            continue  # the default was not computed; to make the class anew may cost, or do, much
         try:
-            before, after = (
-                getattr(type(one)(**{name: getattr(one, name) for name in others}), field.name)
-                for one in (cfg, new)
-            )
+            if not _equal(_anew(cfg, name), kept):
+                continue
+            anew = _anew(new, name)
         except Exception:  # the class's own code: it needs the field, or an InitVar
             continue
-        kept = getattr(new, field.name)
-        if _equal(before, kept) and not _equal(after, kept):
-            yield field.name, kept, after
+        if not _equal(anew, kept):
+            yield name, kept, anew
+
+
+def _optional(cfg: Any) -> Iterator[tuple[str, Any]]:
+    """The arguments that a class may compute if they are not given, and what stands for them."""
+    missing = dataclasses.MISSING
+    if _is_pydantic(cfg):
+        for name, info in type(cfg).model_fields.items():
+            if not info.is_required():  # a factory that takes the other fields computes
+                yield name, _made(functools.partial(info.get_default, call_default_factory=True))
+    elif dataclasses.is_dataclass(cfg) and hasattr(type(cfg), "__post_init__"):
+        for field in dataclasses.fields(cfg):
+            if field.init and field.default is not missing:
+                yield field.name, field.default
+            elif field.init and field.default_factory is not missing:
+                yield field.name, _made(field.default_factory)
+
+
+def _made(factory: Callable[[], Any]) -> Any:
+    try:
+        return factory()
+    except Exception:  # the class's own code
+        return dataclasses.MISSING
+
+
+def _anew(cfg: Any, name: str) -> Any:
+    """What a field comes to if the class is made anew without it."""
+    if _is_pydantic(cfg):
+        return getattr(_validated(cfg, {}, without=name), name)
+    fields = [field.name for field in dataclasses.fields(cfg) if field.init]
+    return getattr(type(cfg)(**{f: getattr(cfg, f) for f in fields if f != name}), name)
+
+
+def _referring(cfg: Any, new: Any, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Keys that would have followed, had the values been set in place."""
+    if hasattr(type(cfg), "as_configdict") or not hasattr(type(cfg), "unlocked"):
+        return  # a frozen one has no references any more
+    followed = copy.deepcopy(cfg)
+    try:
+        with followed.unlocked():
+            for key, value in values.items():
+                *parts, name = key.split(".")
+                functools.reduce(operator.getitem, parts, followed)[name] = value
+    except Exception:  # a value of another type cannot be set in place
+        return
+    yield from _differing(new, followed, values, "")
+
+
+def _differing(
+    new: Any, followed: Any, values: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, Any, Any]]:
+    for name in keys(new):
+        key = prefix + name
+        if key in values:
+            continue
+        try:
+            kept, anew = new[name], followed[name]
+        except Exception:  # a placeholder that is required has no value yet
+            continue
+        if _is_config_dict(kept) and _is_config_dict(anew):
+            yield from _differing(kept, anew, values, f"{key}.")
+        elif not _equal(kept, anew):
+            yield key, kept, anew
 
 
 # --- what is refused --------------------------------------------------------------------------
