@@ -93,14 +93,13 @@ def replace(cfg: Any, values: Mapping[str, Any]) -> Any:
 
 
 def computed(cfg: Any, new: Any, values: Mapping[str, Any]) -> list[str]:
-    """Fields of a config that its class had computed from those that were replaced, in words."""
-    own = {key: value for key, value in values.items() if "." not in key}
-    found = [f"{name} = {kept!r} (anew: {anew!r})" for name, kept, anew in stale(cfg, new, own)]
-    for head in dict.fromkeys(key.partition(".")[0] for key in values.keys() - own.keys()):
+    """Fields of a config that were computed from those that were replaced, in words."""
+    found = [f"{name} = {kept!r} (anew: {anew!r})" for name, kept, anew in stale(cfg, new, values)]
+    for head in dict.fromkeys(key.partition(".")[0] for key in values if "." in key):
         parts = read(cfg, head), read(new, head)
         inner = {k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{head}.")}
         found += [f"{head}.{told}" for told in computed(*parts, inner)]
-    return found
+    return [*dict.fromkeys(found)]  # references are found at each depth
 
 
 def model_type(cfg: Any) -> str | None:

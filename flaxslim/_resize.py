@@ -298,7 +298,7 @@ def replaced(cfg: Any, values: Mapping[str, Any]) -> Any:
     new = _config.replace(cfg, told)
     if computed := _config.computed(cfg, new, told):
         warnings.warn(
-            "the config's class had computed fields from those that were cut, and they stay as "
+            "fields of the config were computed from those that were cut, and they stay as "
             f"they are: {'; '.join(computed)}. If the model is built by one that should follow, "
             "set it in the new config, or make it a field(init=False)",
             ConfigKeptWarning,

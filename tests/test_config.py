@@ -4,11 +4,14 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import threading
 import types
+from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from flax.core import FrozenDict
 from hypothesis import given
@@ -364,6 +367,221 @@ def test_an_argument_that_was_computed_is_named():
     assert not _config.computed(given, _config.replace(given, {"hidden": 6}), {"hidden": 6})
 
 
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    hidden: int = 8
+    seen: int = dataclasses.field(init=False, default=3)
+
+
+def test_what_was_put_on_a_dataclass_with_slots_stays():
+    cfg = Slotted()
+    cfg.seen = 9
+    assert dataclasses.astuple(_config.replace(cfg, {"hidden": 6})) == (6, 9)
+
+
+@dataclasses.dataclass
+class Table:
+    hidden: int = 8
+    scale: Any = dataclasses.field(init=False, default=None)
+    table: Any = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        self.table = np.arange(self.hidden)
+
+
+def test_arrays_on_a_dataclass_stay_unless_its_class_computes_them():
+    cfg: Any = Table()
+    cfg.scale, cfg.note = np.ones(2), np.arange(3)
+    new = _config.replace(cfg, {"hidden": 6})
+    assert (new.scale is cfg.scale, new.note is cfg.note) == (True, True)
+    assert new.table.tolist() == [*range(6)]
+    cfg.table = np.zeros(8)
+    assert _config.replace(cfg, {"hidden": 6}).table is cfg.table
+
+
+class Caching:
+    hidden = 8
+
+    @functools.cached_property
+    def twice(self):
+        return 2 * self.hidden
+
+
+class CachingMapping(dict):
+    @functools.cached_property
+    def twice(self):
+        return 2 * self["hidden"]
+
+
+@dataclasses.dataclass
+class CachingFields:
+    hidden: int = 8
+
+    @functools.cached_property
+    def twice(self):
+        return 2 * self.hidden
+
+
+@pytest.mark.parametrize(
+    "make", [Caching, CachingFields, lambda: CachingMapping(hidden=8)], ids=["object", "dc", "dict"]
+)
+def test_a_cached_property_follows(make):
+    cfg = make()
+    assert cfg.twice == 16
+    assert _config.replace(cfg, {"hidden": 6}).twice == 12
+    assert cfg.twice == 16
+
+
+def test_a_cached_property_that_is_the_width_is_set():
+    assert _config.replace(Caching(), {"twice": 6}).twice == 6
+
+
+# --- mappings whose keys are attributes ---------------------------------------------------------
+
+
+class SelfDict(dict):
+    def __init__(self, **values: Any):
+        super().__init__(**values)
+        self.__dict__ = self
+
+
+class Beside(dict):
+    """Its attributes are a copy of its keys."""
+
+    def __init__(self, **values: Any):
+        super().__init__(**values)
+        self.__dict__.update(values)
+
+
+@pytest.mark.parametrize("kind", [SelfDict, Beside])
+def test_attributes_and_keys_agree_at_each_depth(kind):
+    cfg = kind(hidden=8, inner=kind(hidden=4, deep=kind(hidden=2)))
+    new = _config.replace(cfg, {"hidden": 6, "inner.hidden": 3, "inner.deep.hidden": 1})
+    for one, sizes in ((new, (6, 3, 1)), (cfg, (8, 4, 2))):
+        assert (one.hidden, one.inner.hidden, one.inner.deep.hidden) == sizes
+        inner = one["inner"]
+        assert (one["hidden"], inner["hidden"], inner["deep"]["hidden"]) == sizes
+
+
+class Within(dict):
+    """Its attributes are kept in an object of its own."""
+
+    def __init__(self, **values: Any):
+        super().__init__(**values)
+        self._own = types.SimpleNamespace(**values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._own, name)
+
+
+def test_a_mapping_that_would_contradict_itself_is_refused():
+    cfg = Within(hidden=8)
+    with pytest.raises(ConfigError, match="a field of a Within cannot be set"):
+        _config.replace(cfg, {"hidden": 6})
+    assert (cfg["hidden"], cfg.hidden) == (8, 8)
+
+
+class Wrapping(MutableMapping):
+    def __init__(self, values: dict[str, Any]):
+        self._values = values
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._values[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._values[key]
+
+    def __iter__(self):
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def test_a_mapping_that_wraps_a_dict_is_left_alone():
+    cfg = Wrapping({"hidden": 8})
+    assert dict(_config.replace(cfg, {"hidden": 6})) == {"hidden": 6}
+    assert dict(cfg) == {"hidden": 8}
+
+
+class Getting(dict):
+    __getattr__, __setattr__ = dict.get, dict.__setitem__
+
+
+class Indexing(dict):
+    __getattr__, __setattr__ = dict.__getitem__, dict.__setitem__
+
+
+class Making(dict):
+    """Makes what it is asked for, like `addict.Dict`."""
+
+    __setattr__ = dict.__setitem__
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = type(self)()
+        return self[name]
+
+
+class Answering:
+    """Answers to any name."""
+
+    def __init__(self, **values: Any):
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@pytest.mark.parametrize("kind", [Getting, Indexing, Making, Answering])
+def test_a_config_that_answers_to_any_name_is_not_asked_for_its_kind(kind):
+    cfg = kind(hidden=8)
+    new = _config.replace(cfg, {"hidden": 6})
+    assert (type(new), new.hidden, cfg.hidden) == (kind, 6, 8)
+    assert _config.keys(cfg) == _config.keys(new) == ["hidden"]
+
+
+# --- configs with references, and those that check themselves -----------------------------------
+
+
+def test_a_class_is_made_anew_only_for_fields_that_may_have_been_computed():
+    made: list[Any] = []
+
+    @dataclasses.dataclass
+    class Counting:
+        hidden: int = 8
+        name: str = "x"
+        sizes: list[int] = dataclasses.field(default_factory=list)
+        both: int | None = None
+        given: int = 1
+        inner: Any = None
+
+        def __post_init__(self):
+            made.append(self)
+            self.both = 2 * self.hidden if self.both is None else self.both
+
+    cfg = Counting(given=2, inner=Inner())
+    made.clear()
+    values = {"hidden": 6, "inner.hidden": 3}
+    new = _config.replace(cfg, values)
+    assert len(made) == 1
+    assert _config.computed(cfg, new, values) == ["both = 16 (anew: 12)"]
+    assert len(made) == 1 + 2 + 1  # both before and after; what was given before only
+    cfg, new = Counting(both=None), Counting(hidden=6)
+    cfg.both = new.both = None
+    made.clear()
+    assert not _config.computed(cfg, new, {"hidden": 6})
+    assert not made
+
+
 class Ref:
     """What matters of `ml_collections.FieldReference`."""
 
@@ -392,7 +610,7 @@ class Referring:
     def __delitem__(self, name: str) -> None:
         del self._fields[name]
 
-    __setitem__ = __setattr__
+    __getitem__, __setitem__ = __getattr__, __setattr__
 
     def __iter__(self):
         return iter(self._fields)
@@ -430,6 +648,36 @@ def test_a_key_that_others_refer_to_is_set_alone(make, key):
     assert {_config.read(cfg, name) for name in names} == {8}
 
 
+@pytest.mark.parametrize("key", ["hidden", "inner.hidden"])
+def test_keys_that_refer_to_the_width_stay_and_are_named(key):
+    cfg = pytest.importorskip("ml_collections").ConfigDict({"hidden": 8, "inner": {"hidden": 8}})
+    part = cfg.inner if "." in key else cfg
+    cfg.twice = part.get_ref("hidden") * 2
+    cfg.inner.half = part.get_ref("hidden") // 2
+    cfg.lock()
+    new = _config.replace(cfg, {key: 6})
+    assert (new.twice, new.inner.half) == (cfg.twice, cfg.inner.half) == (16, 4)
+    told = ["inner.half = 4 (anew: 3)", "twice = 16 (anew: 12)"]
+    assert sorted(_config.computed(cfg, new, {key: 6})) == told
+    within = _config.computed({"part": cfg}, {"part": new}, {f"part.{key}": 6})
+    assert sorted(within) == [f"part.{one}" for one in told]
+    assert (cfg.hidden, cfg.inner.hidden, cfg.is_locked) == (8, 8, True)
+
+
+def test_a_key_that_has_no_value_yet_is_passed_by():
+    kinds = pytest.importorskip("ml_collections")
+    cfg = kinds.ConfigDict({"hidden": 8, "seed": kinds.config_dict.required_placeholder(int)})
+    cfg.twice = cfg.get_ref("hidden") * 2
+    new = _config.replace(cfg, {"hidden": 6})
+    assert _config.computed(cfg, new, {"hidden": 6}) == ["twice = 16 (anew: 12)"]
+
+
+def test_a_key_that_is_an_other_key_by_reference_is_named():
+    cfg = _referring()
+    told = _config.computed(cfg, _config.replace(cfg, {"hidden": 3}), {"hidden": 3})
+    assert told == ["other = 8 (anew: 3)", "inner.hidden = 8 (anew: 3)"]
+
+
 def test_a_frozen_config_dict_is_resized():
     kind = pytest.importorskip("ml_collections").FrozenConfigDict
     new = _config.replace(kind({"hidden": 8, "inner": {"hidden": 4}}), {"inner.hidden": 3})
@@ -457,3 +705,50 @@ def test_a_pydantic_model_is_checked_as_a_whole():
         _config.replace(Model(), {"heads": 1})
     with pytest.raises(ConfigError, match="has no field to say this in"):
         _config.replace(Model(), {"new": 1})
+
+
+def test_fields_of_a_pydantic_model_stay_as_they_were():
+    pydantic = pytest.importorskip("pydantic")
+
+    class Model(pydantic.BaseModel):
+        hidden: int = 8
+        scale: float = 2.0
+        total: int | None = None
+        given: int | None = None
+        derived: int = 0
+
+        @pydantic.field_validator("scale", mode="before")
+        def _double(cls, value: float) -> float:
+            return 2 * value
+
+        @pydantic.model_validator(mode="after")
+        def _compute(self):
+            self.total = 2 * self.hidden if self.total is None else self.total
+            self.__dict__["derived"] = self.hidden + 1  # counts as not given
+            return self
+
+        @functools.cached_property
+        def thrice(self):
+            return 3 * self.hidden
+
+    cfg = Model(scale=1.0, given=16)
+    assert (cfg.scale, cfg.thrice) == (2.0, 24)
+    new = _config.replace(cfg, {"hidden": 6})
+    assert (new.hidden, new.scale, new.total, new.given, new.thrice) == (6, 2.0, 16, 16, 18)
+    told = ["total = 16 (anew: 12)", "derived = 9 (anew: 7)"]
+    assert _config.computed(cfg, new, {"hidden": 6}) == told
+    within = _config.computed({"part": cfg}, {"part": new}, {"part.hidden": 6})
+    assert within == [f"part.{one}" for one in told]
+
+
+@pytest.mark.parametrize("alias", ["h", ("h", "width")])
+def test_a_pydantic_field_is_given_by_its_validation_alias(alias):
+    pydantic = pytest.importorskip("pydantic")
+    names = alias if isinstance(alias, str) else pydantic.AliasChoices(*alias)
+
+    class Model(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+        hidden: int = pydantic.Field(8, validation_alias=names)
+
+    new = _config.replace(Model(h=8), {"hidden": 6})
+    assert new == Model(h=6)
