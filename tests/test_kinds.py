@@ -9,7 +9,14 @@ import pytest
 
 import flaxslim
 from flaxslim import Pair, Spec
-from flaxslim.errors import FlaxslimError, PlanError, SpecError, TracedError, TrainingError
+from flaxslim.errors import (
+    CalibrationError,
+    FlaxslimError,
+    PlanError,
+    SpecError,
+    TracedError,
+    TrainingError,
+)
 
 MLP = Spec(name="MLP", pairs=Pair(first="up", second="down", width="hidden"))
 CFG = {"hidden": 2}
@@ -115,6 +122,13 @@ WRONG: dict[str, tuple[Any, type[FlaxslimError], str]] = {
         lambda: flaxslim.gate_lagrangian(GATES, jnp.zeros(2), "0.5"),
         TrainingError,
         "'0.5'",
+    ),
+    "prune": (
+        lambda: flaxslim.prune(
+            params(), CFG, MLP, model=forward, batches=[X], keep=0.5, seed=2**63
+        ),
+        CalibrationError,
+        str(2**63),
     ),
     "strength": (lambda: flaxslim.proximal_group_lasso(MLP, None), TrainingError, "None"),
     "learning_rate": (

@@ -7,7 +7,7 @@ import numpy as np
 
 from flaxslim import _mesh, _tree
 from flaxslim._draw import draw
-from flaxslim._kinds import is_number
+from flaxslim._kinds import is_number, is_whole
 from flaxslim._plan import PER_LAYER
 from flaxslim._slim import mend_blocked
 from flaxslim._spec import Site, Spec
@@ -24,8 +24,13 @@ def check_asked(
     budget: Budget | None,
     method: Method,
     objective: Objective | None,
+    seed: int,
 ) -> None:
-    """One wish, and no objective where nothing takes its gradient."""
+    """One wish, no objective where nothing takes its gradient, and a seed that JAX takes."""
+    if not is_whole(seed) or not 0 <= seed < 2**63:
+        raise CalibrationError(
+            "the seed is no whole number of 63 bits", seen=repr(seed), expected="0 to 2**63 - 1"
+        )
     if (keep is None) == (budget is None):
         raise BudgetError(
             "how small is it to be?",

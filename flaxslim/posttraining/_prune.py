@@ -182,7 +182,7 @@ def zero(
     told: Progress,
 ) -> tuple[Any, Report]:
     """The parameters in their own shapes, with zeros where channels are to go."""
-    check_asked(keep, budget, method, objective)
+    check_asked(keep, budget, method, objective, seed)
     found = chosen(spec, cfg)
     bound, _ = found.bind(params, cfg)
     sites = tuple(site for site in bound if site.size)
