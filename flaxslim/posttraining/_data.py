@@ -190,7 +190,7 @@ def _from_arrays(ask: _Ask) -> tuple[CalibrationData, int]:
     taken = {}
     for name, x in arrays.items():
         taken[name] = x[rows]
-        if x.ndim == 2 and x.dtype == np.int32 and x.shape[1] > ask.length:
+        if _padding.is_cut(name, arrays) and x.shape[1] > ask.length:
             # Padding that goes is no loss; what has no mask is all text.
             cut |= (_padding.mask_of(name, arrays)[rows, ask.length :] != 0).any(axis=1)
             taken[name] = taken[name][:, : ask.length]
