@@ -203,16 +203,7 @@ def _from_arrays(ask: _Ask) -> tuple[CalibrationData, int]:
 
 def _from_stream(ask: _Ask) -> tuple[CalibrationData, int]:
     texts = ["\n".join(sample) for sample in _text.read_texts(ask.path, ask.fields)]
-    tokenizer = _tokens.load_tokenizer(ask.folder)
-    # Beginnings and ends of sequences would be a tenth of all tokens where lines are short.
-    told = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    stream = _tokens.joined(told["input_ids"], tokenizer.eos_token_id)
+    stream = _tokens.stream_of(texts, _tokens.load_tokenizer(ask.folder))
     cut = _tokens.windows(stream, ask.length)
     if not len(cut):
         raise CalibrationError(

@@ -52,6 +52,19 @@ def joined(texts: Iterable[Sequence[int]], between: int | None) -> np.ndarray:
     return _int32(stream)
 
 
+def stream_of(texts: Sequence[str], tokenizer: Any) -> np.ndarray:
+    """The tokens of all texts, `(n,)` int32, with the end-of-sequence token between them."""
+    # Beginnings and ends of sequences would be a tenth of all tokens where lines are short.
+    told = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return joined(told["input_ids"], tokenizer.eos_token_id)
+
+
 def windows(stream: np.ndarray, length: int) -> np.ndarray:
     """The stream cut into windows, (n, length), without the remainder that fills none.
 
