@@ -301,6 +301,76 @@ def test_padding_at_the_left_goes_to_the_right(read, tmp_path):
     np.testing.assert_array_equal(batch["token_type_ids"], batch["input_ids"] + 1)
 
 
+@FEW
+def test_a_mask_of_what_is_not_cut_is_not_cut(read, tmp_path):
+    mask = np.arange(20) < np.array([[20], [19], [18], [20]])
+    np.savez(
+        tmp_path / "x.npz",
+        input_values=np.random.default_rng(0).standard_normal((4, 20)),
+        attention_mask=mask,
+    )
+    data = read(tmp_path / "x.npz", length=8)
+    assert data.truncated == 0
+    found = np.concatenate([batch["attention_mask"] for batch in data.batches])
+    assert sorted(found.sum(1)) == [18, 19, 20, 20]
+    ids = np.arange(5, 85).reshape(4, 20)
+    pictures = np.zeros((4, 3, 20, 20))
+    np.savez(tmp_path / "y.npz", input_ids=ids, attention_mask=mask, pixel_values=pictures)
+    (first, _) = read(tmp_path / "y.npz", length=8).batches
+    assert first["input_ids"].shape == first["attention_mask"].shape == (2, 8)
+
+
+def test_what_stands_beside_the_tokens_turns_with_them(read, tmp_path):
+    mask = np.tile(np.arange(6) >= 2, (2, 1))
+    embeds = np.arange(2 * 6 * 3.0).reshape(2, 6, 3)
+    labels = np.where(mask, np.arange(12).reshape(2, 6), -100)
+    np.savez(tmp_path / "x.npz", inputs_embeds=embeds, attention_mask=mask, labels=labels)
+    (batch,) = read(tmp_path / "x.npz", samples=2).batches
+    assert (batch["attention_mask"] == [1, 1, 1, 1, 0, 0]).all()
+    assert sorted(batch["inputs_embeds"][:, 0, 0]) == [2 * 3, (6 + 2) * 3]
+    assert sorted(batch["labels"][:, 0]) == [2, 8]
+
+
+def test_what_a_decoder_reads_is_not_turned(read, tmp_path):
+    """T5 starts with its padding token, which a mask of tokens other than that leaves out."""
+    ids = np.arange(5, 17).reshape(2, 6)
+    mask = np.tile(np.arange(6) >= 2, (2, 1))
+    decoder = np.where(np.arange(6) == 0, 0, ids + 20)
+    others = {"decoder_input_ids": decoder, "decoder_attention_mask": decoder != 0, "labels": ids}
+    np.savez(tmp_path / "x.npz", input_ids=ids, attention_mask=mask, **others)
+    (batch,) = read(tmp_path / "x.npz", T5, samples=2).batches
+    assert sorted(batch["input_ids"][:, 0]) == [7, 13]
+    order = np.argsort(batch["input_ids"][:, 0])
+    for name, x in others.items():
+        np.testing.assert_array_equal(batch[name][order], x)
+
+
+CLIP = {"model_type": "clip", "text_config": {"vocab_size": 96, "max_position_embeddings": 10}}
+TWO = {
+    "is_encoder_decoder": True,
+    "encoder": {"vocab_size": 96},
+    "decoder": {"vocab_size": 30, "max_position_embeddings": 10},
+}
+LACKING: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "a decoder": (T5, {"decoder_input_ids": np.array([[5, -100]] * 2)}, "-100 is of labels alone"),
+    "a decoder, above": (T5, {"decoder_input_ids": np.array([[5, 96]] * 2)}, "from 0 to 95"),
+    "a decoder of its own": (TWO, {"decoder_input_ids": np.full((2, 3), 30)}, "from 0 to 29"),
+    "an encoder of its own": (TWO, {"input_ids": np.full((2, 3), 97)}, "encoder.vocab_size"),
+    "a part": (CLIP, {"input_ids": np.full((2, 3), -50)}, "text_config.vocab_size"),
+    "positions of a part": (CLIP, {"input_ids": np.full((2, 11), 5)}, "at most 10"),
+    "positions of a decoder": (TWO, {"decoder_input_ids": np.full((2, 11), 5)}, "at most 10"),
+}
+
+
+@FEW
+@pytest.mark.parametrize("what", LACKING)
+def test_tokens_and_positions_that_a_part_lacks_are_told(read, tmp_path, what):
+    cfg, arrays, told = LACKING[what]
+    np.savez(tmp_path / "x.npz", **{"input_ids": np.full((2, 3), 5), **arrays})
+    with pytest.raises(CalibrationError, match=told):
+        read(tmp_path / "x.npz", cfg)
+
+
 @pytest.mark.filterwarnings("ignore:all 96 samples")
 def test_stories_by_fields(data):
     model = data / "stories260K"

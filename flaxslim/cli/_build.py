@@ -90,15 +90,24 @@ def check_widths(recipe: Recipe, cfg: Any) -> None:
 
 
 def check_floors(recipe: Recipe, params: Any, cfg: Any) -> None:
-    """Raise `RecipeError` for a site of which no channel can die, since it must keep more."""
-    pruning = recipe.pruning
-    for site in chosen(pruning.spec, cfg).sites(params, cfg) if recipe.prunes else ():
-        if pruning.shares.get(site.pair.axis) and pruning.min_width >= site.size:
+    """Raise `RecipeError` for a floor that lets no site of an axis lose anything.
+
+    One is always kept, and a single layer that is as narrow by now is none of the recipe's.
+    """
+    pruning, widest = recipe.pruning, {}
+    if not recipe.prunes or pruning.min_width <= 1:
+        return
+    for site in chosen(pruning.spec, cfg).sites(params, cfg):
+        axis = site.pair.axis
+        if axis not in widest or site.size > widest[axis].size:
+            widest[axis] = site
+    for axis, site in widest.items():
+        if pruning.shares.get(axis) and pruning.min_width >= site.size:
             raise RecipeError(
-                f"pruning.min_width keeps all {site.pair.unit} of a layer",
+                f"pruning.min_width keeps all {site.pair.unit} of every layer",
                 path=site.second.path,
                 seen=f"min_width = {pruning.min_width}",
-                expected=f"less than {site.size}, which the layer has",
+                expected=f"less than {site.size}, which the widest layer has",
                 mend="lower pruning.min_width, or leave it out",
             )
 

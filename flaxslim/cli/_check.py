@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import flaxslim
 from flaxslim.cli._build import check_floors, model_class, optimizer, sayable
 from flaxslim.cli._program import check_finite, make_program
 from flaxslim.cli._recipe import Recipe
@@ -36,7 +37,8 @@ def check(recipe: Recipe, *, batch_size: int = 2) -> Checked:
     rng = np.random.default_rng(recipe.seed)
     with sayable(recipe):
         cfg = _config(recipe, cls)
-        params = cls(cfg, seed=recipe.seed).params
+        with flaxslim.layout():  # a source may have widths for each layer
+            params = cls(cfg, seed=recipe.seed).params
     parameters, prunable = sizes(params)[0], channels(recipe, params, cfg)
     check_floors(recipe, params, cfg)
     batch = kind.random(recipe.data, cfg, min(batch_size, recipe.train.batch_size), rng)

@@ -4,16 +4,15 @@ import importlib
 import json
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flaxslim.errors import CalibrationError, CalibrationWarning, FlaxslimError, nearest
-from flaxslim.posttraining._text import decoded, lines
-from flaxslim.posttraining._tokens import check, load_tokenizer, positions
+from flaxslim.errors import CalibrationError, FlaxslimError, nearest
+from flaxslim.posttraining._text import decoded, lines, read_texts
+from flaxslim.posttraining._tokens import check, load_tokenizer, positions, stream_of
 
 # (class, params, cfg, folder of the tokenizer) -> numbers by name.
 Metric = Callable[[Any, Any, Any, Path], Mapping[str, float]]
@@ -161,16 +160,16 @@ def _no_language_model(why: str, cls: Any) -> CalibrationError:
 
 
 def _perplexity(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> dict[str, float]:
-    """exp of the mean loss of the next token, over all tokens but the first of each text.
+    """exp of the mean loss of the next token, over all tokens but the first of each window.
 
-    A text that is longer than the model takes, or than 512 tokens, is cut into several.
+    Windows are of what the model takes, and of 512 tokens at most; the last may be shorter.
     """
     import jax
     import optax
 
     from flaxslim.posttraining._padding import counted
 
-    samples = _texts(data, folder, cfg, min(512, _longest(cfg)))
+    samples = _texts(data, folder, min(512, _longest(cfg)))
     logits = _language_model(cls, params, cfg)
     losses = jax.jit(optax.softmax_cross_entropy_with_integer_labels)
     total = tokens = 0.0
@@ -183,30 +182,29 @@ def _perplexity(cls: Any, params: Any, cfg: Any, data: Path, folder: Path) -> di
             "there is no token to measure",
             path=str(data),
             expected="texts of two tokens or more that count, one after the other",
+            mend="name a file of longer texts: --evaluation FILE",
         )
     return {"perplexity": float(np.exp(total / tokens))}
 
 
-def _texts(data: Path, folder: Path, cfg: Any, length: int) -> list[dict[str, np.ndarray]]:
-    """Ids and mask `(1, t)` of each text of a file, of at most so many tokens."""
+def _texts(data: Path, folder: Path, length: int) -> list[dict[str, np.ndarray]]:
+    """Ids and mask `(1, t)` of a file's windows of at most so many tokens; the last one is padded.
+
+    Texts are one stream, whatever the class is called: what is measured predicts the next token.
+    """
     from flaxslim.posttraining._arrays import read_arrays
-    from flaxslim.posttraining._data import read_calibration
 
     if data.suffix.lower() == ".npz":
-        arrays = read_arrays(data, ("eval_ids", "eval_mask"))
-        return list(_cut(arrays, length))
-    with warnings.catch_warnings():  # of fewer samples than so many
-        warnings.simplefilter("ignore", CalibrationWarning)
-        found = read_calibration(
-            data, folder=folder, cfg=cfg, samples=10**9, length=length, batch_size=1
-        )
-    return found.batches
+        return list(_cut(read_arrays(data, ("eval_ids", "eval_mask")), length))
+    texts = ["\n".join(sample) for sample in read_texts(data, ())]
+    stream = stream_of(texts, load_tokenizer(folder))[None]
+    return list(_cut({"input_ids": stream, "attention_mask": np.ones_like(stream)}, length))
 
 
 def _cut(arrays: Mapping[str, np.ndarray], length: int) -> Iterator[dict[str, np.ndarray]]:
     """Rows, those that are too long in parts of one length, without parts of padding alone."""
     width = arrays["input_ids"].shape[1]
-    length = min(length, width)
+    length = max(min(length, width), 1)
     filled = {name: np.pad(x, [(0, 0), (0, -width % length)]) for name, x in arrays.items()}
     for row in range(len(arrays["input_ids"])):
         for start in range(0, width, length):

@@ -190,7 +190,7 @@ def _from_arrays(ask: _Ask) -> tuple[CalibrationData, int]:
     taken = {}
     for name, x in arrays.items():
         taken[name] = x[rows]
-        if x.ndim == 2 and x.dtype == np.int32 and x.shape[1] > ask.length:
+        if _padding.is_cut(name, arrays) and x.shape[1] > ask.length:
             # Padding that goes is no loss; what has no mask is all text.
             cut |= (_padding.mask_of(name, arrays)[rows, ask.length :] != 0).any(axis=1)
             taken[name] = taken[name][:, : ask.length]
@@ -203,16 +203,7 @@ def _from_arrays(ask: _Ask) -> tuple[CalibrationData, int]:
 
 def _from_stream(ask: _Ask) -> tuple[CalibrationData, int]:
     texts = ["\n".join(sample) for sample in _text.read_texts(ask.path, ask.fields)]
-    tokenizer = _tokens.load_tokenizer(ask.folder)
-    # Beginnings and ends of sequences would be a tenth of all tokens where lines are short.
-    told = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    stream = _tokens.joined(told["input_ids"], tokenizer.eos_token_id)
+    stream = _tokens.stream_of(texts, _tokens.load_tokenizer(ask.folder))
     cut = _tokens.windows(stream, ask.length)
     if not len(cut):
         raise CalibrationError(

@@ -52,6 +52,19 @@ def joined(texts: Iterable[Sequence[int]], between: int | None) -> np.ndarray:
     return _int32(stream)
 
 
+def stream_of(texts: Sequence[str], tokenizer: Any) -> np.ndarray:
+    """The tokens of all texts, `(n,)` int32, with the end-of-sequence token between them."""
+    # Beginnings and ends of sequences would be a tenth of all tokens where lines are short.
+    told = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return joined(told["input_ids"], tokenizer.eos_token_id)
+
+
 def windows(stream: np.ndarray, length: int) -> np.ndarray:
     """The stream cut into windows, (n, length), without the remainder that fills none.
 
@@ -132,31 +145,61 @@ def takes(cfg: Any, name: str) -> bool:
     return name in inspect.signature(call).parameters
 
 
+# Where a config says how many tokens there are, of what the encoder (or the only one) reads and of
+# what the decoder does: the first that is there.
+_VOCABULARIES = {
+    "input_ids": ("vocab_size", "text_config.vocab_size", "encoder.vocab_size"),
+    "decoder_input_ids": (
+        *("decoder.vocab_size", "decoder_vocab_size"),
+        *("vocab_size", "text_config.vocab_size"),
+    ),
+}
+_PARTS = {"input_ids": ("text_config", "encoder"), "decoder_input_ids": ("decoder", "text_config")}
+
+
 def check(batches: Sequence[Mapping[str, Any]], cfg: Any, source: str) -> None:
     """Raise `CalibrationError` if the model has no such tokens or no such positions.
 
     JAX does not notice an index beyond a table: it reads another row, or NaN.
     """
-    vocabulary, longest = get(cfg, "vocab_size"), positions(cfg)
-    for batch in batches:
-        if (ids := batch.get("input_ids")) is None:
-            return
-        if isinstance(vocabulary, int) and not (ids.min() >= 0 and ids.max() < vocabulary):
-            raise CalibrationError(
-                "a token is not in the model's vocabulary",
-                path=source,
-                seen=f"ids from {ids.min()} to {ids.max()}",
-                expected=f"from 0 to {vocabulary - 1}, the config's vocab_size",
-                mend="use the tokenizer that the model was trained with",
-            )
-        if longest is not None and ids.shape[-1] > longest:
-            raise CalibrationError(
-                "samples are longer than the model has positions",
-                path=source,
-                seen=f"{ids.shape[-1]} tokens",
-                expected=f"at most {longest}",
-                mend=f"ask for a length of {longest}",
-            )
+    for name, keys in _VOCABULARIES.items():
+        found = ((key, get(cfg, key)) for key in keys)
+        key, vocabulary = next(((k, v) for k, v in found if isinstance(v, int)), ("", None))
+        for batch in batches:
+            if (ids := batch.get(name)) is not None and ids.size:
+                _check_tokens(name, ids, key, vocabulary, source)
+                _check_positions(name, ids, cfg, source)
+
+
+def _check_tokens(name: str, ids: Any, key: str, vocabulary: int | None, source: str) -> None:
+    if ids.min() >= 0 and (vocabulary is None or ids.max() < vocabulary):
+        return
+    known = f"{vocabulary - 1}, the config's {key}" if vocabulary else "vocab_size - 1"
+    mend = "use the tokenizer that the model was trained with"
+    if ids.min() < 0:
+        mend = "write the padding token's id in the place of what is below 0, and 0 in its mask"
+        mend += ": -100 is of labels alone" if (ids == -100).any() else ""
+    raise CalibrationError(
+        "a token is not in the model's vocabulary",
+        path=source,
+        seen=f"{name} from {ids.min()} to {ids.max()}",
+        expected=f"from 0 to {known}",
+        mend=mend,
+    )
+
+
+def _check_positions(name: str, ids: Any, cfg: Any, source: str) -> None:
+    longest = positions(cfg)
+    for part in (get(cfg, key) for key in _PARTS[name]):
+        longest = positions(part) if longest is None and part is not None else longest
+    if longest is not None and ids.shape[-1] > longest:
+        raise CalibrationError(
+            "samples are longer than the model has positions",
+            path=source,
+            seen=f"{ids.shape[-1]} tokens" + ("" if name == "input_ids" else f" of {name}"),
+            expected=f"at most {longest}",
+            mend=f"ask for a length of {longest}",
+        )
 
 
 def positions(cfg: Any) -> int | None:

@@ -118,6 +118,30 @@ def test_perplexity_is_of_texts_wherever_they_stand_and_however_long_they_are(tm
     assert [x["perplexity"] for x in found.values()] == pytest.approx([first] * 3, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("cls", "cfg"),
+    [
+        ("FlaxGPT2LMHeadModel", GPT2),
+        ("FlaxBertForCausalLM", transformers.BertConfig(**{**BERT.to_dict(), "is_decoder": True})),
+    ],
+)
+@pytest.mark.parametrize("words", [3, POSITIONS - 1, 2 * POSITIONS + 5])
+def test_perplexity_is_of_all_tokens_of_a_text(cls, cfg, words, tokenizer):
+    """Windows of what the model takes, and one of the rest; also of a class called BertLMHead."""
+    text = np.random.default_rng(words).choice(WORDS[3:], words)
+    cfg = type(cfg)(**{**cfg.to_dict(), "architectures": [cls[4:].replace("ForC", "LMHead")]})
+    ids = np.array([WORDS.index(word) for word in text], np.int32)
+    data, params = tokenizer / "data.txt", drawn(getattr(transformers, cls), cfg)
+    data.write_text("".join(f"{word}{' ' if i % 7 else chr(10)}" for i, word in enumerate(text)))
+    found = measured("perplexity", cls, cfg, data, params)
+    model, lost = getattr(transformers, cls)(cfg), []
+    for start in range(0, words, POSITIONS):
+        own = ids[None, start : start + POSITIONS]
+        likely = jax.nn.log_softmax(model(own, params=params).logits[0, :-1])
+        lost += [-float(row[i]) for row, i in zip(likely, own[0, 1:], strict=True)]
+    assert found["perplexity"] == pytest.approx(np.exp(np.mean(lost)), rel=1e-4)
+
+
 @pytest.mark.parametrize("tokenizer", ["", "[SEP]"], indirect=True)
 def test_what_ends_each_text_is_no_word(tokenizer):
     """A model that says "the" whatever came before, and passages of which three end so."""

@@ -338,7 +338,7 @@ NO_RUNS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "nothing can die": (
         ["--check", *_set(*RUN, "pruning.min_width=24")],
-        ("min_width keeps all channels", "less than 24"),
+        ("min_width keeps all channels of every layer", "less than 24"),
     ),
     "a seed of 64 bits": (["--check", *_set(f"seed={2**63}")], ("seed is out of its range",)),
 }
@@ -354,8 +354,31 @@ def test_what_cannot_be_run_is_said(name, run):
 
 
 def test_a_run_refuses_floors_too(tmp_path):
-    with pytest.raises(RecipeError, match="min_width keeps all channels"):
+    with pytest.raises(RecipeError, match="min_width keeps all channels of every layer"):
         _run.run(_tiny(tmp_path / "out", "pruning.min_width=24", "train.steps=13"))
+
+
+def test_a_source_may_have_a_layer_of_one_channel(run, tmp_path):
+    """`--check` builds it at its own widths, and no floor that the recipe says keeps that one."""
+    from transformers import FlaxViTForImageClassification, ViTConfig
+
+    cfg = ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        image_size=8, patch_size=4, num_channels=1, num_labels=10,
+    )  # fmt: skip
+    params = jax.tree.map(np.array, FlaxViTForImageClassification(cfg).params)
+    params["vit"]["encoder"]["layer"]["0"]["output"]["dense"]["kernel"][1:] = 0
+    small, cfg = flaxslim.slim(params, cfg, "ffn", width="per_layer")
+    source = flaxslim.save(tmp_path / "narrow", small, cfg)
+    for more in ((), ("pruning.min_width=4",)):
+        said = [x for x in TINY if not x.startswith("model.config")]
+        said += [f"model.source={str(source)!r}", "shrink.width=per_layer", *more]
+        said += ["model.config={}"]
+        result = run("run", "digits", *_set(*said), "--out", tmp_path / "out", "--check")
+        assert result.code == 0, result.err
+        out = tmp_path / f"out{len(more)}"
+        result = run("run", "digits", *_set(*said), "--out", out)
+        assert result.code == 0, result.err
 
 
 def test_any_name_is_a_folder(run, tmp_path):
