@@ -20,7 +20,7 @@ from flaxslim._inputs import inputs_for
 from flaxslim._prove import flops
 from flaxslim._tree import flatten
 from flaxslim.errors import BudgetError, CalibrationError, CalibrationWarning, WidthError
-from flaxslim.posttraining import _cost, _rank
+from flaxslim.posttraining import _cost, _rank, _tied
 from flaxslim.posttraining._allocate import parameters_of
 from flaxslim.posttraining._calibration import Calibration
 from flaxslim.posttraining._distance import Distance
@@ -822,6 +822,21 @@ def test_bytes_count_as_they_are_stored():
     net = dataclasses.replace(net, params=half)
     params, _, _ = pruned(net, keep=None, budget=Budget(bytes=300))
     assert 2 * count(params) <= 300
+
+
+def test_biases_that_are_one_array_are_stored_and_tuned_each():
+    net = mlp(layers=2)
+    params = jax.tree.map(np.array, net.params)
+    zeros = np.zeros(6, np.float32)
+    for layer in params["layers"].values():
+        layer["down"]["bias"] = zeros
+    leaves = flatten(params)
+    assert not _tied.tied(leaves, net.cfg)
+    net = dataclasses.replace(net, params=params)
+    dense = sum(x.size for x in leaves.values())
+    found, _, report = pruned(net, keep=None, budget=Budget(params=dense - 40), width="per_layer")
+    assert report.cost["dense"] == dense
+    assert report.cost["predicted"] == sum(x.size for x in flatten(found).values())
 
 
 def test_what_matters_more_keeps_more():
