@@ -15,12 +15,12 @@ from pruning_models import NETS, mlp
 from zoo import CASES, build
 
 from flaxslim import Budget, Method, Pair, Spec, Tune, prune
-from flaxslim._compat import shell
+from flaxslim._compat import clip_compat, shell
 from flaxslim._inputs import inputs_for
 from flaxslim._prove import flops
 from flaxslim._tree import flatten
 from flaxslim.errors import BudgetError, CalibrationError, CalibrationWarning, WidthError
-from flaxslim.posttraining import _cost, _rank
+from flaxslim.posttraining import _cost, _rank, _tied
 from flaxslim.posttraining._allocate import parameters_of
 from flaxslim.posttraining._calibration import Calibration
 from flaxslim.posttraining._distance import Distance
@@ -258,6 +258,38 @@ def test_heads_go_with_their_group(method):
     (site,) = net.spec.sites(params, cfg)
     assert site.groups == (2, 2)
     assert report.rows[0].after == 4
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_what_tied_sites_are_said_to_lose_is_along_the_order_that_they_share(low_memory):
+    """The heads of all layers of T5 go together, whatever each of them would rather lose."""
+    from transformers import FlaxT5ForConditionalGeneration, T5Config
+
+    cfg = T5Config(
+        vocab_size=40, d_model=16, d_kv=4, d_ff=8, num_layers=2, num_heads=6,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    with clip_compat():
+        params = jax.tree.map(np.array, FlaxT5ForConditionalGeneration(cfg).params)
+    for block in params["encoder"]["block"].values():
+        kernel = block["layer"]["0"]["SelfAttention"]["o"]["kernel"]
+        kernel *= np.exp(rng.normal(size=6).repeat(4))[:, None]
+    ids = [rng.integers(2, 40, (8, 9)).astype(np.int32) for _ in range(3)]
+    data = [{"input_ids": x, "decoder_input_ids": x} for x in ids]
+    # A sum of what each value loses by itself, and the exact error.
+    for method, wrong in (
+        (Method(score="wanda", compensation="none"), 0.25),
+        (Method(score="obs", compensation="refit", ridge=1e-6), 2e-3),
+    ):
+        reports: list[Any] = []
+        prune(
+            params, cfg, "heads", model=FlaxT5ForConditionalGeneration, batches=data, keep=0.5,
+            preset=method, report=reports.append, low_memory=low_memory,
+        )  # fmt: skip
+        assert len(reports[0].rows) == 6
+        for row in reports[0].rows:
+            assert row.predicted == pytest.approx(row.measured, rel=wrong)
 
 
 @pytest.mark.parametrize("sequential", ["outputs", "weights"])
@@ -790,6 +822,21 @@ def test_bytes_count_as_they_are_stored():
     net = dataclasses.replace(net, params=half)
     params, _, _ = pruned(net, keep=None, budget=Budget(bytes=300))
     assert 2 * count(params) <= 300
+
+
+def test_biases_that_are_one_array_are_stored_and_tuned_each():
+    net = mlp(layers=2)
+    params = jax.tree.map(np.array, net.params)
+    zeros = np.zeros(6, np.float32)
+    for layer in params["layers"].values():
+        layer["down"]["bias"] = zeros
+    leaves = flatten(params)
+    assert not _tied.tied(leaves, net.cfg)
+    net = dataclasses.replace(net, params=params)
+    dense = sum(x.size for x in leaves.values())
+    found, _, report = pruned(net, keep=None, budget=Budget(params=dense - 40), width="per_layer")
+    assert report.cost["dense"] == dense
+    assert report.cost["predicted"] == sum(x.size for x in flatten(found).values())
 
 
 def test_what_matters_more_keeps_more():

@@ -9,7 +9,7 @@ from strategies import quick
 from flaxslim.errors import CalibrationError
 from flaxslim.posttraining import _fisher, _removal
 from flaxslim.posttraining._refit import Moments, error, refit
-from flaxslim.posttraining._removal import removal_order, ridged
+from flaxslim.posttraining._removal import removal_errors, removal_order, ridged
 
 
 def _data(seed: int, m: int, o: int, n: int = 40) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -63,6 +63,23 @@ def test_heads_go_as_a_whole(seed, heads, k):
         np.testing.assert_allclose(errors[unit], min(errors.values()), rtol=1e-6, atol=1e-9)
         gone.append(unit)
         np.testing.assert_allclose(total, errors[unit], rtol=1e-6, atol=1e-9)
+
+
+@quick
+@hypothesis.given(seed=st.integers(0, 2**31), heads=st.integers(1, 5), k=st.integers(1, 3))
+def test_errors_of_a_given_order(seed, heads, k):
+    """Those of the greedy one along it, and of any other what the best of refits leaves."""
+    rng = np.random.default_rng(seed)
+    x, w = rng.normal(size=(40, heads * k)), rng.normal(size=(heads * k, 4))
+    gram, units = x.T @ x / 40, np.arange(heads).repeat(k)
+    greedy = removal_order(gram, w, units)
+    np.testing.assert_allclose(removal_errors(gram, w, units, greedy.units), greedy.errors)
+    order, own = rng.permutation(heads), ridged(gram, 1e-2)
+    p = np.linalg.inv(own)
+    for i, lost in enumerate(removal_errors(gram, w, units, order)):
+        gone = np.isin(units, order[: i + 1])
+        best = (w[gone] * np.linalg.solve(p[np.ix_(gone, gone)], w[gone])).sum()
+        np.testing.assert_allclose(lost, best)
 
 
 def test_what_is_dead_already_goes_first_and_costs_nothing():

@@ -338,6 +338,19 @@ def to_torch_like(
     return leaves
 
 
+def beside(params: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[int, int]:
+    """What `to_torch_like` writes of the source besides the Flax tree: parameters, and bytes.
+
+    Second copies of tied tensors are parameters again; buffers take bytes alone.
+    """
+    names = table({name: np.ndim(leaf) for name, leaf in source.items()}, params)
+    others = {
+        name: int(np.prod(np.shape(leaf))) for name, leaf in source.items() if name not in names
+    }
+    again = sum(size for name, size in others.items() if twin(name, names, source))
+    return again, sum(size * source[name].dtype.itemsize for name, size in others.items())
+
+
 def _place_of_base(names: Mapping[str, FlaxName], rest: Collection[str]) -> str | None:
     """Where a class with a head has the base model that the source is of, by its names.
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import flaxslim
+from flaxslim import _tree
 from flaxslim._prove import Proof
 from flaxslim._prove import verify as prove
 from flaxslim.checkpoint import save
 from flaxslim.checkpoint._atomic import check_target
+from flaxslim.checkpoint._names import beside, dotted
 from flaxslim.checkpoint._write import check_writable
 from flaxslim.cli import _evaluate, _metrics, _table
 from flaxslim.cli._calibrated import Data, How, Model, opened, pruned
@@ -63,6 +65,9 @@ def run(
     check_target(target, overwrite=overwrite, source=local)
     model = opened(source, data, revision)
     check_writable(*model.dense, model.source)  # before hours are spent
+    stored = _beside(model)
+    if isinstance(asked := wish.get("budget"), Budget) and (again := stored.get(next(iter(given)))):
+        wish["budget"] = dataclasses.replace(asked, beside=again)
     scores = {}
     if measure is not None:  # first, since it may fail
         with messages.status("measuring the dense model"):
@@ -82,6 +87,9 @@ def run(
         if measure is not None:
             scores["pruned"] = measure(model.cls, params, cfg, model.checkpoint.folder)
     _say(proof, report, given, scores)
+    if again := stored.get("bytes"):
+        text = f"besides, the files hold {shown(again, 'bytes')} of tied tensors again, and buffers"
+        console.print(text, markup=False, soft_wrap=True)
     with messages.status(f"writing {out}"):
         save(
             out,
@@ -97,6 +105,14 @@ def run(
         _style.write(flaxslim.plot_plan(report, title=title), plot)
     messages.print(f"written to {out} in {time.perf_counter() - began:.0f} s", markup=False)
     return 0
+
+
+def _beside(model: Model) -> dict[str, int]:
+    """What PyTorch's files hold besides the Flax tree, by the budget that it counts for."""
+    if model.source.naming != "torch":
+        return {}
+    params, size = beside(_tree.flatten(model.checkpoint.params), dotted(model.source.params))
+    return {"params": params, "bytes": size}
 
 
 def _say(

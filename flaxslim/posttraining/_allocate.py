@@ -35,6 +35,8 @@ class Budget:
       flops: the share of the dense model's FLOPs on a calibration batch, 0.6.
       latency: milliseconds of one call on a batch, 4.0 or "4ms".
       speedup: how many times as fast as the dense model, 1.5 or "1.5x"; measured as latency is.
+      beside: parameters (or bytes, for a budget of these) that are stored besides those that are
+        pruned, and count too: second copies of an embedding in a PyTorch file.
 
     Raises `BudgetError` for none or several, or for a number that makes no sense.
 
@@ -47,9 +49,10 @@ class Budget:
     flops: float | None = None
     latency: float | str | None = None
     speedup: float | str | None = None
+    beside: int = 0
 
     def __post_init__(self) -> None:
-        given = {k: v for k, v in vars(self).items() if v is not None}
+        given = {k: v for k, v in vars(self).items() if v is not None and k != "beside"}
         if len(given) != 1:
             raise BudgetError(
                 "a budget is one number",

@@ -125,6 +125,7 @@ def within(
             for site in sites
         }
         dense = float(sum(n * widths[p] if of_bytes else n for p, n in sizes.items()))
+        dense += budget.beside
         limit, unit = (
             float(budget.bytes or budget.params or 0),
             "bytes" if of_bytes else "parameters",

@@ -79,13 +79,27 @@ class Engine:
     def rankings(self, sites: Sequence[Site]) -> dict[str, Ranking]:
         """Of each site, by what it reads in the dense model."""
         by_masks = self.method.score == "fisher_mask"
-        found = self._by_masks(sites) if by_masks else self._by_moments(sites)
+        found, seen = (self._by_masks(sites), None) if by_masks else self._by_moments(sites)
         for own in together(sites):
-            _share_order([found[site.second.path] for site in own], found)
+            if len(own) < 2:
+                continue
+            orders = _shared_orders([found[site.second.path] for site in own])
+            found |= {s.second.path: self._along(orders, found[s.second.path], seen) for s in own}
         return found
 
-    def _by_moments(self, sites: Sequence[Site]) -> dict[str, Ranking]:
+    def _along(self, orders: np.ndarray, ranking: Ranking, seen: Seen | None) -> Ranking:
+        """The ranking with other orders, and what is lost along these."""
+        site, path = ranking.site, ranking.site.second.path
+        if path in self.gradients:
+            return _fisher.search(site, self.gradients[path], orders)
+        read = self._moments([site], self.dense) if seen is None else seen
+        new = self._rank(site, self._of(read, site)[2], orders=orders)
+        return dataclasses.replace(new, effect=ranking.effect)
+
+    def _by_moments(self, sites: Sequence[Site]) -> tuple[dict[str, Ranking], Seen | None]:
+        """And what they are made of, where that is held of all sites."""
         found: dict[str, Ranking] = {}
+        seen = None
         rows = self._gradient_rows(sites)
         for part in [[site] for site in sites] if self.low_memory else [list(sites)]:
             seen = self._moments(part, self.dense)
@@ -97,7 +111,7 @@ class Engine:
             if not self.low_memory and self.method.sequential == "no":
                 self.seen = seen
         self.told("ranking", len(sites), len(sites))
-        return found
+        return found, None if self.low_memory else seen
 
     def shared(
         self,
@@ -211,7 +225,11 @@ class Engine:
         )
 
     def _rank(
-        self, site: Site, moments: Sequence[Moments], rows: np.ndarray | None = None
+        self,
+        site: Site,
+        moments: Sequence[Moments],
+        rows: np.ndarray | None = None,
+        orders: np.ndarray | None = None,
     ) -> Ranking:
         """The ranking of a site by what it reads.
 
@@ -234,6 +252,7 @@ class Engine:
             score=self.method.score,
             ridge=self.ridge,
             rows=rows,
+            orders=orders,
             refitted=start,
             seed=self.seed,
         )
@@ -324,18 +343,14 @@ class Engine:
             )
 
 
-def _share_order(own: Sequence[Ranking], found: dict[str, Ranking]) -> None:
-    """Sites that must keep the same channels get one order: by what they lose in the sum."""
-    if len(own) < 2:
-        return
+def _shared_orders(own: Sequence[Ranking]) -> np.ndarray:
+    """Of sites that must keep the same channels, `(s, u)`: by what they lose in the sum."""
     lost = np.zeros_like(own[0].errors[1:], shape=own[0].orders.shape)
     for ranking in own:
         steps = np.diff(ranking.relative)
         for row, order in zip(lost, ranking.orders, strict=True):
             row[order] += steps
-    orders = np.argsort(lost, axis=1, kind="stable")
-    for ranking in own:
-        found[ranking.site.second.path] = dataclasses.replace(ranking, orders=orders)
+    return np.argsort(lost, axis=1, kind="stable")
 
 
 def _centred(site: Site, moments: Moments) -> Moments:

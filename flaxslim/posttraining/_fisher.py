@@ -93,10 +93,14 @@ def _by_unit(site: Site, rows: Any) -> Any:
     return jnp.stack([rows[:, site.owners == g].sum(1) for g in range(len(site.groups))], 1)
 
 
-def search(site: Site, gradients: np.ndarray) -> Ranking:
-    """The ranking by the diagonal of the Fisher matrix; its errors are absolute costs."""
+def search(site: Site, gradients: np.ndarray, orders: np.ndarray | None = None) -> Ranking:
+    """The ranking by the diagonal of the Fisher matrix; its errors are absolute costs.
+
+    `orders` as of `rank`.
+    """
     costs = (gradients**2).mean(0) / 2
-    orders = np.argsort(costs, axis=1, kind="stable")
+    if orders is None:
+        orders = np.argsort(costs, axis=1, kind="stable")
     lost = np.take_along_axis(costs, orders, axis=1).cumsum(1).sum(0)
     return Ranking(site=site, orders=orders, errors=np.r_[0.0, lost], energy=1.0)
 

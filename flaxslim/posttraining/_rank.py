@@ -27,7 +27,7 @@ import numpy as np
 from flaxslim._spec import Site
 from flaxslim.errors import CalibrationError, nearest
 from flaxslim.posttraining._refit import Moments, read_matrix
-from flaxslim.posttraining._removal import removal_order
+from flaxslim.posttraining._removal import removal_errors, removal_order
 from flaxslim.training._score import SCORES, Evidence, ScoreFn, as_score
 
 NAMES = (
@@ -118,12 +118,14 @@ def rank(
     score: str | ScoreFn = "obs",
     ridge: float = 1e-2,
     rows: np.ndarray | None = None,
+    orders: np.ndarray | None = None,
     refitted: Sequence[np.ndarray] | None = None,
     seed: int = 0,
 ) -> Ranking:
     """The ranking of a site by a score.
 
-    `rows` is what its channels score `(s, f)`, where that is known already (`_gradient`);
+    `rows` is what its channels score `(s, f)`, where that is known already (`_gradient`); `orders`
+    `(s, u)` are given where other sites have a say, and then the errors are those along them;
     `refitted` are second layers `(m, o)` to start from.
     """
     units, count = units_of(site), count_of(site)
@@ -131,14 +133,22 @@ def rank(
     own = [m.centred() if takes_mean(site) else m for m in moments]
     energy = sum(float((a * (m.xx @ a)).sum()) for a, m in zip(w, own, strict=True))
     if score == "obs":
-        found = [removal_order(m.xx, a, units, ridge=ridge) for a, m in zip(w, own, strict=True)]
-        orders = np.stack([order.units for order in found])
-        errors = np.sum([order.errors for order in found], axis=0)
+        pairs = list(zip(w, own, strict=True))
+        if orders is None:
+            found = [removal_order(m.xx, a, units, ridge=ridge) for a, m in pairs]
+            orders, lost = np.stack([order.units for order in found]), [o.errors for o in found]
+        else:
+            lost = [
+                removal_errors(m.xx, a, units, order, ridge=ridge)
+                for (a, m), order in zip(pairs, orders, strict=True)
+            ]
+        errors = np.sum(lost, axis=0)
         return Ranking(site=site, orders=orders, errors=np.r_[0.0, errors], energy=energy)
-    if rows is None:
-        rows = _scores(site, moments, leaves, score, seed)
-    by_unit = np.stack([np.bincount(_owners(site), row, count) for row in rows])
-    orders = np.argsort(by_unit, axis=1, kind="stable")
+    if orders is None:
+        if rows is None:
+            rows = _scores(site, moments, leaves, score, seed)
+        by_unit = np.stack([np.bincount(_owners(site), row, count) for row in rows])
+        orders = np.argsort(by_unit, axis=1, kind="stable")
     lost = [
         np.bincount(units, np.diag(m.xx) * (a * a).sum(1), count)[order]
         for a, m, order in zip(w, own, orders, strict=True)

@@ -97,6 +97,25 @@ def removal_order(
     return _blocks(inverse(own), w, units)
 
 
+def removal_errors(
+    gram: np.ndarray, w: np.ndarray, units: np.ndarray, order: np.ndarray, *, ridge: float = 1e-2
+) -> np.ndarray:
+    """What has been lost once each unit of an order is gone, `(u,)`.
+
+    Of P in that order, each leading block has the leading block of its Cholesky factor, so that one
+    solve gives all of tr(W_R^T (P_RR)^-1 W_R).
+
+    >>> gram = np.array([[1.0, 0.99, 0.0], [0.99, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    >>> removal_errors(gram, np.ones((3, 1)), np.arange(3), np.array([2, 0, 1]), ridge=0).round(2)
+    array([1.  , 1.02, 4.98])
+    """
+    p = inverse(ridged(np.asarray(gram, np.float64), ridge))
+    rows = np.concatenate([np.flatnonzero(units == unit) for unit in order])
+    factor = linalg.cholesky(p[np.ix_(rows, rows)], lower=True, check_finite=False)
+    solved = linalg.solve_triangular(factor, np.asarray(w, np.float64)[rows], lower=True)
+    return (solved * solved).sum(1).cumsum()[np.bincount(units)[order].cumsum() - 1]
+
+
 def _singles(p: np.ndarray, s: np.ndarray) -> Order:
     alive = np.arange(len(p))
     gone = np.zeros(len(p), bool)

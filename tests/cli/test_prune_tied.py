@@ -1,5 +1,6 @@
 """`flaxslim prune` of a PyTorch-named LLaMA whose head is the embedding, which is stored once."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -56,6 +57,26 @@ def test_it_is_tuned_counted_once_and_stays_tied(run, folder, tmp_path, monkeypa
     assert [int(n.replace(",", "")) for n in said.groups()] == [_stored(folder), _stored(out)]
     assert 0.97 * ASKED < _stored(out) <= ASKED
     assert not any("lm_head" in name for name in flatten(read(out).params))
+
+
+@pytest.mark.parametrize("unit", ["bytes", "params"])
+def test_a_second_copy_in_the_files_counts(run, folder, tmp_path, unit):
+    source, out = tmp_path / "twice", tmp_path / "out"
+    shutil.copytree(folder, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.copy.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    asked = ASKED + tensors["model.copy.weight"].size
+    asked *= 4 if unit == "bytes" else 1
+    result = run(*_prune_command(source, out, "--preset", "fast", f"--max-{unit}", asked))
+    assert result.code == 0, result.err
+    written = load_file(out / "model.safetensors")
+    assert "model.copy.weight" in written
+    stored = sum(x.nbytes if unit == "bytes" else x.size for x in written.values())
+    assert 0.97 * asked < stored <= asked
+    assert "of tied tensors again" in result.out
+    report = json.loads((out / "flaxslim.json").read_text())["prune"]["report"]
+    assert report["cost"]["predicted"] == stored
 
 
 def test_a_head_of_its_own_is_refused_before_anything_is_done(run, folder, tmp_path):
