@@ -19,7 +19,7 @@ _OVER_ALL = (nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm)
 
 # What trees call them: "LayerNorm_0/scale", "ln_1/bias". A batch norm has statistics beside.
 _NAMED = re.compile(
-    r"(.*/)?(?!\w*(batch|instance))(?P<norm>\w*norm\w*|(\w*_)?ln(_?\w*\d)?)"
+    r"(.*/)?(?!\w*(batch|instance))(?P<norm>\w*norm\w*|(\w*_)?ln(_\w+|\d+)?)"
     r"/(scale|bias|weight|gamma|beta)",
     re.IGNORECASE,
 )
@@ -74,8 +74,15 @@ def norms_beside(nodes: Mapping[str, Any], site: Site, kinds: tuple[type, ...]) 
     for at, node in nodes.items():
         if at.rpartition("/")[0] in around and isinstance(node, kinds):
             shapes = [getattr(value, "shape", None) for value in vars(node).values()]
-            if (site.size,) in (*shapes, (getattr(node, "num_features", None),)):
+            if (site.size,) in (*shapes, (_features(node),)):
                 yield at
+
+
+def _features(norm: Any) -> int | None:
+    """How many features a norm has; a group norm does not say it in one number."""
+    if isinstance(norm, nnx.GroupNorm):
+        return norm.num_groups * norm.group_size
+    return getattr(norm, "num_features", None)
 
 
 def _others(tensor: Tensor, axis: str) -> list[int]:

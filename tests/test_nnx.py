@@ -699,7 +699,11 @@ def bare_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(width, use_scale=False, use_bias=False, rngs=rngs)
 
 
-@pytest.mark.parametrize("kind", [nnx.LayerNorm, nnx.RMSNorm, group_norm, bare_norm])
+def bare_groups(width: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    return nnx.GroupNorm(width, num_groups=1, use_scale=False, use_bias=False, rngs=rngs)
+
+
+@pytest.mark.parametrize("kind", [nnx.LayerNorm, nnx.RMSNorm, group_norm, bare_norm, bare_groups])
 @pytest.mark.parametrize("named", [False, True])
 def test_a_norm_over_the_channels_leaves_none_of_them(kind, named):
     """Its mean is that of what is left: without one of the channels all others change."""

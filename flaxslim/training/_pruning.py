@@ -94,6 +94,7 @@ def pruning(
     Raises `TrainingError` for what cannot be; `init` and `update` raise what `Spec.sites` does, and
     `update` a `TrainingError` for parameters, gradients or a state that do not belong together.
 
+    >>> import jax
     >>> import numpy as np
     >>> from flaxslim import Pair, Spec, one_shot, pruning
     >>> MLP = Spec(name="MLP", pairs=Pair(first="up", second="down"))
