@@ -8,7 +8,6 @@ import numpy as np
 
 from flaxslim import _bits, _multiples, _policy, _processes, _record, _refused, _resize, _widths
 from flaxslim._activation import activation, activation_name, named
-from flaxslim._config import Width
 from flaxslim._dead import RULES, Marks, mark
 from flaxslim._lazy import Lazy
 from flaxslim._nnx import modules
@@ -109,7 +108,8 @@ def draw(
     _processes.agree(leaves.values())
     _widths.check_entries(multiple_of, sites)
     _refused.refuse_quantised(sites, cfg, leaves)
-    in_nnx = any(modules(params))
+    nodes = dict(modules(params))
+    in_nnx = bool(nodes)
     sized = cfg is not None or not in_nnx
     shared: Mapping[str, str] = {}
     if sized:
@@ -135,7 +135,6 @@ def draw(
             for site in cluster.sites:
                 cuts[site.second.path] = _cut(site, marks[site.second.path], mask, cfg)
     ordered = tuple(cuts[site.second.path] for site in sites)
-    nodes = dict(modules(params)) if in_nnx else {}
     for cut in ordered:
         if cut.removed:
             refuse_norms(cut.site, nodes)
@@ -159,8 +158,7 @@ def draw(
 
 def check_whole(plan: Plan, params: Any, cfg: Any) -> None:
     """Raise `PlanError` if a plan, made for a smaller model, knows only some of the layers."""
-    sizes = [expression for pair in plan.spec for expression in pair.sizes.values()]
-    if cfg is None and any(Width(expression=expression).keyed for expression in sizes):
+    if cfg is None and any(pair.sized_by_config for pair in plan.spec):
         return  # which layers there are cannot be told without the config
     found = {site.second.path for site in plan.spec.bind(params, cfg)[0]}
     known = {cut.site.second.path for cut in plan.cuts}

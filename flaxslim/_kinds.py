@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+MOST_SEED = 2**63 - 1  # JAX takes no more bits
+
 
 def is_number(value: Any) -> bool:
     """A real number, of Python, numpy, or an array without dimensions; True is none, nor is NaN.

@@ -19,7 +19,6 @@ from jax.tree_util import tree_flatten_with_path
 
 from flaxslim import _config
 from flaxslim._axes import Axes
-from flaxslim._config import Width
 from flaxslim._norms import PER_CHANNEL, norms_beside
 from flaxslim._pair import measure
 from flaxslim._plan import Cut, Plan
@@ -240,8 +239,7 @@ def check_shapes(module: Any, plan: Plan, cfg: Any) -> None:
                 expected=expected,
                 mend="make a new plan for this module",
             )
-    sizes = (expression for pair in plan.spec for expression in pair.sizes.values())
-    if cfg is None and any(Width(expression=expression).keyed for expression in sizes):
+    if cfg is None and any(pair.sized_by_config for pair in plan.spec):
         return  # a stored plan may come without the config that the spec needs
     found = {site.second.path: site for site in plan.spec.bind(module, cfg)[0]}
     for cut in plan.cuts:

@@ -279,6 +279,11 @@ class Pair:
         return self.axis != "h" and bool(self.also or self.tables)
 
     @property
+    def sized_by_config(self) -> bool:
+        """Whether the size of an axis follows from the config alone, so that none can be told."""
+        return any(Width(expression=expression).keyed for expression in self.sizes.values())
+
+    @property
     def unit(self) -> str:
         """What one of those that are pruned is called, in the plural."""
         return "heads" if self.axis == "h" else "channels"

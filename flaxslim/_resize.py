@@ -112,7 +112,7 @@ def _base(cuts: Sequence[Cut], cfg: Any, shared: Collection[str]) -> Cut | None:
 def shared_keys(spec: Spec, sites: Sequence[Site], params: Any, cfg: Any) -> dict[str, str]:
     """The width keys that cannot change with the widths of these sites, and why."""
     said: dict[str, set[int]] = {}
-    for expression in {site.pair.width_expression for site in sites} - {None}:
+    for expression in {site.pair.width_expression for site in sites}:
         if expression is not None and expression.key:
             said.setdefault(expression.key, set()).add(expression.read(cfg))
     several = [key for key, widths in said.items() if len(widths) > 1]

@@ -52,6 +52,15 @@ class FlaxslimError(Exception):
         super().__init__("\n".join([problem, *lines]))
 
 
+def in_short(error: Exception) -> str:
+    """The class and the first line of what somebody else's code raised.
+
+    >>> in_short(ValueError("no such axis" + chr(10) + "see above"))
+    'ValueError: no such axis'
+    """
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])[:300]
+
+
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """The `count` candidates that are spelled most like `name`."""
     near = difflib.get_close_matches(name, list(candidates), n=max(count, 1), cutoff=0.3)

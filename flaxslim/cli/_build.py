@@ -10,7 +10,7 @@ import optax
 
 import flaxslim
 from flaxslim.cli._recipe import Recipe, Train
-from flaxslim.errors import FlaxslimError, RecipeError
+from flaxslim.errors import FlaxslimError, RecipeError, in_short
 from flaxslim.specs import chosen
 
 
@@ -54,8 +54,7 @@ def sayable(recipe: Recipe) -> Iterator[None]:
         raise RecipeError(
             f"{recipe.model.cls} cannot be built or run with this config",
             path="[model.config]" if config else f"[model], source {recipe.model.source!r}",
-            seen=": ".join([type(error).__name__, *str(error).splitlines()[:1]])[:300]
-            + (f"; with {told}" if told else ""),
+            seen=in_short(error) + (f"; with {told}" if told else ""),
             expected="values that the class takes, and sizes that fit each other",
             mend="correct the values of [model.config], or the config.json of the source",
         ) from error

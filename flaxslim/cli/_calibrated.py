@@ -11,11 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import flaxslim
 from flaxslim._inputs import model_class_for
+from flaxslim._kinds import MOST_SEED
 from flaxslim.checkpoint import Checkpoint, read
 from flaxslim.checkpoint._names import unused
 from flaxslim.checkpoint._write import refuse_loss
 from flaxslim.cli._console import in_flags, messages
-from flaxslim.cli._kinds import MOST_SEED
 from flaxslim.cli._slim import as_flax
 from flaxslim.errors import CalibrationError, CalibrationWarning
 from flaxslim.posttraining._data import CalibrationData, read_calibration

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxslim.errors import CalibrationError, FlaxslimError, nearest
+from flaxslim.errors import CalibrationError, FlaxslimError, in_short, nearest
 from flaxslim.posttraining._text import decoded, lines, read_texts
 from flaxslim.posttraining._tokens import check, load_tokenizer, positions, stream_of
 
@@ -110,7 +110,7 @@ def _model(cls: Any, params: Any, cfg: Any) -> Callable[..., Any]:
             raise CalibrationError(
                 "the class does not run on texts alone, by which this metric measures",
                 path=cls.__name__,
-                seen=": ".join([type(error).__name__, *str(error).splitlines()[:1]])[:300],
+                seen=in_short(error),
                 expected="a class that takes input_ids and attention_mask",
                 mend="measure it by a function of your own: --evaluate module:function",
             ) from error

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Annotated
 
+from flaxslim._kinds import MOST_SEED
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Range:
@@ -30,8 +32,6 @@ class Range:
 class Source:
     """Marks a text that is a folder or the id of a repository on the Hub."""
 
-
-MOST_SEED = 2**63 - 1  # more bits are no seed of JAX
 
 Seed = Annotated[int, Range(low=0, high=MOST_SEED)]
 Count = Annotated[int, Range(low=1)]

@@ -19,7 +19,7 @@ import numpy as np
 from flaxslim import _tree
 from flaxslim._jaxpr import scan_counts
 from flaxslim._spec import Site
-from flaxslim.errors import CalibrationError, FlaxslimError, nearest
+from flaxslim.errors import CalibrationError, FlaxslimError, in_short, nearest
 
 # What changes neither the numbers of a kernel nor what they mean.
 _MOVES = frozenset(
@@ -151,8 +151,7 @@ def _traced(fn: Callable[..., Any], params: Any, batch: Any) -> tuple[Any, Any]:
     except Exception as error:
         raise CalibrationError(
             "the model does not run on a batch of the calibration data",
-            seen=": ".join([type(error).__name__, *str(error).splitlines()[:1]])[:300]
-            + f"; the batch holds {_said(batch)}",
+            seen=f"{in_short(error)}; the batch holds {_said(batch)}",
             expected="what the model takes, by the names that it has there, and nothing else",
             mend="leave out of the data what the model does not take (labels), and add what it "
             "lacks (decoder_input_ids, pixel_values: an .npz holds both); pixels are (b, c, h, w)",

@@ -7,7 +7,7 @@ import numpy as np
 
 from flaxslim import _mesh, _tree
 from flaxslim._draw import draw
-from flaxslim._kinds import is_number, is_whole
+from flaxslim._kinds import MOST_SEED, is_number, is_whole
 from flaxslim._plan import PER_LAYER
 from flaxslim._slim import mend_blocked
 from flaxslim._spec import Site, Spec
@@ -27,7 +27,7 @@ def check_asked(
     seed: int,
 ) -> None:
     """One wish, no objective where nothing takes its gradient, and a seed that JAX takes."""
-    if not is_whole(seed) or not 0 <= seed < 2**63:
+    if not is_whole(seed) or not 0 <= seed <= MOST_SEED:
         raise CalibrationError(
             "the seed is no whole number of 63 bits", seen=repr(seed), expected="0 to 2**63 - 1"
         )
